@@ -1,0 +1,66 @@
+"""DATA, FEATURES and a checkpoint to EMB: the embeddings of one modality."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs._job import JobConfig, Results, main
+from zsr.artifact import Artifact, Store, open_artifact
+from zsr.data.rows import Modality
+from zsr.embedding import gallery
+
+
+class Config(JobConfig):
+    """Flags of jobs.embed.
+
+    Attributes:
+        data: DATA.
+        features: FEATURES of that data.
+        checkpoint: a checkpoint's ROOT or object.
+        modality: which rows.
+        output: ROOT of the EMB artifact.
+        classes: all rows, or those of one role in the checkpoint's split.
+        actors: processes that hold the model.
+    """
+
+    data: Path
+    features: Path
+    checkpoint: Path
+    modality: Modality
+    output: Path
+    classes: gallery.Classes = "all"
+    actors: int = max(1, os.cpu_count() or 1)
+
+    def open(self) -> tuple[Artifact, Artifact, Artifact]:
+        """Data, features and checkpoint."""
+        return (
+            open_artifact(self.data, "data"),
+            open_artifact(self.features, "features"),
+            open_artifact(self.checkpoint, "checkpoint"),
+        )
+
+
+def plan(config: Config) -> Results:
+    data, features, checkpoint = config.open()
+    gallery.check_inputs(data, features, checkpoint, config.modality)
+    rows, dim = features.facts["rows"][config.modality], checkpoint.facts["dim"]
+    digest = gallery.plan(data, features, checkpoint, config.modality, config.classes).digest
+    return {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4}
+
+
+def work(config: Config) -> Results:
+    data, features, checkpoint = config.open()
+    store = Store.at(config.output)
+    embeddings = gallery.embed(
+        data, features, checkpoint, config.modality, store, classes=config.classes, actors=config.actors
+    )
+    return {"embeddings": embeddings.digest, **embeddings.facts}
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    return main(Config, plan, work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,94 @@
+"""Pictures under limits."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zsr.data.decode import BadImage, Limits, check_header, decode
+
+
+def encoded(kind: str, size: tuple[int, int] = (40, 30), mode: str = "RGB", colour: object = (200, 30, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, kind)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_three_formats_decode_to_the_wanted_size(kind: str) -> None:
+    pixels = decode(encoded(kind), 16, Limits())
+    assert pixels.shape == (16, 16, 3)
+    assert pixels.dtype == np.uint8
+    assert abs(int(pixels[8, 8, 0]) - 200) < 6
+
+
+def test_transparency_becomes_white() -> None:
+    pixels = decode(encoded("PNG", mode="RGBA", colour=(0, 0, 0, 0)), 8, Limits())
+    assert int(pixels.min()) == 255
+
+
+def test_cmyk_goes_through_pillow() -> None:
+    assert decode(encoded("JPEG", mode="CMYK", colour=(0, 0, 0, 0)), 8, Limits()).shape == (8, 8, 3)
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header claims side x side pixels, with no body."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [8_000, 13_000, 30_000])
+def test_a_bomb_is_refused_by_its_header(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "load", never)
+    with pytest.raises(BadImage) as error:
+        decode(bomb(side), 16, Limits())
+    assert error.value.kind == "oversized"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "empty"),
+        (b"GIF89a" + bytes(30), "wrong_type"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "undecodable"),
+        (b"x" * 40, "wrong_type"),
+    ],
+)
+def test_what_is_no_picture_is_named(data: bytes, kind: str) -> None:
+    with pytest.raises(BadImage) as error:
+        check_header(data, Limits())
+    assert error.value.kind == kind
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_truncated_body_is_undecodable(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, kind)
+    data = buffer.getvalue()
+    with pytest.raises(BadImage):
+        decode(data[: len(data) // 2], 64, Limits())
+
+
+def test_too_many_bytes_are_refused_unread() -> None:
+    with pytest.raises(BadImage, match="at most 10"):
+        check_header(encoded("PNG"), Limits(encoded=10))
+
+
+def test_an_animation_is_refused() -> None:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (0, 255)]
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    with pytest.raises(BadImage) as error:
+        check_header(buffer.getvalue(), Limits())
+    assert error.value.kind == "animated"

@@ -1,0 +1,76 @@
+"""Seen and unseen classes never meet."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zsr.data.splits import Split, choose, load, published
+from zsr.errors import ConfigError, Leakage
+
+LABELS = tuple("abcdefghij")
+
+
+def test_the_published_splits_have_their_published_sizes() -> None:
+    sizes = {name: len(load(name).unseen) for name in published()}
+    assert sizes == {
+        "sketchy-21": 21,
+        "sketchy-25": 25,
+        "sketchy-25-sempcyc": 25,
+        "tuberlin-30": 30,
+        "tuberlin-30-sempcyc": 30,
+        "quickdraw-30": 30,
+    }
+
+
+def test_roles_are_disjoint_and_complete() -> None:
+    split = choose("random:3:0", LABELS, 2, seed=5)
+    roles = [split.unseen, split.validation, split.training]
+    assert [len(role) for role in roles] == [3, 2, 5]
+    assert sorted(name for role in roles for name in role) == list(LABELS)
+
+
+def test_a_draw_depends_on_its_seed_alone() -> None:
+    assert choose("random:3:0", LABELS, 2, 0) == choose("random:3:0", reversed(LABELS), 2, 0)
+    assert choose("random:3:1", LABELS, 2, 0) != choose("random:3:0", LABELS, 2, 0)
+
+
+def test_a_class_in_two_roles_is_a_leak() -> None:
+    with pytest.raises(Leakage, match=r"\['b'\] stand in both unseen and training"):
+        Split(unseen=("a", "b"), training=("b", "c"))
+
+
+def test_a_file_that_trains_on_an_unseen_class_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"unseen": ["a"], "training": ["a", "b", "c"]}))
+    with pytest.raises(Leakage):
+        choose(str(path), LABELS, 2, 0)
+
+
+def test_seen_classes_of_a_file_bound_what_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"unseen": ["a"], "seen": ["b", "c", "d", "e"]}))
+    split = choose(str(path), LABELS, 2, 0)
+    assert set(split.training) | set(split.validation) == set("bcde")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"unseen": ["zebra"]}, "zebra"), ({"test": ["a"]}, "unseen"), ({"unseen": ["a"], "train": ["b"]}, "train")],
+)
+def test_a_bad_file_is_explained(tmp_path: Path, content: dict[str, list[str]], message: str) -> None:
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        choose(str(path), LABELS, 2, 0)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "random:x:0", "random:3", "random:30:0"])
+def test_a_bad_name_is_explained(name: str) -> None:
+    with pytest.raises(ConfigError):
+        choose(name, LABELS, 2, 0)
+
+
+def test_too_few_classes_to_train_on() -> None:
+    with pytest.raises(ConfigError, match="leaves 1 classes"):
+        choose("random:7:0", LABELS, 2, 0)

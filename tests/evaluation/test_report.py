@@ -1,0 +1,269 @@
+"""The page holds the numbers of report.json, stands alone, and survives bad pictures and strange names."""
+
+import html.parser
+import io
+import json
+import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zsr.errors import ConfigError
+from zsr.evaluation.metrics import top
+from zsr.evaluation.protocol import Evaluation, Search, Side, evaluate, evaluate_hits
+from zsr.evaluation.report import (
+    Published,
+    RecallCurve,
+    RecallPoint,
+    Report,
+    Row,
+    Seeds,
+    Validation,
+    as_json,
+    write,
+)
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags in order, the text of each table cell, and whether every tag is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open:
+            self.cells[-1] += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def side(count: int, noise: float, seed: int, names: tuple[str, ...] = ("bat", "cow", "door")) -> Side:
+    rng = np.random.default_rng(seed)
+    code = np.arange(count) % len(names)
+    labels = np.array(names)[code]
+    keys = np.array([f"{label}/{i}.png" for i, label in enumerate(labels)])
+    embeddings = np.eye(len(names))[code] + noise * rng.standard_normal((count, len(names)))
+    return Side(np.arange(count, dtype=np.int64), keys, labels, embeddings.astype(np.float32))
+
+
+def measured(name: str, noise: float, names: tuple[str, ...] = ("bat", "cow", "door")) -> Evaluation:
+    return evaluate(name, side(24, noise, 1, names), side(60, noise, 2, names), ks=(10, 20))
+
+
+def through() -> Evaluation:
+    query, gallery = side(24, 0.3, 1), side(60, 0.3, 2)
+    items, _ = query.merged()
+    others, embeddings = gallery.merged()
+    hits = others.ids[top(query.embeddings, embeddings, "cosine", 15)]
+    return evaluate_hits("contrastive", items, others, hits, Search("IVF4,PQ2", 2, 15, 0.93, 12_345_678), ks=(10, 20))
+
+
+def full() -> Report:
+    return Report(
+        "Sketch to photo",
+        "a set of three classes",
+        (
+            Row(measured("contrastive", 0.3), note="seed 0"),
+            Row(measured("contrastive, best epoch", 0.25), "peak"),
+            Row(measured("ridge", 0.5), "floor"),
+            Row(measured("raw", 1.0), "floor"),
+            Row(through()),
+        ),
+        unseen=("bat", "cow", "door"),
+        curves=(
+            RecallCurve("sketch queries", "IVF4,PQ2", 15, (RecallPoint(1, 15.0, 0.6), RecallPoint(2, 30.0, 0.93))),
+        ),
+        seeds=(Seeds("contrastive", {0: 0.99, 1: 0.98, 2: 0.1}),),
+        validation=(Validation("contrastive", ((10, 0.2), (20, 0.5), (30, 0.4))),),
+        published=(Published("SAKE", "ICCV 2019", {"mAP@all": 0.547}),),
+        configuration={"metric": "cosine"},
+        digests={"checkpoint": "f" * 64},
+        attribution="Pictures by nobody, CC0.",
+    )
+
+
+def drawing(modality: str, identity: int) -> bytes:
+    picture = Image.new("RGB", (320, 200), (40 * (identity % 6), 90, 120 if modality == "photo" else 200))
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def no_picture(modality: str, identity: int) -> None:
+    return None
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("report")
+    write(output, full(), drawing)
+    return output
+
+
+@pytest.fixture(scope="module")
+def values(written: Path) -> Any:
+    return json.loads((written / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(written: Path) -> Page:
+    return Page((written / "report.html").read_text())
+
+
+def test_every_tag_is_closed_and_nothing_is_fetched(page: Page, written: Path) -> None:
+    assert page.open == []
+    assert page.count("script") == page.count("link") == page.count("iframe") == 0
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 9 * 11
+    assert all(source.startswith("data:image/webp;base64,") for source in sources)
+    text = (written / "report.html").read_text()
+    assert not re.findall(r"url\((?!#)", text)
+    assert "#010101" not in text
+
+
+def test_the_page_shows_the_numbers_of_the_file(page: Page, values: Any) -> None:
+    cells = " ".join(page.cells)
+    for row in values["rows"]:
+        for name in ("mAP@all", "P@10", "mAP@20(k)", "mAP@20(hits)", "mAP@20(min)"):
+            assert f"{row['scores'][name]:.3f}" in cells
+            assert f"{row['chance'][name]:.3f}" in cells
+    shown = next(row for row in values["rows"] if row["name"] == values["shown"] and row["search"] is None)
+    metric_table = page.cells[page.cells.index("mAP@all") :]
+    for name, score in shown["scores"].items():
+        at = metric_table.index(name)
+        level = shown["chance"].get(name)
+        assert metric_table[at + 1] == ("\N{EN DASH}" if level is None else f"{level:.3f}")
+        assert metric_table[at + 2] == f"{score:.3f}"
+
+
+def test_the_file_holds_what_was_measured(values: Any) -> None:
+    report = full()
+    for row, found in zip(report.rows, values["rows"], strict=True):
+        assert found["scores"] == dict(row.evaluation.scores)
+        assert found["chance"] == dict(row.evaluation.chance)
+        assert tuple(found["curve"]) == row.evaluation.curve
+        assert [entry["score"] for entry in found["per_class"]] == [c.score for c in row.evaluation.per_class]
+    assert "replicates" not in json.dumps(values)
+    assert values["digests"] == {"checkpoint": "f" * 64}
+
+
+def test_floors_and_the_peak_are_marked(page: Page, written: Path) -> None:
+    classes = [attributes.get("class") or "" for tag, attributes in page.tags if tag == "tr"]
+    assert sum("floor" in name for name in classes) == 2
+    assert sum("peak" in name for name in classes) == 1
+    assert "not selectable" in (written / "report.html").read_text()
+
+
+def test_right_and_wrong_have_a_mark_beside_the_colour(page: Page, values: Any, written: Path) -> None:
+    shown = next(row for row in values["rows"] if row["name"] == values["shown"])
+    right = sum(hit["right"] for example in shown["examples"] for hit in example["hits"])
+    text = (written / "report.html").read_text()
+    assert text.count(">\N{CHECK MARK}<") == right
+    assert text.count(">\N{BALLOT X}<") == 90 - right
+    assert right not in (0, 90)
+
+
+def test_the_peak_is_never_the_headline(values: Any) -> None:
+    assert values["shown"] == "contrastive"
+
+
+def test_seeds_say_where_the_floor_stands(values: Any) -> None:
+    (seeds,) = values["seeds"]
+    assert (seeds["median"], seeds["lowest"], seeds["highest"]) == (0.98, 0.1, 0.99)
+    assert "is above the ridge floor" in seeds["sentence"]
+    assert "2 of 3 seeds" in seeds["sentence"]
+
+
+def test_differences_are_paired_with_the_reference(values: Any) -> None:
+    by_name = {row["name"]: row for row in values["rows"] if row["search"] is None}
+    difference = by_name["contrastive"]["difference"]
+    wanted = by_name["contrastive"]["scores"]["mAP@all"] - by_name["ridge"]["scores"]["mAP@all"]
+    assert difference["score"] == pytest.approx(wanted)
+    assert difference["interval"][0] <= wanted <= difference["interval"][1]
+    assert by_name["ridge"]["difference"] is None
+
+
+def test_other_queries_are_not_compared() -> None:
+    other = evaluate("contrastive", side(27, 0.3, 1), side(60, 0.3, 2), ks=(10, 20))
+    found = as_json(Report("t", "d", (Row(other), Row(measured("ridge", 0.5), "floor"))))
+    assert found["rows"][0]["difference"] is None
+
+
+def test_without_pictures_tiles_stand_with_key_and_class(tmp_path: Path) -> None:
+    write(tmp_path, full(), no_picture)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.count("img") == 0
+    tiles = [attributes for tag, attributes in page.tags if tag == "span" and attributes.get("class") == "tile"]
+    assert len(tiles) == 9 * 11
+
+
+def bomb() -> bytes:
+    """A PNG header that claims 60,000 x 60,000 pixels."""
+    size = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    end = b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + size + zlib.crc32(size).to_bytes(4, "big") + end
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not a picture", drawing("photo", 1)[:60], b"\x89PNG\r\n\x1a\n" + b"\0" * 40, bomb()],
+    ids=["empty", "text", "cut short", "zeros", "bomb"],
+)
+def test_a_picture_that_does_not_decode_becomes_a_tile(tmp_path: Path, data: bytes) -> None:
+    write(tmp_path, full(), lambda modality, identity: data)
+    assert Page((tmp_path / "report.html").read_text()).count("img") == 0
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    names = ("<script>alert(1)</script>", "a $x$ & b", "\u732b_")
+    report = Report("<b>title</b>", "d & d", (Row(measured("_model $a$ <i>", 0.4, names)),))
+    write(tmp_path, report, no_picture)
+    text = (tmp_path / "report.html").read_text()
+    assert Page(text).count("script") == 0
+    assert "<i>" not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    assert "\u732b" in text
+
+
+def test_the_smallest_report_has_no_empty_section(tmp_path: Path) -> None:
+    write(tmp_path, Report("t", "d", (Row(measured("raw", 1.0), "floor"),)), no_picture)
+    text = (tmp_path / "report.html").read_text()
+    for heading in ("Spread over seeds", "Recall against cost", "Validation", "through the index"):
+        assert heading not in text
+
+
+def test_equal_reports_give_equal_bytes(tmp_path: Path, written: Path) -> None:
+    write(tmp_path, full(), drawing)
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+
+
+def test_a_report_without_an_exact_row_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one row"):
+        as_json(Report("t", "d", ()))
+    with pytest.raises(ConfigError, match="'nobody'"):
+        as_json(replace(full(), shown="nobody"))

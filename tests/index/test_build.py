@@ -1,0 +1,213 @@
+"""A built index: what it finds, that equal work gives equal bytes, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jobs.index
+import jobs.search
+from tests.index.helpers import World, clustered, embeddings, exact_neighbours, make_world
+from zsr import cluster
+from zsr.artifact import Store, open_artifact
+from zsr.data.rows import row_id
+from zsr.errors import ConfigError, DamagedArtifact, QualityGateFailed
+from zsr.index import engine
+from zsr.index.build import Job, build
+from zsr.index.plan import IndexConfig
+from zsr.index.publish import history, rollback, verify
+from zsr.index.search import INDEX, Searcher
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def _build(world: World, place: Path, **options: object) -> Searcher:
+    build(Job.of(world.gallery, world.queries, IndexConfig.model_validate(options)), Store.at(place))
+    return Searcher.open(place)
+
+
+def _recall(searcher: Searcher, world: World) -> float:
+    """recall@10 at the published operating point, by the definition."""
+    expected = exact_neighbours(world.sketches, world.photos, 10, searcher.space.metric)
+    found = searcher.search(world.sketches, 10).keys
+    return float(np.mean([len({f"photo-{r}" for r in a} & set(b)) / 10 for a, b in zip(expected, found, strict=True)]))
+
+
+def test_recall_on_the_sketches_is_what_the_manifest_says(world: World, tmp_path: Path) -> None:
+    searcher = _build(world, tmp_path, recall_target=0.95)
+    point = searcher.facts["operating_point"]
+    assert point["recall_sketch"] >= 0.95
+    assert _recall(searcher, world) == pytest.approx(point["recall_sketch"], abs=1e-6)
+    assert any(p["recall_sketch"] < 0.95 for p in searcher.facts["curve"])
+
+
+def test_a_demo_sized_gallery_becomes_an_ivf_pq_index(tmp_path: Path) -> None:
+    world = make_world(tmp_path, photos=250, sketches=40, shards=2)
+    searcher = _build(world, tmp_path / "index")
+    assert searcher.facts["index_key"] == "IVF4,PQ8x4"
+    assert _recall(searcher, world) >= 0.9
+
+
+@pytest.mark.parametrize("key", ["OPQ8_16,IVF16,PQ8x4", "IVF32_HNSW16,SQ8", "PCAR16,IVF8,Flat"])
+def test_other_keys_build_and_answer(tmp_path: Path, key: str) -> None:
+    world = make_world(tmp_path, photos=600, sketches=30, metric="l2", shards=2)
+    searcher = _build(world, tmp_path / "index", index_key=key)
+    assert _recall(searcher, world) >= 0.9
+    nearest = searcher.search(world.sketches[:1], 1)
+    row = int(nearest.keys[0, 0].removeprefix("photo-"))
+    assert nearest.scores[0, 0] == pytest.approx(-np.linalg.norm(world.photos[row] - world.sketches[0]), abs=1e-5)
+
+
+def test_shards_merge_into_what_one_process_builds(world: World, tmp_path: Path) -> None:
+    searcher = _build(world, tmp_path)
+    job = Job.of(world.gallery, world.queries, IndexConfig())
+    sample = job.gallery.sample(job.chosen.train_size, 0)
+    single = engine.train(job.chosen.index_key, "ip", sample, seed=0, count=4)
+    single.add_with_ids(world.photos, np.arange(len(world.photos)))
+    assert np.array_equal(
+        engine.probe(single, world.sketches, 50, 8), engine.probe(searcher.index, world.sketches, 50, 8)
+    )
+
+
+def test_equal_work_gives_equal_bytes_however_many_tasks_run(world: World, tmp_path: Path) -> None:
+    one = _build(world, tmp_path / "one", num_workers=1)
+    four = _build(world, tmp_path / "four", num_workers=4)
+    assert open_artifact(tmp_path / "one", "index").digest == open_artifact(tmp_path / "four", "index").digest
+    assert one.files[INDEX].read_bytes() == four.files[INDEX].read_bytes()
+
+
+def test_the_same_build_again_is_the_same_version(world: World, tmp_path: Path) -> None:
+    job, store = Job.of(world.gallery, world.queries, IndexConfig()), Store.at(tmp_path)
+    first = build(job, store)
+    assert build(job, store) == first
+    other = build(Job.of(world.gallery, world.queries, IndexConfig(seed=1)), store)
+    assert (first.version, other.version, store.versions()) == (1, 2, (1, 2))
+    assert build(job, store).version == 1
+    assert rollback(store, 1).version == 3
+    assert history(store)[3] == history(store)[1] == first.artifact.digest
+    with pytest.raises(ConfigError, match="has no version 9"):
+        rollback(store, 9)
+
+
+def test_queries_of_another_checkpoint_are_refused(world: World, tmp_path: Path) -> None:
+    strangers = embeddings(tmp_path, world.sketches, "sketch", checkpoint="e" * 64)
+    with pytest.raises(ConfigError, match="same checkpoint"):
+        Job.of(world.gallery, strangers, IndexConfig())
+
+
+def test_an_unmet_target_publishes_nothing_now_or_later(world: World, tmp_path: Path) -> None:
+    noise = np.random.default_rng(3).standard_normal((50, 32)).astype(np.float32)
+    queries = embeddings(tmp_path / "q", noise, "sketch", shards=1)
+    job = Job.of(world.gallery, queries, IndexConfig(index_key="IVF64,PQ1x4", recall_target=1.0))
+    for _ in range(2):
+        with pytest.raises(QualityGateFailed, match=r"IVF64,PQ1x4 reaches recall@10 0\.\d+ on the sketches"):
+            build(job, Store.at(tmp_path / "index"))
+        assert Store.at(tmp_path / "index").versions() == ()
+
+
+def test_two_rows_of_one_id_and_part_are_refused(tmp_path: Path) -> None:
+    photos = clustered(300, 1)
+    keys = [f"photo-{max(row, 1)}" for row in range(300)]
+    gallery = embeddings(tmp_path / "g", photos, "photo", keys=keys)
+    queries = embeddings(tmp_path / "q", clustered(20, 2), "sketch", shards=1)
+    with pytest.raises(ConfigError, match="'photo-1'"):
+        build(Job.of(gallery, queries, IndexConfig()), Store.at(tmp_path / "index"))
+
+
+def test_parts_of_a_photo_merge_into_one_hit(tmp_path: Path) -> None:
+    photos, sketches = clustered(400, 1), clustered(30, 2, shift=0.5)
+    gallery = embeddings(tmp_path / "g", photos, "photo", parts=2)
+    queries = embeddings(tmp_path / "q", sketches, "sketch", shards=1)
+    build(Job.of(gallery, queries, IndexConfig()), Store.at(tmp_path / "index"))
+    searcher = Searcher.open(tmp_path / "index")
+    hits = searcher.search(sketches, 10, nprobe=8, refine_factor=20)
+    assert searcher.parts == 2
+    best = (sketches @ photos.T).reshape(30, 200, 2).max(axis=2)
+    expected = np.argsort(-best, axis=1, kind="stable")[:, :10]
+    assert hits.ids.tolist() == [[row_id("photo", f"photo-{item}") for item in row] for row in expected]
+
+
+def test_a_value_that_is_not_finite_is_refused_with_its_row(tmp_path: Path) -> None:
+    photos = clustered(300, 1)
+    photos[7, 3] = np.nan
+    gallery = embeddings(tmp_path / "g", photos, "photo", shards=1)
+    queries = embeddings(tmp_path / "q", clustered(20, 2), "sketch", shards=1)
+    job = Job.of(gallery, queries, IndexConfig())
+    with pytest.raises(DamagedArtifact, match="row 7 holds a value that is not finite"):
+        job.gallery.read(0)
+
+
+def test_half_precision_vectors_are_kept_as_they_are(tmp_path: Path) -> None:
+    photos = clustered(300, 1).astype(np.float16)
+    gallery = embeddings(tmp_path / "g", photos, "photo")
+    queries = embeddings(tmp_path / "q", clustered(20, 2).astype(np.float16), "sketch", shards=1)
+    build(Job.of(gallery, queries, IndexConfig()), Store.at(tmp_path / "index"))
+    searcher = Searcher.open(tmp_path / "index")
+    assert np.array_equal(searcher.vectors(np.array([0, 299, 75])), photos[[0, 299, 75]].astype(np.float32))
+
+
+def test_an_index_that_lost_recall_does_not_verify(world: World, tmp_path: Path) -> None:
+    searcher = _build(world, tmp_path)
+    verify(searcher)
+    claimed = {**searcher.facts["operating_point"], "recall_sketch": 0.5}
+    with pytest.raises(QualityGateFailed, match="when the index was tuned"):
+        verify(Searcher(searcher.files, {**searcher.facts, "operating_point": claimed}))
+    (tmp_path / "swapped").mkdir()
+    first, second = "ids/part-00000.parquet", "refine/part-00000.raw"
+    short = shutil.copy(searcher.files[second], tmp_path / "swapped" / "short.raw")
+    Path(short).write_bytes(Path(short).read_bytes()[: -4 * searcher.space.dim])
+    with pytest.raises(DamagedArtifact, match="'vectors': 2999"):
+        Searcher({**searcher.files, first: searcher.files[first], second: Path(short)}, searcher.facts)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Run a job in this process, on its Ray cluster, and return its last line."""
+    monkeypatch.setattr(cluster, "disconnect", lambda: None)
+
+    def _run(job: Callable[[Sequence[str]], int], *words: object) -> dict[str, Any]:
+        code = job([str(word) for word in words])
+        results: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert results["exit_code"] == code
+        return results
+
+    return _run
+
+
+def test_the_jobs_build_inspect_verify_roll_back_and_search(
+    world: World, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    place, index = tmp_path / "index", jobs.index.run
+    inputs = ("--embeddings", world.root / "gallery", "--queries", world.root / "queries", "--index-dir", place)
+    planned = run(index, "build", *inputs, "--plan")
+    assert (planned["index_key"], planned["shards"], place.exists()) == ("IVF64,PQ8x6", 4, False)
+    built = run(index, "build", *inputs)
+    assert (built["exit_code"], built["version"], built["ntotal"]) == (0, 1, 3000)
+    assert run(index, "verify", "--index-dir", place)["digest"] == built["digest"]
+    assert run(index, "build", *inputs, "--seed", 5)["version"] == 2
+    assert run(index, "rollback", "--index-dir", place, "--version", 1)["digest"] == built["digest"]
+    versions = run(index, "inspect", "--index-dir", place)["versions"]
+    assert (versions["3"], set(versions)) == (built["digest"], {"1", "2", "3"})
+    output = tmp_path / "near.json"
+    queries = world.root / "queries"
+    found = run(jobs.search.run, "--index-dir", place, "--queries", queries, "--k", 3, "--output", output)
+    assert (found["exit_code"], found["queries"], output.exists()) == (0, 120, True)
+
+
+def test_the_jobs_end_with_the_code_of_what_is_wrong(
+    world: World, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    place, index = tmp_path / "index", jobs.index.run
+    inputs = ("--embeddings", world.root / "gallery", "--queries", world.root / "queries", "--index-dir", place)
+    refused = run(index, "build", *inputs, "--max-index-memory-usage", "1KB")
+    assert (refused["exit_code"], "give at least" in refused["error"]) == (2, True)
+    assert run(index, "rebuild")["exit_code"] == 2
+    noise = np.random.default_rng(3).standard_normal((50, 32)).astype(np.float32)
+    embeddings(tmp_path / "noise", noise, "sketch", shards=1)
+    hard = ("--queries", tmp_path / "noise", "--index-key", "IVF64,PQ1x4", "--recall-target", 1)
+    assert run(index, "build", *inputs[:2], *inputs[4:], *hard)["exit_code"] == 4
+    assert run(index, "inspect", "--index-dir", tmp_path / "nowhere")["exit_code"] == 7

@@ -1,0 +1,108 @@
+"""Two ranks of B rows are one rank of 2B: batch normalisation, a whole SEM-PCYC step, and ridge's sums."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from torch.testing import assert_close
+
+from tests.models.helpers import INPUTS, batch, sem_pcyc, total
+from zsr.models.layers import BatchNorm
+from zsr.models.protocol import Rows
+from zsr.models.ridge import Config, Ridge
+
+ROWS = 24
+Result = dict[str, Tensor]
+
+
+def normalised(start: int, stop: int) -> Result:
+    """Output, input gradient, parameter gradients and running statistics of two training passes."""
+    torch.manual_seed(0)
+    features = 2 * torch.randn(ROWS, 5) + torch.arange(5.0)
+    weight = torch.randn(ROWS, 5)
+    layer = BatchNorm(5)
+    layer.weight.data.uniform_(0.5, 2.0)
+    mine = features[start:stop].requires_grad_(True)
+    layer(2 * mine.detach())
+    output = layer(mine)
+    torch.autograd.backward((output * weight[start:stop]).sum())
+    assert mine.grad is not None
+    gradients = {f"sum.{name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return {"rows.output": output.detach(), "rows.gradient": mine.grad, **gradients, **layer.state_dict()}
+
+
+def stepped(start: int, stop: int) -> Result:
+    """Gradients of all phases of SEM-PCYC in float64, with every draw of noise switched off."""
+    model = sem_pcyc(dropout=0.0, noise=0.0, gan="logistic", l21_weight=1.0).double()
+    data = batch(rows=ROWS).rows(start, stop)
+    data = data.map(sketch=data.sketch.double(), photo=data.photo.double(), word=data.word.double())
+    shared = model.shared(data)
+    result: Result = {}
+    for phase in model.phases:
+        group = model.groups[phase.moves].module
+        loss = total(phase.terms(data, shared))
+        gradients = torch.autograd.grad(loss, list(group.parameters()), retain_graph=True)
+        names = [f"mean.{phase.name}.{name}" for name, _ in group.named_parameters()]
+        result.update(zip(names, gradients, strict=True))
+    return result
+
+
+def solved(start: int, stop: int) -> Result:
+    """Ridge's maps."""
+    model = Ridge(Config(penalties=(3.0,)), INPUTS)
+    data = batch(rows=ROWS).rows(start, stop)
+    word = torch.randn(len(INPUTS.classes), INPUTS.semantic_dim, generator=torch.Generator().manual_seed(5))
+    model.fit([Rows("sketch", data.sketch, data.label), Rows("photo", data.photo, data.label)], word, lambda: 0.0)
+    return {name: value for name, value in model.state_dict().items() if name.startswith("maps")}
+
+
+PARTS = {"normalised": normalised, "stepped": stepped, "solved": solved}
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    half = ROWS // 2
+    results = {name: part(rank * half, (rank + 1) * half) for name, part in PARTS.items()}
+    torch.save(results, f"{folder}/rank{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    start: Callable[..., object] = spawn
+    start(rank_main, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}") for rank in range(2)]
+
+
+def merged(name: str, parts: list[Tensor]) -> Tensor:
+    """What one process would hold: rows side by side, gradients of sums added, of means averaged, all else equal."""
+    if name.startswith("rows."):
+        return torch.cat(parts)
+    if name.startswith("sum."):
+        return parts[0] + parts[1]
+    if name.startswith("mean."):
+        return (parts[0] + parts[1]) / 2
+    assert_close(parts[0], parts[1], rtol=0, atol=0)
+    return parts[0]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_two_ranks_of_half_the_rows_equal_one_rank(part: str, two_ranks: list[dict[str, Result]]) -> None:
+    alone = PARTS[part](0, ROWS)
+    for name, value in alone.items():
+        both = merged(name, [rank[part][name] for rank in two_ranks])
+        assert_close(both, value, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_norm_alone_is_torchs_own() -> None:
+    torch.manual_seed(0)
+    ours, torchs = BatchNorm(5), torch.nn.BatchNorm1d(5)
+    features = torch.randn(8, 5)
+    assert ours(features).equal(torchs(features))
+    assert_close(ours.state_dict(), torchs.state_dict())

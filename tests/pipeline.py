@@ -1,0 +1,34 @@
+"""Calls jobs as a user does, and reads the JSON line that they end with."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def job(name: str, *flags: object) -> dict[str, Any]:
+    """Run `python -m jobs.NAME FLAGS` in this process; the results, exit code included."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code = import_module(f"jobs.{name}").run([str(flag) for flag in flags])
+    results: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
+    assert results["exit_code"] == code
+    return results
+
+
+def ok(name: str, *flags: object) -> dict[str, Any]:
+    """`job`, which must succeed."""
+    results = job(name, *flags)
+    assert results["exit_code"] == 0, results
+    return results
+
+
+def features_only(root: Path, raw: Path) -> list[object]:
+    """Prepare a feature-only set below `root`; the flags that name its artifacts."""
+    at = {name: root / name for name in ("data", "features", "semantics")}
+    ok("prepare", "--source", "parquet", "--input", raw, "--output", at["data"], "--features-output", at["features"],
+       "--rows-per-shard", 50)  # fmt: skip
+    ok("semantics", "--data", at["data"], "--output", at["semantics"])
+    return [word for name, path in at.items() for word in (f"--{name}", path)]

@@ -1,0 +1,198 @@
+"""The main job on small generated data: pictures to report, features to report, and what a kill leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import toy
+from tests.pipeline import features_only, job, ok
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+SHORT = ("--split", "random:3:0", "--validation-classes", 2, "--epochs", 2, "--steps-per-epoch", 5, "--batch-size", 16)
+
+
+@pytest.fixture(scope="module")
+def featured(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Artifacts of a feature-only set, as flags."""
+    root = tmp_path_factory.mktemp("featured")
+    return features_only(root, toy.write_features(root / "raw"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, featured: list[object]) -> Path:
+    """ROOT of a checkpoint trained on them by two workers."""
+    root = tmp_path_factory.mktemp("trained")
+    ok("train", *featured, "--output", root, *SHORT, "--num-workers", 2)
+    return root
+
+
+def flags_to_paths(flags: list[object]) -> dict[str, Path]:
+    return {str(name).removeprefix("--"): Path(str(path)) for name, path in zip(flags[::2], flags[1::2], strict=True)}
+
+
+def test_pictures_to_report(tmp_path: Path) -> None:
+    raw = toy.write_pictures(tmp_path / "raw")
+    data, features, semantics = (tmp_path / name for name in ("data", "features", "semantics"))
+    prepared = ok("prepare", "--source", "sketchy", "--input", raw, "--output", data, "--rows-per-shard", 30)
+    assert prepared["rows"] == {"in": 160, "used": 160, "quarantined": 0}
+    ok("features", "--data", data, "--output", features, "--size", 32, "--actors", 1)
+    ok("semantics", "--data", data, "--output", semantics)
+    inputs = ["--data", data, "--features", features, "--semantics", semantics]
+    trained = ok("train", *inputs, "--output", tmp_path / "checkpoint", *SHORT, "--num-workers", 2)
+    assert trained["steps"] == 10
+    search_and_report(tmp_path, inputs, tmp_path / "checkpoint")
+
+
+def test_features_alone_to_report(tmp_path: Path, featured: list[object], trained: Path) -> None:
+    report = search_and_report(tmp_path, featured, trained)
+    assert [row["name"] for row in report["rows"]] == ["sem-pcyc", "sem-pcyc", "ridge"]  # widths differ: no raw floor
+
+
+def search_and_report(root: Path, inputs: list[object], checkpoint: Path) -> dict[str, Any]:
+    """Embed, index and evaluate; checks that hold for any data, and report.json."""
+    common = [*inputs[:4], "--checkpoint", checkpoint, "--classes", "unseen"]
+    for modality in ("photo", "sketch"):
+        ok("embed", *common, "--modality", modality, "--output", root / modality)
+    built = ok("index", "build", "--embeddings", root / "photo", "--queries", root / "sketch", "--index-dir", root / "index")
+    assert built["operating_point"]["recall_sketch"] >= 0.9
+    results = ok("evaluate", *inputs, "--checkpoint", checkpoint, "--index-dir", root / "index", "--output", root / "out")
+    assert 0 < results["chance"] < 1
+    assert results["map_all_unseen_index"] == pytest.approx(results["map_all_unseen"], abs=0.1)
+    report: dict[str, Any] = json.loads((root / "out" / "report.json").read_text())
+    HTMLParser().feed((root / "out" / "report.html").read_text())
+    return report
+
+
+def test_a_finished_run_is_found_and_another_seed_is_another_run(trained: Path, featured: list[object]) -> None:
+    planned = [ok("train", *featured, "--output", trained, *SHORT, "--seed", seed, "--plan")["plan"] for seed in (0, 1)]
+    assert planned[0] != planned[1]
+    again = ok("train", *featured, "--output", trained, *SHORT)
+    assert again["checkpoint"] == open_checkpoint(trained).digest
+
+
+def test_unseen_poison_leaves_every_loss_and_weight_as_it_is(tmp_path: Path, trained: Path) -> None:
+    unseen = open_checkpoint(trained).config["split"]["unseen"]
+    poisoned_flags = features_only(tmp_path, toy.write_features(tmp_path / "raw", poison=tuple(unseen)))
+    ok("train", *poisoned_flags, "--output", tmp_path / "poisoned", *SHORT)
+    weights = [open_checkpoint(root).read("model.safetensors") for root in (trained, tmp_path / "poisoned")]
+    assert weights[0] == weights[1]
+    losses = [next((root / "logs").rglob("metrics.jsonl")).read_text() for root in (trained, tmp_path / "poisoned")]
+    assert _terms(losses[0]) == _terms(losses[1])
+
+
+def open_checkpoint(root: Path) -> Any:
+    from zsr.artifact import open_artifact
+
+    return open_artifact(root, "checkpoint")
+
+
+def _terms(text: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert all("NaN" not in line for line in text.splitlines())
+    return [{name: value for name, value in line.items() if name != "samples_a_second"} for line in lines]
+
+
+def test_a_killed_worker_and_driver_go_on_to_the_same_digest(tmp_path: Path, featured: list[object], trained: Path) -> None:
+    flags = [str(flag) for flag in (*featured, "--output", tmp_path / "killed", *SHORT)]
+    # a cluster of its own, since workers take the fault from the runtime environment of their job; the fault fires in
+    # the second epoch of each worker group, so restarts make progress until they run out
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"ZSR_FAULT": "train.step=kill@3"}
+    command = [sys.executable, "-m", "jobs.train", *flags]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr or ():
+            if "starting again from the last state" in line:
+                run.kill()  # the driver, too
+                break
+    assert not list((tmp_path / "killed").rglob("versions/*"))
+    resumed = ok("train", *flags)
+    assert resumed["checkpoint"] == open_checkpoint(trained).digest
+
+
+def test_plan_trains_nothing(tmp_path: Path, featured: list[object]) -> None:
+    planned = ok("train", *featured, "--output", tmp_path / "x", *SHORT, "--plan")
+    assert planned["steps_at_most"] == 10
+    assert "parameters" in planned["model"]
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unseen_class_in_the_training_list_is_refused(tmp_path: Path, featured: list[object]) -> None:
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"unseen": ["apple", "ball"], "training": ["apple", "cat", "dog"]}))
+    results = job("train", *featured, "--output", tmp_path / "x", "--split", split)
+    assert results["exit_code"] == 2
+    assert "'apple'" in results["error"]
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+    flags = features_only(tmp_path, toy.write_features(tmp_path / "raw"))
+    shard = max(flags_to_paths(flags)["features"].rglob("part-00000.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    results = job("train", *flags, "--output", tmp_path / "x", *SHORT, "--model", "ridge", "--num-workers", "1")
+    assert results["exit_code"] == 5
+    assert str(shard) in results["error"]
+    assert not list((tmp_path / "x").rglob("versions"))
+
+
+def test_a_missing_column_names_file_and_column(tmp_path: Path) -> None:
+    raw = toy.write_features(tmp_path / "raw")
+    results = job("prepare", "--source", "parquet", "--input", raw, "--output", tmp_path / "x", "--columns.key", "name")
+    assert results["exit_code"] == 2
+    assert "no column 'name'" in results["error"]
+    assert "rows.parquet" in results["error"]
+
+
+def test_a_label_without_a_vector_is_named(tmp_path: Path) -> None:
+    results = job("semantics", "--labels", "apple", "qzxv", "--output", tmp_path / "x")
+    assert results["exit_code"] == 2
+    assert "qzxv" in results["error"]
+
+
+def test_an_infeasible_budget_names_the_nearest(tmp_path: Path, featured: list[object]) -> None:
+    ok("train", *featured, "--output", tmp_path / "ridge", *SHORT, "--model", "ridge", "--num-workers", "1")
+    for modality in ("photo", "sketch"):
+        ok("embed", *featured[:4], "--checkpoint", tmp_path / "ridge", "--modality", modality, "--output", tmp_path / modality)
+    results = job(
+        "index", "build", "--embeddings", tmp_path / "photo", "--queries", tmp_path / "sketch",
+        "--index-dir", tmp_path / "index", "--max-index-memory-usage", "1KB",
+    )  # fmt: skip
+    assert results["exit_code"] == 2
+    assert not list((tmp_path / "index").rglob("versions/*"))
+
+
+def test_bad_pictures_are_quarantined_and_counted(tmp_path: Path) -> None:
+    raw = toy.write_pictures(tmp_path / "raw", classes=toy.CLASSES[:4])
+    for number, data in enumerate([b"", b"GIF89a", b"\x89PNG\r\n\x1a\n broken"]):
+        (raw / "photo" / "apple" / f"{number}.png").write_bytes(data)
+    strict = job("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "strict")
+    assert strict["exit_code"] == 3
+    assert "'empty': 1, 'undecodable': 1, 'wrong_type': 1" in strict["error"]
+    assert not (tmp_path / "strict" / "versions").exists()
+    loose = ok("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "loose", "--max-bad-rows", "10%")
+    assert loose["rows"] == {"in": 64, "used": 61, "quarantined": 3}
+    lines = [json.loads(line) for path in (tmp_path / "loose").rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(line["kind"] for line in lines) == ["empty", "undecodable", "wrong_type"]
+    assert all(line["shard"] and line["id"] and line["key"] for line in lines)
+
+
+def test_an_unknown_configuration_key_is_refused(tmp_path: Path, featured: list[object]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: sem-pcyc\noptions: {learning_rate: 1}\n")
+    results = job("train", *featured, "--output", tmp_path / "x", *SHORT, "--config", file)
+    assert results["exit_code"] == 2
+    assert "options.learning_rate" in results["error"]
+
+
+def test_a_huge_learning_rate_stops_with_the_term_and_the_step(tmp_path: Path, featured: list[object]) -> None:
+    flags = (*featured, "--output", tmp_path / "x", *SHORT, "--num-workers", 1, "--options.generator-lr", "1e30")
+    results = job("train", *flags)
+    assert results["exit_code"] == 6
+    assert "step" in results["error"]
+    assert not list((tmp_path / "x").rglob("versions/*"))

@@ -1,0 +1,102 @@
+"""The one place that connects to Ray and maps work over it.
+
+A job attaches to the cluster that `ray job submit` put it on, or starts a small local one. `map_pieces` runs a function
+over named pieces of work (shards) through Ray Data, with its back-pressure and its retries after a lost worker or node.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import DataContext
+
+from zsr import worker
+
+logger = logging.getLogger("zsr")
+
+LOCAL_CPUS = 4  # logical: two training workers plus the data tasks that feed them, also on a laptop with 2 cores
+
+
+def connect() -> None:
+    """Attach to the cluster of RAY_ADDRESS (set inside a submitted job), or start a local one. Safe to call again."""
+    if ray.is_initialized():
+        return
+    # Ray hides the GPUs from tasks that ask for none, unless told otherwise; this is the coming default
+    environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    # Ray Train's own logging set-up would undo the levels of worker.setup
+    environment |= {f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")}
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment |= {k: v for k, v in os.environ.items() if k == "ZSR_FAULT"}
+    runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
+    options: dict[str, Any] = {"runtime_env": runtime, "log_to_driver": True, "logging_level": "ERROR"}
+    worker.setup()
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**options)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
+            object_store_memory=512 << 20,
+            include_dashboard=False,
+            **options,
+        )
+    set_data_context()
+
+
+def set_data_context() -> None:
+    """Deterministic order and no progress bars in job logs; for each process that runs a Ray Data stream."""
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # our errors carry their exit code; a wrapper would lose it
+    worker.setup()  # again: importing ray.data sets its own log levels
+
+
+def disconnect() -> None:
+    """Leave the cluster, and stop it if this process started it. Safe to call when not connected."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def map_pieces(
+    what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
+) -> list[dict[str, Any]]:
+    """Run `function` once for every piece, each as a Ray task, and return its results in the order of `pieces`.
+
+    Args:
+        what: a word for the progress lines.
+        function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of; it
+            writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
+        options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
+
+    Raises:
+        Whatever `function` raises: a failing piece stops the job, since bad rows were quarantined inside it.
+    """
+    if not pieces:
+        return []
+    connect()
+    dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(function, **options)
+    return list(track(what, dataset.iter_rows(), len(pieces)))
+
+
+def track(what: str, items: Iterator[Any], total: int) -> Iterator[Any]:
+    """Pass `items` through, showing progress: a bar on a terminal, a line each 30 s elsewhere."""
+    if sys.stderr.isatty():
+        from rich.progress import track as bar  # imported here: only a terminal needs it
+
+        yield from bar(items, description=what, total=total)
+        return
+    started = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= 30:
+            last = now
+            logger.warning("%s: %d of %d, %.0f s", what, done, total, now - started)

@@ -1,0 +1,106 @@
+"""Pictures under limits: what an image claims is checked by its header before anything is decoded.
+
+Formats are allow-listed by magic bytes (JPEG, PNG, WebP). JPEGs decode with simplejpeg at the smallest scale that still
+covers the wanted size; everything else, and JPEGs that it refuses, go to Pillow.
+"""
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Ceilings for one encoded picture: bytes as stored, pixels as its header claims."""
+
+    encoded: int = 20 << 20
+    pixels: int = 50_000_000
+
+
+class BadImage(ValueError):
+    """A picture that goes to quarantine; `kind` is the quarantine's word for why."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def sniff(data: bytes) -> str:
+    """Format by magic bytes: JPEG, PNG or WEBP. Raises BadImage for anything else."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    raise BadImage("wrong_type", f"starts with {data[:8].hex()}, expected JPEG, PNG or WebP")
+
+
+def check_header(data: bytes, limits: Limits) -> tuple[int, int]:
+    """(width, height) as the header claims, with nothing decoded.
+
+    Raises:
+        BadImage: empty, too many bytes, of another format, unreadable header, animated, or too many pixels.
+    """
+    if not data:
+        raise BadImage("empty", "0 bytes, expected an encoded picture")
+    if len(data) > limits.encoded:
+        raise BadImage("oversized", f"{len(data)} bytes, at most {limits.encoded} are read")
+    kind = sniff(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the tighter one
+            with Image.open(io.BytesIO(data), formats=[kind]) as picture:
+                width, height = picture.size
+                frames = getattr(picture, "n_frames", 1)
+    except Image.DecompressionBombError as error:
+        raise BadImage("oversized", str(error)) from error
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise BadImage("undecodable", f"{kind} header: {error}") from error
+    if width * height > limits.pixels:
+        raise BadImage("oversized", f"{width} x {height} pixels, at most {limits.pixels} are decoded")
+    if frames > 1:
+        raise BadImage("animated", f"{frames} frames, expected one")
+    return width, height
+
+
+def decode(data: bytes, size: int, limits: Limits) -> np.ndarray:
+    """Decode and resize to (size, size, 3) uint8 RGB; aspect is not kept, as in the papers. Transparency becomes white.
+
+    Raises:
+        BadImage: see check_header; or the body does not decode.
+    """
+    check_header(data, limits)
+    if sniff(data) == "JPEG":
+        try:
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size, min_factor=1)
+            return _resize(Image.fromarray(pixels), size)
+        except ValueError:
+            pass  # CMYK and slightly broken files that Pillow may still read
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return _resize(_on_white(picture), size)
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise BadImage("undecodable", str(error)) from error
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """Flatten transparency onto white: sketches are black strokes on it, and black would hide them."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _resize(picture: Image.Image, size: int) -> np.ndarray:
+    if picture.size != (size, size):
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(picture, dtype=np.uint8)

@@ -1,0 +1,93 @@
+"""FEATURES: `id int64, feature fixed_size_list<float16 | float32>[D]`, one shard beside each DATA shard.
+
+A feature shard has the name of its DATA shard and a subset of its rows in the same order, so that the two are joined
+shard by shard, without a shuffle.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from zsr import fault
+from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr.cluster import map_pieces
+from zsr.data.prepare import Listing, Prepare, stage_listing, staged_items
+from zsr.data.rows import row_id
+from zsr.data.sources import Source
+from zsr.errors import ConfigError, DamagedArtifact
+
+
+def feature_table(ids: Sequence[int], features: np.ndarray) -> pa.Table:
+    """Arrow table of N ids and features (N, D), float16 or float32."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    return pa.table({"id": pa.array(ids, pa.int64()), "feature": column})
+
+
+def vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """A fixed-size-list column as (N, D), without a copy where it is one chunk.
+
+    Raises:
+        DamagedArtifact: another type, or a null.
+    """
+    if not pa.types.is_fixed_size_list(column.type) or column.null_count:
+        raise DamagedArtifact(f"{where}: found {column.type} with {column.null_count} nulls, expected fixed_size_list, none null")
+    array = column.combine_chunks()
+    flat = array.flatten() if isinstance(array, pa.Array) else pa.concat_arrays([c.flatten() for c in column.chunks])
+    if flat.null_count:
+        raise DamagedArtifact(f"{where}: a vector holds a null; expected numbers")
+    return np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(len(column), column.type.list_size)
+
+
+def seal_features(staging: Staging, output: Store, names: Sequence[str], about: dict[str, Any]) -> Artifact:
+    """Seal and publish FEATURES from the finished shards `names`.
+
+    Raises:
+        ConfigError: modalities whose features differ in width.
+    """
+    entries = [entry for name in names if (entry := staging.finished(name)) is not None]
+    modalities = sorted({entry.path.partition("/")[0].partition("=")[2] for entry in entries})
+    dims = {m: {int(e.facts["dim"]) for e in entries if e.path.startswith(f"modality={m}/")} - {0} for m in modalities}
+    if wrong := {m: sorted(d) for m, d in dims.items() if len(d) > 1}:
+        raise ConfigError(f"features of different widths within a modality: {wrong}; they must agree")
+    rows = {m: sum(int(e.facts["rows"]) for e in entries if e.path.startswith(f"modality={m}/")) for m in modalities}
+    quarantined = sum(int(e.facts["quarantined"]) for e in entries)
+    facts = {**about, "dims": {m: next(iter(d)) for m, d in dims.items() if d}, "rows": rows}
+    used = sum(rows.values())
+    totals = {"in": used + quarantined, "used": used, "quarantined": quarantined}
+    artifact = staging.seal(facts=facts, rows=totals)
+    output.publish(artifact)
+    return artifact
+
+
+def import_features(source: Source, rows: Listing, settings: Prepare, data: Artifact, output: Store) -> Artifact:
+    """FEATURES from vectors that the source itself brings.
+
+    Raises:
+        ConfigError: vectors of different widths, or none at all.
+    """
+    plan = Plan("features", {"backbone": "imported"}, {"data": data.digest})
+    if done := output.made(plan):
+        return done
+    staging = output.staging(plan)
+    names = stage_listing(staging, rows, settings.rows_per_shard)
+    todo = [{"name": name} for name in names if staging.finished(name) is None]
+    map_pieces("import features", _import_shard, todo, fn_kwargs={"source": source, "data": data, "staging": staging})
+    return seal_features(staging, output, names, {"backbone": "imported"})
+
+
+def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging: Staging) -> dict[str, Any]:
+    """Stage the vectors of one shard's rows. Runs in a Ray task."""
+    name = piece["name"]
+    used = set(data.read_table(name, columns=["id"]).column("id").to_pylist())
+    found = {row_id(i.modality, i.key): source.feature(i) for i in staged_items(staging, name)}
+    ids = [identity for identity in found if identity in used and found[identity] is not None]
+    kept = [vector for identity in ids if (vector := found[identity]) is not None]
+    widths = {vector.shape[0] for vector in kept}
+    if len(widths) != 1:
+        raise ConfigError(f"{name}: features of widths {sorted(widths)}; each modality wants one width and a feature column")
+    fault.here("features.shard")
+    facts = {"rows": len(ids), "quarantined": len(used) - len(ids), "dim": widths.pop()}
+    staging.write_table(name, feature_table(ids, np.stack(kept)), facts=facts)
+    return {"name": name, "rows": len(ids)}

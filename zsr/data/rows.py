@@ -1,0 +1,74 @@
+"""The rows of DATA: schema, ids, and the seeded order in which they are written.
+
+| column | type | meaning |
+|---|---|---|
+| id | int64 | 63-bit BLAKE2b of (modality, key) |
+| key | string | the user's own name of the item, unique in its modality |
+| label | string, nullable | class name in its canonical spelling; null in an unlabelled gallery |
+| pair | string, nullable | key of the item that it was drawn from or belongs to |
+| image | binary, nullable | encoded JPEG, PNG or WebP as received |
+| text | string, nullable | |
+"""
+
+import hashlib
+import re
+from typing import Final, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from zsr.errors import ConfigError
+
+Modality = Literal["sketch", "photo", "text"]
+MODALITIES: Final[tuple[Modality, ...]] = get_args(Modality)
+
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("id", pa.int64(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("pair", pa.string()),
+        pa.field("image", pa.binary()),
+        pa.field("text", pa.string()),
+    ]
+)
+
+def row_id(modality: str, key: str) -> int:
+    """63-bit BLAKE2b of (modality, key): the same item has the same id in every rebuild."""
+    digest = hashlib.blake2b(f"{modality}\0{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def canonical_label(name: str) -> str:
+    """Canonical spelling of a class name: lower case, spaces and hyphens become underscores, parentheses stay.
+
+    The published lists, the folders and the vocabularies spell one class variously (hot-air_balloon, palm tree).
+
+    >>> canonical_label("hot-air balloon")
+    'hot_air_balloon'
+    """
+    return re.sub(r"[\s\-]+", "_", name.strip().lower())
+
+
+def order_key(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A seeded 64-bit hash of each id, (N,) int64 -> (N,) uint64: sorting by it shuffles rows the same way each time.
+
+    The finaliser of SplitMix64, a bijection, so that distinct ids keep distinct places.
+    """
+    mixed = ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)), dtype=np.uint64)
+
+
+def home_rank(ids: np.ndarray, world: int) -> np.ndarray:
+    """The rank that an item lives on, (N,) int64 -> (N,) int64. Pass the id of the pair where an item has one."""
+    return np.asarray(order_key(ids, seed=1) % np.uint64(world), dtype=np.int64)
+
+
+def require_modality(name: str) -> Modality:
+    """`name` as a Modality. Raises ConfigError for any other word."""
+    for modality in MODALITIES:
+        if modality == name:
+            return modality
+    raise ConfigError(f"unknown modality {name!r}; expected one of {list(MODALITIES)}")

@@ -1,0 +1,176 @@
+"""How a batch is drawn: a bounded reservoir a class, and samplers that are functions of (seed, epoch, step, rank).
+
+The papers draw same-class pairs uniformly over classes. A reservoir that holds every row of a class makes that draw exact;
+a bounded one makes it from a seeded sample of the rows streamed so far. What a reservoir holds depends only on the rows
+that were added, in their order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zsr.batch import Batch
+from zsr.data.rows import order_key
+from zsr.data.shards import Block
+from zsr.errors import ConfigError
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed from several integers, in order; (1, 2) and (2, 1) differ."""
+    mixed = np.array([0], dtype=np.int64)
+    for part in parts:
+        mixed = order_key(mixed.view(np.int64) ^ np.int64(part % 2**62), seed=7).view(np.int64)
+    return int(mixed[0]) & (2**63 - 1)
+
+
+class Reservoir:
+    """At most `capacity` rows of each class of one modality (Vitter's algorithm R, with a hash as its coin).
+
+    Args:
+        classes: how many classes there are.
+        capacity: rows held a class.
+        seed: of the coin.
+    """
+
+    def __init__(self, classes: int, capacity: int, seed: int) -> None:
+        self.capacity = capacity
+        self.seed = seed
+        self.seen = np.zeros(classes, dtype=np.int64)
+        self.slots: list[list[int]] = [[] for _ in range(classes)]
+        self.used = 0
+        self.features = torch.empty(0, 0)
+        self.ids = np.empty(0, dtype=np.int64)
+        self.pairs = np.empty(0, dtype=np.int64)
+
+    def add(self, block: Block) -> None:
+        """Take rows in; a full class replaces a held row with probability capacity / rows seen."""
+        places = [self._place(int(label)) for label in block.labels]
+        kept = {place: row for row, place in enumerate(places) if place >= 0}  # a later row wins its slot
+        if not kept:
+            return
+        self._grow(max(kept) + 1, block.features.shape[1])
+        slots, rows = np.fromiter(kept, np.int64), np.fromiter(kept.values(), np.int64)
+        self.features[torch.from_numpy(slots)] = torch.from_numpy(block.features[rows].astype(np.float32))
+        self.ids[slots] = block.ids[rows]
+        self.pairs[slots] = block.pairs[rows]
+
+    def _place(self, label: int) -> int:
+        """The slot for the next row of this class, or -1 to leave it out."""
+        count = int(self.seen[label])
+        self.seen[label] += 1
+        held = self.slots[label]
+        if len(held) < self.capacity:
+            held.append(self.used)
+            self.used += 1
+            return held[-1]
+        coin = seed_of(self.seed, label, count) % (count + 1)
+        return held[coin] if coin < self.capacity else -1
+
+    def _grow(self, rows: int, dim: int) -> None:
+        if rows <= len(self.ids):
+            return
+        size = max(rows, 2 * len(self.ids))
+        features = torch.zeros(size, dim)
+        features[: len(self.ids)] = self.features if len(self.ids) else features[:0]
+        self.features = features
+        self.ids = np.resize(self.ids, size)
+        self.pairs = np.resize(self.pairs, size)
+
+    def finish(self, device: str) -> "Pool":
+        """The rows held, sorted by id within a class, on `device`: the same rows give the same pool in any order."""
+        order = [sorted(slots, key=lambda s: int(self.ids[s])) for slots in self.slots]
+        flat = np.array([slot for slots in order for slot in slots], dtype=np.int64)
+        sizes = np.array([len(slots) for slots in order], dtype=np.int64)
+        return Pool(
+            features=self.features[torch.from_numpy(flat)].to(device),
+            ids=self.ids[flat],
+            pairs=self.pairs[flat],
+            sizes=torch.from_numpy(sizes),
+        )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows of one modality, class after class.
+
+    Attributes:
+        features: (N, D) float32 on the training device.
+        ids, pairs: (N,) int64, see `shards.Block`.
+        sizes: (C,) int64 rows of each class; class c starts at sizes[:c].sum().
+    """
+
+    features: Tensor
+    ids: np.ndarray
+    pairs: np.ndarray
+    sizes: Tensor
+
+    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """A uniform row of each label: (B,) labels -> (B,) row numbers."""
+        starts = torch.cumsum(self.sizes, 0) - self.sizes
+        uniform = torch.rand(labels.shape[0], generator=generator, dtype=torch.float64)
+        return starts[labels] + (uniform * self.sizes[labels]).long()
+
+
+class Sampler:
+    """Draws the global batch of a step, and gives each rank its rows.
+
+    Every rank holds the same pools, so (seed, step) alone fixes the global batch: 1 rank x 2B and 2 ranks x B see the same
+    rows.
+
+    Args:
+        sketch, photo: pools with the same classes.
+        words: (C, S) class vectors.
+        paired: take the very photo that a sketch was drawn from where the pool holds it, instead of any of its class.
+        triplets: add a photo of another class, chosen uniformly over the other classes.
+    """
+
+    def __init__(
+        self, sketch: Pool, photo: Pool, words: Tensor, seed: int, *, paired: bool = False, triplets: bool = False
+    ) -> None:
+        self.sketch, self.photo, self.words, self.seed = sketch, photo, words, seed
+        self.triplets = triplets
+        self.classes = torch.nonzero((sketch.sizes > 0) & (photo.sizes > 0)).flatten()
+        if len(self.classes) < 2:
+            raise ConfigError(f"{len(self.classes)} training classes have both sketches and photos; at least 2 are needed")
+        self.partner = self._partners() if paired else None
+
+    def _partners(self) -> Tensor:
+        """Photo row of each sketch row; raises ConfigError where no sketch has its photo in the pool."""
+        place = {int(identity): row for row, identity in enumerate(self.photo.ids)}
+        partner = torch.tensor([place.get(int(pair), -1) for pair in self.sketch.pairs], dtype=torch.int64)
+        if not bool((partner >= 0).any()):
+            raise ConfigError("paired sampling wants sketches with a `pair`, and none has one; leave --paired off")
+        return partner
+
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Batch:
+        """Rank `rank`'s `size` rows of the global batch of `step`; another one for each repetition."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, step, repetition))
+        total = size * world
+        labels = self.classes[torch.randint(len(self.classes), (total,), generator=generator)]
+        sketch = self.sketch.draw(labels, generator)
+        photo = self.photo.draw(labels, generator)
+        if self.partner is not None:
+            photo = torch.where(self.partner[sketch] >= 0, self.partner[sketch], photo)
+        negative_label = self._others(labels, generator) if self.triplets else None
+        negative = None if negative_label is None else self.photo.draw(negative_label, generator)
+        mine = slice(rank * size, (rank + 1) * size)
+        return Batch(
+            sketch=self._rows(self.sketch, sketch[mine]),
+            photo=self._rows(self.photo, photo[mine]),
+            label=labels[mine].to(self.words.device),
+            word=self.words[labels[mine].to(self.words.device)],
+            negative=None if negative is None else self._rows(self.photo, negative[mine]),
+            negative_label=None if negative_label is None else negative_label[mine].to(self.words.device),
+        )
+
+    def _others(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """For each label another class, uniformly."""
+        place = torch.searchsorted(self.classes, labels)
+        jump = torch.randint(1, len(self.classes), labels.shape, generator=generator)
+        return self.classes[(place + jump) % len(self.classes)]
+
+    @staticmethod
+    def _rows(pool: Pool, rows: Tensor) -> Tensor:
+        return pool.features[rows.to(pool.features.device)]

@@ -1,0 +1,141 @@
+"""Seen and unseen classes: the published splits by name, files, seeded draws, and the guard that keeps them apart."""
+
+import json
+import random
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from zsr.data.rows import canonical_label
+from zsr.errors import ConfigError, Leakage
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which classes are unseen and which seen ones validate.
+
+    Attributes:
+        unseen: classes of the test; no row of theirs reaches training.
+        validation: seen classes held out to choose checkpoints and settings; never trained on, never in the test.
+        source: where the lists come from.
+        training: the trained classes; empty until `resolve` has filled it from the data.
+        seen: the classes that training and validation are cut from, where a file pins them; empty means all but unseen.
+    """
+
+    unseen: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    source: str = ""
+    training: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, one, other in (
+            ("unseen and validation", self.unseen, self.validation),
+            ("unseen and training", self.unseen, self.training),
+            ("validation and training", self.validation, self.training),
+            ("unseen and seen", self.unseen, self.seen),
+        ):
+            if both := sorted(set(one) & set(other)):
+                raise Leakage(f"split {self.source!r}: {both} stand in both {name}; a class has one role")
+
+    def resolve(self, labels: Iterable[str], validation_classes: int, seed: int) -> "Split":
+        """The split with every role filled from the data's own labels.
+
+        Args:
+            labels: every class in the data.
+            validation_classes: how many seen classes to hold out if the split names none.
+            seed: of that draw.
+
+        Raises:
+            ConfigError: the split names a class that the data lacks, or no class is left to train on.
+        """
+        present = sorted(set(labels))
+        if missing := sorted(set(self.unseen + self.validation + self.training + self.seen) - set(present)):
+            raise ConfigError(
+                f"split {self.source!r} names {missing}, which the data has not; its {len(present)} classes begin with "
+                f"{present[:5]}"
+            )
+        seen = self.seen or tuple(label for label in present if label not in self.unseen)
+        validation = self.validation or draw(seen, validation_classes, seed)
+        training = self.training or tuple(label for label in seen if label not in validation)
+        if len(training) < 2:
+            raise ConfigError(f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed")
+        return Split(self.unseen, tuple(sorted(validation)), self.source, tuple(sorted(training)))
+
+    def as_json(self) -> dict[str, Any]:
+        """The split as it is written into plans and checkpoints."""
+        return {
+            "unseen": list(self.unseen),
+            "validation": list(self.validation),
+            "training": list(self.training),
+            "source": self.source,
+        }
+
+
+def draw(classes: Collection[str], count: int, seed: int) -> tuple[str, ...]:
+    """`count` classes by a seeded draw from the sorted names.
+
+    Raises:
+        ConfigError: fewer classes than that.
+    """
+    if count > len(classes):
+        raise ConfigError(f"{count} classes wanted, {len(classes)} there are")
+    return tuple(sorted(random.Random(seed).sample(sorted(classes), count)))
+
+
+def published() -> dict[str, dict[str, Any]]:
+    """The published splits by name: {"unseen": [...], "validation": [...], "source": "..."}."""
+    text = resources.files("zsr.data").joinpath("splits.json").read_text()
+    splits: dict[str, dict[str, Any]] = json.loads(text)
+    return splits
+
+
+def load(name: str) -> Split:
+    """A published split by name, `random:UNSEEN:SEED` resolved later by `random_split`, or a JSON file.
+
+    Raises:
+        ConfigError: neither a published name nor a readable file; unknown keys in the file.
+        Leakage: a class stands in two roles.
+    """
+    if name in published():
+        content = published()[name]
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(
+                f"split {name!r} is neither a file nor one of {sorted(published())} nor random:UNSEEN:SEED"
+            )
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"split {path}: not JSON: {error}") from error
+    known = {"unseen", "validation", "training", "source", "seen"}
+    if not isinstance(content, dict) or "unseen" not in content or not set(content) <= known:
+        raise ConfigError(f"split {name}: expected {sorted(known)} with at least 'unseen', found {sorted(content)[:8]}")
+    return Split(
+        unseen=_names(content["unseen"]),
+        validation=_names(content.get("validation", [])),
+        source=str(content.get("source", Path(name).name)),
+        training=_names(content.get("training", [])),
+        seen=_names(content.get("seen", [])),
+    )
+
+
+def choose(name: str, labels: Iterable[str], validation_classes: int, seed: int) -> Split:
+    """The split called `name`, resolved against the data's labels. `random:14:0` draws 14 unseen classes with seed 0."""
+    present = sorted(set(labels))
+    if name.startswith("random:"):
+        try:
+            _, count, split_seed = name.split(":")
+            split = Split(draw(present, int(count), int(split_seed)), source=name)
+        except ValueError as error:
+            raise ConfigError(f"split {name!r}: expected random:UNSEEN:SEED, such as random:14:0") from error
+    else:
+        split = load(name)
+    return split.resolve(present, validation_classes, seed)
+
+
+def _names(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({canonical_label(value) for value in values}))

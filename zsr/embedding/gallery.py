@@ -1,0 +1,159 @@
+"""Embeddings of a modality by a checkpoint, shard by shard: DATA / FEATURES -> EMB.
+
+EMB: `id int64, part int16, key string, label string nullable, embedding fixed_size_list<float32>[D]`. `part` numbers
+several vectors of one item. Under the cosine metric embeddings are stored with unit length, so that inner product ranks
+them.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from ray.data import ActorPoolStrategy
+from torch.nn import functional
+
+from zsr import fault
+from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr.cluster import map_pieces
+from zsr.data.features import vectors
+from zsr.errors import ConfigError
+from zsr.models.protocol import Embedder
+from zsr.training.checkpoint import open_model
+
+Classes = Literal["all", "unseen", "validation", "training"]
+
+BATCH = 1024  # rows in one forward pass
+
+
+def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | None:
+    """The class names that a role stands for in the checkpoint's split; None for all rows, labelled or not."""
+    return None if classes == "all" else tuple(checkpoint.config["split"][classes])
+
+
+def plan(data: Artifact, features: Artifact, checkpoint: Artifact, modality: str, classes: Classes) -> Plan:
+    """Keyed by rows, features and checkpoint."""
+    parents = {"data": data.digest, "features": features.digest, "checkpoint": checkpoint.digest}
+    return Plan("embeddings", {"modality": modality, "classes": classes}, parents)
+
+
+def embed(
+    data: Artifact,
+    features: Artifact,
+    checkpoint: Artifact,
+    modality: str,
+    output: Store,
+    *,
+    classes: Classes = "all",
+    actors: int = 2,
+) -> Artifact:
+    """Embed every row of `modality` and publish EMB; finished shards of a killed run are kept.
+
+    Raises:
+        ConfigError: the features are of other data, have another width than the checkpoint was trained on, or hold no row
+            of this modality.
+    """
+    check_inputs(data, features, checkpoint, modality)
+    work = plan(data, features, checkpoint, modality, classes)
+    if done := output.made(work):
+        return done
+    staging = output.staging(work)
+    there = {entry.path for entry in features.files}
+    names = [e.path for e in data.shards(modality) if e.path in there]
+    todo = [{"name": name} for name in names if staging.finished(name) is None]
+    shared = {"data": data, "features": features, "checkpoint": checkpoint, "classes": classes, "staging": staging}
+    map_pieces(
+        "embed",
+        ShardEmbedder,
+        todo,
+        fn_constructor_kwargs=shared,
+        compute=ActorPoolStrategy(size=max(1, min(actors, len(todo)))),
+        num_cpus=1,
+        num_gpus=1 if torch.cuda.is_available() else 0,
+    )
+    return _seal(staging, output, checkpoint, modality, names)
+
+
+def check_inputs(data: Artifact, features: Artifact, checkpoint: Artifact, modality: str) -> None:
+    """Raise ConfigError unless data, features and checkpoint fit each other."""
+    if features.parents.get("data") != data.digest:
+        raise ConfigError(f"features {features.digest[:12]} were not made from data {data.digest[:12]}; run jobs.features")
+    dims = features.facts["dims"]
+    if modality not in dims:
+        raise ConfigError(f"features {features.digest[:12]} hold no {modality}; they hold {sorted(dims)}")
+    wanted = checkpoint.config["inputs"][f"{modality}_dim"]
+    if dims[modality] != wanted:
+        raise ConfigError(
+            f"{modality} features are {dims[modality]}-d but checkpoint {checkpoint.digest[:12]} was trained on {wanted}-d"
+        )
+
+
+def vectors_of(model: Embedder, modality: str, features: np.ndarray, device: str) -> np.ndarray:
+    """Embeddings (N, P, D) float32 of raw features (N, F), unit length under the cosine metric."""
+    found = []
+    for block in torch.from_numpy(np.asarray(features, dtype=np.float32)).split(BATCH):
+        embedded = model.encode(modality, block.to(device))
+        found.append((functional.normalize(embedded, dim=-1) if model.metric == "cosine" else embedded).cpu())
+    return torch.cat(found).numpy() if found else np.zeros((0, 1, model.dim), np.float32)
+
+
+class ShardEmbedder:
+    """A Ray actor that holds the model and embeds one shard after the other."""
+
+    def __init__(
+        self, data: Artifact, features: Artifact, checkpoint: Artifact, classes: Classes, staging: Staging
+    ) -> None:
+        torch.set_num_threads(1)  # the same bits whatever the number of cores
+        self.data, self.features, self.staging = data, features, staging
+        self.classes = chosen_classes(checkpoint, classes)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = open_model(checkpoint).to(self.device)
+
+    def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
+        name = piece["name"]
+        modality = name.partition("/")[0].partition("=")[2]
+        rows = self.data.read_table(name, columns=["id", "key", "label"])
+        if self.classes is not None:
+            rows = rows.filter(pc.is_in(rows.column("label"), value_set=pa.array(self.classes, pa.string())))
+        feature = self.features.read_table(name)
+        where = pc.index_in(rows.column("id"), value_set=feature.column("id").combine_chunks())
+        rows = rows.filter(pc.is_valid(where))
+        matrix = vectors(feature.column("feature"), name)[pc.drop_null(where).to_numpy().astype(np.int64)]
+        table = embedding_table(rows, vectors_of(self.model, modality, matrix, self.device))
+        fault.here("embed.shard")
+        self.staging.write_table(name, table, facts={"rows": len(table)})
+        return {"name": name, "rows": len(table)}
+
+
+def embedding_table(rows: pa.Table, embeddings: np.ndarray) -> pa.Table:
+    """EMB rows of N items with embeddings (N, P, D): P consecutive rows an item."""
+    count, parts, dim = embeddings.shape
+    items = np.repeat(np.arange(count), parts)
+    repeated = rows.take(pa.array(items))
+    flat = pa.array(np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1))
+    return pa.table(
+        {
+            "id": repeated.column("id"),
+            "part": pa.array(np.tile(np.arange(parts, dtype=np.int16), count)),
+            "key": repeated.column("key"),
+            "label": repeated.column("label"),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, dim),
+        }
+    )
+
+
+def _seal(staging: Staging, output: Store, checkpoint: Artifact, modality: str, names: list[str]) -> Artifact:
+    entries = [entry for name in names if (entry := staging.finished(name)) is not None]
+    metric = checkpoint.facts["metric"]
+    facts = {
+        "dim": checkpoint.facts["dim"],
+        "metric": "ip" if metric == "cosine" else metric,
+        "normalised": metric == "cosine",
+        "checkpoint": checkpoint.digest,
+        "modality": modality,
+        "rows": sum(int(entry.facts["rows"]) for entry in entries),
+    }
+    artifact = staging.seal(facts=facts)
+    output.publish(artifact)
+    return artifact

@@ -1,0 +1,160 @@
+"""Embeddings as an index sees them: verified shards, numbered rows, and the space that they live in."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from zsr.artifact import Artifact, FileEntry, Json
+from zsr.cluster import map_pieces
+from zsr.data.features import vectors
+from zsr.errors import ConfigError, DamagedArtifact
+
+METRICS: Final = ("ip", "l2")
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What two sets of vectors must share before a distance between them means anything.
+
+    Attributes:
+        dim: D, the length of a vector.
+        metric: "ip" (inner product) or "l2" (Euclidean).
+        normalised: whether every vector has length one.
+        checkpoint: digest of the checkpoint that made the vectors.
+    """
+
+    dim: int
+    metric: str
+    normalised: bool
+    checkpoint: str
+
+    @classmethod
+    def of(cls, facts: Json, where: str) -> "Space":
+        """The space that the facts of an artifact name.
+
+        Raises:
+            DamagedArtifact: a fact is missing.
+            ConfigError: a metric that an IVF index of float vectors cannot serve.
+        """
+        try:
+            space = cls(int(facts["dim"]), str(facts["metric"]), bool(facts["normalised"]), str(facts["checkpoint"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedArtifact(f"{where}: its manifest lacks {error}; make it again with jobs.embed") from error
+        if space.metric not in METRICS:
+            raise ConfigError(
+                f"{where}: the metric is {space.metric!r}; an index serves {list(METRICS)}. Search binary codes "
+                "exactly with jobs.evaluate, or embed with a model whose metric is one of these"
+            )
+        return space
+
+    def require(self, other: "Space", where: str) -> None:
+        """Raise ConfigError, naming both values, if `other` (found at `where`) is another space."""
+        for name in ("checkpoint", "dim", "metric", "normalised"):
+            found, wanted = getattr(other, name), getattr(self, name)
+            if found != wanted:
+                raise ConfigError(
+                    f"{where}: {name} is {found!r} but the gallery has {wanted!r}; embed both with the same checkpoint"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The rows of one shard.
+
+    Attributes:
+        names: N rows of `id int64, part int16, key string, label string`.
+        vectors: (N, D) float16 or float32, as stored.
+    """
+
+    names: pa.Table
+    vectors: np.ndarray
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The rows of an embeddings artifact, numbered 0 .. rows-1 in shard order. Reads a shard at a time."""
+
+    artifact: Artifact
+    space: Space
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> "Vectors":
+        """The vectors of `artifact`.
+
+        Raises:
+            ConfigError: binary codes, or no row at all.
+            DamagedArtifact: the manifest lacks a fact.
+        """
+        where = str(artifact.directory)
+        found = cls(artifact, Space.of(artifact.facts, where))
+        if found.rows == 0:
+            raise ConfigError(f"{where} holds no embedding; check what jobs.embed was given")
+        return found
+
+    @cached_property
+    def shards(self) -> tuple[FileEntry, ...]:
+        """The shards that hold a row, in name order."""
+        return tuple(entry for entry in self.artifact.shards() if self._count(entry))
+
+    def _count(self, entry: FileEntry) -> int:
+        try:
+            return int(entry.facts["rows"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedArtifact(
+                f"{self.artifact.directory / entry.path}: its manifest entry has no row count; make it with jobs.embed"
+            ) from error
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Number of the first row of each shard, then the total."""
+        return tuple(np.cumsum([0, *(self._count(entry) for entry in self.shards)]).tolist())
+
+    @property
+    def rows(self) -> int:
+        return self.starts[-1]
+
+    def read(self, shard: int) -> Block:
+        """Shard number `shard`, verified.
+
+        Raises:
+            DamagedArtifact: wrong bytes, columns, width or row count, or a value that is not finite.
+        """
+        name = self.shards[shard].path
+        where = f"{self.artifact.directory / name}"
+        table = self.artifact.read_table(name)
+        if missing := {"id", "part", "key", "label", "embedding"} - set(table.column_names):
+            raise DamagedArtifact(f"{where}: no columns {sorted(missing)}; found {table.column_names}")
+        matrix = vectors(table.column("embedding"), where)
+        expected = (self.starts[shard + 1] - self.starts[shard], self.space.dim)
+        if matrix.shape != expected or matrix.dtype not in (np.float16, np.float32):
+            raise DamagedArtifact(f"{where}: found {matrix.shape} {matrix.dtype}, expected {expected} of float16 or 32")
+        if not np.isfinite(matrix).all():
+            row = int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
+            raise DamagedArtifact(f"{where}: row {row} holds a value that is not finite; make it again with jobs.embed")
+        return Block(table.select(["id", "part", "key", "label"]), matrix)
+
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """min(count, rows) rows drawn uniformly over all shards without replacement, in row order: (n, D) float32."""
+        chosen = np.arange(self.rows)
+        if count < self.rows:
+            chosen = np.sort(np.random.default_rng(seed).choice(self.rows, count, replace=False, shuffle=False))
+        bounds = np.searchsorted(chosen, self.starts)
+        pieces = [
+            {"shard": i, "rows": (chosen[a:b] - self.starts[i]).tolist()}
+            for i, (a, b) in enumerate(pairwise(bounds))
+            if b > a
+        ]
+        drawn = map_pieces("sample", _pick, pieces, fn_kwargs={"source": self})
+        return np.concatenate([np.frombuffer(d["vectors"], np.float32) for d in drawn]).reshape(-1, self.space.dim)
+
+
+def _pick(piece: Mapping[str, Any], source: Vectors) -> dict[str, Any]:
+    """Some rows of one shard as float32 bytes. Runs in a Ray task."""
+    rows: Sequence[int] = piece["rows"]
+    block = source.read(int(piece["shard"]))
+    return {"vectors": block.vectors[np.asarray(rows)].astype(np.float32).tobytes()}

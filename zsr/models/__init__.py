@@ -1,0 +1,64 @@
+"""The models by name. One more model is one file in this folder and one line in `MODELS`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from zsr.errors import ConfigError
+from zsr.models import raw, ridge, sem_pcyc
+from zsr.models.protocol import Embedder, Inputs, ModelConfig
+
+__all__ = ["MODELS", "Entry", "build", "configure"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model: its options, its class, and named sets of options (the options' own defaults need no name)."""
+
+    config: type[ModelConfig]
+    model: Callable[[Any, Inputs], Embedder]
+    presets: Mapping[str, ModelConfig] = field(default_factory=dict)
+
+
+MODELS: Final[Mapping[str, Entry]] = MappingProxyType(
+    {
+        "raw": Entry(raw.Config, raw.Raw),
+        "ridge": Entry(ridge.Config, ridge.Ridge),
+        "sem-pcyc": Entry(sem_pcyc.Config, sem_pcyc.SemPcyc, sem_pcyc.PRESETS),
+    }
+)
+
+
+def configure(name: str, options: Mapping[str, Any], preset: str | None = None) -> ModelConfig:
+    """The full options of model `name`: its defaults or a preset of it, with `options` on top.
+
+    Raises:
+        ConfigError: no such model, preset or option, or a value that the option does not take.
+    """
+    entry = _entry(name)
+    if preset is not None and preset not in entry.presets:
+        raise ConfigError(f"model {name} has no preset {preset!r}; its presets are {sorted(entry.presets)}")
+    base = entry.presets[preset].model_dump() if preset is not None else {}
+    try:
+        return entry.config.model_validate({**base, **options})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"model {name}: {wrong}; its options are {sorted(entry.config.model_fields)}") from error
+
+
+def build(name: str, options: Mapping[str, Any], inputs: Inputs) -> Embedder:
+    """Model `name` for data of sizes `inputs`, initialised from torch's global generator.
+
+    Raises:
+        ConfigError: see `configure`; or the model cannot serve such inputs.
+    """
+    return _entry(name).model(configure(name, options), inputs)
+
+
+def _entry(name: str) -> Entry:
+    if name not in MODELS:
+        raise ConfigError(f"no model {name!r}; known are {sorted(MODELS)}")
+    return MODELS[name]

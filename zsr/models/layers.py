@@ -1,0 +1,75 @@
+"""Layers that more than one model uses. Shapes: B batch, F features."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn import functional as collectives
+
+
+def world_size() -> int:
+    """Processes in the default group; 1 outside of distributed training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values`, any shape, over the default group, with gradient. With one process, `values` itself."""
+    all_reduce: Callable[[Tensor], Tensor] = collectives.all_reduce
+    return values if world_size() == 1 else all_reduce(values)
+
+
+class Scale(nn.Module):
+    """Standardise features: (x - mean) / (deviation + 1e-3), a column each. Identity until fitted.
+
+    The constants are fitted on the seen training rows of one modality, never on unseen ones, and live in buffers so
+    that they travel with the checkpoint. 1e-3 keeps a constant column finite.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.full((dim,), 1.0 - 1e-3))
+
+    @torch.no_grad()
+    def fit(self, mean: Tensor, deviation: Tensor) -> None:
+        """Set the constants: `mean` and `deviation` are (F,)."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features.float() - self.mean) / (self.deviation + 1e-3)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation whose statistics in training are those of the batch over all ranks, with gradient.
+
+    One rank with 2B rows and two ranks with B rows each then compute the same thing, and running statistics are equal
+    on all ranks. (torch's SyncBatchNorm does this on GPUs only.) With one process it is nn.BatchNorm1d. Every rank
+    must bring the same number of rows.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(features)
+        # As in nn.BatchNorm1d, statistics are at least float32 whatever the features are.
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        count = features.shape[0] * world_size()
+        mean = sum_over_ranks(wide.sum(0)) / count
+        variance = sum_over_ranks((wide - mean).square().sum(0)) / count
+        self._track(mean, variance * count / max(count - 1, 1))
+        normal = (wide - mean) * torch.rsqrt(variance + self.eps)
+        return (normal * self.weight + self.bias).to(features.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics, each (F,), towards those of this batch."""
+        running_mean, running_var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        momentum = cast(float, self.momentum)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(variance.to(running_var.dtype), momentum)
+        cast(Tensor, self.num_batches_tracked).add_(1)

@@ -1,0 +1,45 @@
+"""The raw floor: features as the backbone gave them, compared by cosine. A trained model has to beat it.
+
+Shapes: B batch, F feature.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from zsr.errors import ConfigError
+from zsr.models.protocol import ClosedForm, Inputs, ModelConfig, Rows
+
+
+class Config(ModelConfig):
+    """No options."""
+
+
+class Raw(ClosedForm):
+    """The identity: embeddings (B, 1, F) are the features, not standardised.
+
+    Raises:
+        ConfigError: the modalities' features differ in width, so that they cannot be compared as they are.
+    """
+
+    standardises = False
+
+    def __init__(self, config: Config, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self.config = config
+        if inputs.sketch_dim != inputs.photo_dim:
+            raise ConfigError(
+                f"raw compares features as they are, but sketches have {inputs.sketch_dim} dimensions and photos "
+                f"{inputs.photo_dim}; use one backbone for both, or model ridge"
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.inputs.photo_dim
+
+    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float]) -> Mapping[str, float]:
+        """Nothing to fit."""
+        return {}
+
+    def embed(self, modality: str, features: Tensor) -> Tensor:
+        return features.unsqueeze(1)

@@ -1,0 +1,125 @@
+"""Ridge regression onto the class vectors: the floor that any use of semantics has to beat. Ours; no paper.
+
+Each modality m is regressed on its own, in closed form. With Z the standardised features of its seen rows (R, F) and Y
+their targets (R, S), the unit class vector of the row's class less the mean of those vectors over the rows,
+
+    A = (Z'Z + penalty I)^-1 Z'Y = Z'(ZZ' + penalty I)^-1 Y        embedding = zA / |zA|, compared by cosine.
+
+Z'Z and Z'Y are sums over rows, so one streamed pass suffices; Y depends on the class alone, so Z'Y needs only a feature
+sum a class. Unseen classes are reached because the targets live in the space of all class vectors.
+
+Shapes: B batch, R seen rows of a modality, F feature, S semantic vector, N seen classes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zsr.models.layers import sum_over_ranks
+from zsr.models.protocol import ClosedForm, Inputs, ModelConfig, Rows
+
+
+class Config(ModelConfig):
+    """Options.
+
+    Attributes:
+        penalties: the grid; the best on the validation classes is kept, one for both modalities.
+    """
+
+    penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        100.0,
+        300.0,
+        1000.0,
+        2000.0,
+        3000.0,
+        10000.0,
+        30000.0,
+    )
+
+
+class Moments:
+    """The normal equations of one modality, summed in float64 over any number of blocks.
+
+    Attributes:
+        gram_FF: Z'Z.
+        total_NF: sum of the features of each class.
+        count_N: rows of each class.
+    """
+
+    def __init__(self, dim: int, classes: int, device: torch.device) -> None:
+        self.gram_FF = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.total_NF = torch.zeros(classes, dim, dtype=torch.float64, device=device)
+        self.count_N = torch.zeros(classes, dtype=torch.float64, device=device)
+
+    def accumulate(self, features: Tensor, label: Tensor) -> None:
+        """Add a block of standardised features (B, F) with labels (B,)."""
+        rows_BF = features.to(torch.float64)
+        self.gram_FF.addmm_(rows_BF.T, rows_BF)
+        self.total_NF.index_add_(0, label, rows_BF)
+        self.count_N += torch.bincount(label, minlength=len(self.count_N))
+
+    def sum_over_ranks(self) -> None:
+        """Replace each rank's sums by the sums over all ranks."""
+        self.gram_FF = sum_over_ranks(self.gram_FF)
+        self.total_NF = sum_over_ranks(self.total_NF)
+        self.count_N = sum_over_ranks(self.count_N)
+
+    def solve(self, word_NS: Tensor, penalty: float) -> Tensor:
+        """A (F, S) for the class vectors `word_NS`."""
+        unit_NS = functional.normalize(word_NS.to(self.gram_FF))
+        target_NS = unit_NS - self.count_N @ unit_NS / self.count_N.sum()
+        ridge_FF = self.gram_FF + penalty * torch.eye(len(self.gram_FF)).to(self.gram_FF)
+        return torch.cholesky_solve(self.total_NF.T @ target_NS, torch.linalg.cholesky(ridge_FF))
+
+
+class Ridge(ClosedForm):
+    """Linear maps from standardised features (B, F) to unit embeddings (B, 1, S)."""
+
+    def __init__(self, config: Config, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self.config = config
+        widths = {"sketch": inputs.sketch_dim, "photo": inputs.photo_dim}
+        self.maps = nn.ModuleDict(
+            {modality: nn.Linear(width, inputs.semantic_dim, bias=False) for modality, width in widths.items()}
+        ).requires_grad_(False)
+
+    @property
+    def dim(self) -> int:
+        return self.inputs.semantic_dim
+
+    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float]) -> Mapping[str, float]:
+        moments = self.moments(rows)
+        scores: dict[float, float] = {}
+        for penalty in self.config.penalties:
+            self.solve(moments, word, penalty)
+            scores[penalty] = score()
+        best = max(scores, key=lambda penalty: scores[penalty])
+        self.solve(moments, word, best)
+        return {f"penalty {penalty:g}": value for penalty, value in scores.items()}
+
+    @torch.no_grad()
+    def moments(self, rows: Iterable[Rows]) -> Mapping[str, Moments]:
+        """The normal equations of both modalities over `rows`, and over all ranks."""
+        classes, device = len(self.inputs.classes), next(self.maps.parameters()).device
+        moments = {
+            "sketch": Moments(self.inputs.sketch_dim, classes, device),
+            "photo": Moments(self.inputs.photo_dim, classes, device),
+        }
+        for modality, features, label in rows:
+            moments[modality].accumulate(self.scale[modality](features), label)
+        for part in moments.values():
+            part.sum_over_ranks()
+        return moments
+
+    @torch.no_grad()
+    def solve(self, moments: Mapping[str, Moments], word: Tensor, penalty: float) -> None:
+        """Set both maps to the solution for `word` (N, S) and `penalty`."""
+        for modality, part in moments.items():
+            self.maps.get_parameter(f"{modality}.weight").copy_(part.solve(word, penalty).T)
+
+    def embed(self, modality: str, features: Tensor) -> Tensor:
+        return functional.normalize(self.maps[modality](features)).unsqueeze(1)

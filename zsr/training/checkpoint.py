@@ -1,0 +1,150 @@
+"""Checkpoints: safetensors and JSON, no pickle.
+
+A checkpoint artifact holds `model.safetensors` (the chosen weights) and, where the run kept all, one
+`steps/NNNNNNNN.safetensors` an epoch; its config says which model with which options and sizes, its facts which classes
+it saw and how its embeddings compare. While a run is on, its states lie in the staging area of the same plan.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from zsr.artifact import Artifact, Staging, canonical
+from zsr.errors import ConfigError, DamagedArtifact
+from zsr.models import build
+from zsr.models.protocol import Embedder, Inputs
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the CPU, contiguous and unshared, as safetensors wants them."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+
+
+def parse(data: bytes, where: str) -> dict[str, Tensor]:
+    """Tensors of safetensors bytes. Raises DamagedArtifact if they are none."""
+    try:
+        return load(data)
+    except Exception as error:  # SafetensorError has no public base class
+        raise DamagedArtifact(f"{where}: not safetensors: {error}") from error
+
+
+def open_model(checkpoint: Artifact, name: str = "model.safetensors") -> Embedder:
+    """The model of a checkpoint, in eval mode on the CPU.
+
+    Args:
+        name: which weights; `steps/...` for those of one epoch.
+
+    Raises:
+        DamagedArtifact: bytes or tensors are not what the manifest and the model say.
+        ConfigError: a model or option that this version does not know.
+    """
+    config = checkpoint.config
+    model = build(str(config["model"]), config["options"], Inputs.model_validate(config["inputs"]))
+    state = parse(checkpoint.read(name), f"{checkpoint.directory / name}")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise DamagedArtifact(f"{checkpoint.directory / name}: does not fit model {config['model']}: {error}") from error
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after `step` steps.
+
+    Attributes:
+        history: (step, validation score) of every epoch.
+        best_step: the step with the highest score.
+    """
+
+    step: int = 0
+    history: tuple[tuple[int, float], ...] = field(default=())
+    best_step: int = 0
+
+    def after(self, step: int, score: float) -> "Progress":
+        """The progress with one more epoch; the earlier of equal scores stays the best."""
+        history = (*self.history, (step, score))
+        best = max(history, key=lambda entry: (entry[1], -entry[0]))
+        return Progress(step, history, best[0])
+
+    def epochs_since_best(self) -> int:
+        """Epochs after the best one."""
+        return sum(step > self.best_step for step, _ in self.history)
+
+
+def save_progress(
+    staging: Staging, progress: Progress, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: str
+) -> None:
+    """Stage the state after an epoch: weights first, the state that refers to them last, old ones dropped after that."""
+    weights = f"steps/{progress.step:08d}.safetensors"
+    kept = keep == "all"
+    if kept or progress.best_step == progress.step:
+        staging.write(weights, save(dict(model)), scratch=not kept)
+    state = {f"model/{k}": v for k, v in model.items()} | {f"optimizer/{k}": v for k, v in optimizer.items()}
+    facts = {"step": progress.step, "history": [list(h) for h in progress.history], "best_step": progress.best_step}
+    staging.write(f"state/{progress.step:08d}.safetensors", save(state), scratch=True, facts=facts)
+    for name in staging.pieces(scratch=True):
+        stale_state = name.startswith("state/") and name < f"state/{progress.step:08d}"
+        stale_best = name.startswith("steps/") and name != f"steps/{progress.best_step:08d}.safetensors"
+        if stale_state or stale_best:
+            staging.drop(name, scratch=True)
+
+
+def last_progress(staging: Staging) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]] | None:
+    """The newest staged state that is whole, or None: (progress, model tensors, optimizer tensors)."""
+    names = [name for name in staging.pieces(scratch=True) if name.startswith("state/")]
+    for name in reversed(names):
+        entry = staging.finished(name, scratch=True)
+        if entry is None:
+            continue
+        try:
+            state = parse(staging.read(name, scratch=True), name)
+        except DamagedArtifact:
+            continue
+        history = tuple((int(step), float(score)) for step, score in entry.facts["history"])
+        progress = Progress(int(entry.facts["step"]), history, int(entry.facts["best_step"]))
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for key, value in state.items():
+            part, _, rest = key.partition("/")
+            parts[part][rest] = value
+        return progress, parts["model"], parts["optimizer"]
+    return None
+
+
+def seal(staging: Staging, keep: str, facts: Mapping[str, Any]) -> Artifact:
+    """Put the best weights under a manifest.
+
+    Raises:
+        ConfigError: the run finished no epoch.
+    """
+    found = last_progress(staging)
+    if found is None:
+        raise ConfigError(f"{staging.directory}: no finished epoch to make a checkpoint of")
+    progress = found[0]
+    best = staging.read(f"steps/{progress.best_step:08d}.safetensors", scratch=keep != "all")
+    staging.write("model.safetensors", best)
+    run = {"history": [list(h) for h in progress.history], "best_step": progress.best_step, "steps": progress.step}
+    return staging.seal(facts={**facts, **run})
+
+
+def describe(model: Embedder) -> str:
+    """One line on the size of a model."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{parameters:,} parameters, {trained:,} of them trained, {model.dim}-d embeddings"
+
+
+def canonical_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as plain JSON values, tuples as lists, so that a plan made from flags equals one read from a manifest."""
+    plain: dict[str, Any] = json.loads(canonical(dict(options)))
+    return plain
+
+
+def one_thread() -> None:
+    """One CPU thread: what embedding uses for equal bits on every machine."""
+    torch.set_num_threads(1)

@@ -1,0 +1,22 @@
+"""What every Ray worker process of ours does first: keep advice and known noise out of the jobs' logs.
+
+Ray calls `setup` through the runtime environment. Nothing heavy is imported here, since each process pays for it.
+"""
+
+import logging
+import warnings
+
+# Ray Train reports each `report` call at INFO
+ADVICE = ("ray.train", "DeepSpeed")
+# Ray Data prints the stack of each exception that it also raises. Ray Train's placement-group cleaner asks the dashboard each second whether its controller lives, and complains each second
+# where no dashboard runs, or where several clusters share a machine
+COMPLAINTS = ("ray.data", "ray.train.v2._internal.execution.controller.placement_group_cleaner", "ray._private.services")
+
+
+def setup() -> None:
+    """Set log levels and warning filters of this process."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch.distributed prints hundreds
+    for name in ADVICE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in COMPLAINTS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
