@@ -52,8 +52,8 @@ def main(
     results: Results = {}
     try:
         arguments = sys.argv[1:] if argv is None else argv
-        flags = config_type if isinstance(config_type, type) else config_type(arguments)
-        config = parse(flags, arguments)
+        flags: type[Config] = config_type if isinstance(config_type, type) else config_type(arguments)
+        config: Config = parse(flags, arguments)
         results = plan(config) if config.plan else work(config)
         code = 0
     except BaseException as error:  # the job's boundary: every failure becomes an exit code and one message

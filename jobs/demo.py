@@ -1,7 +1,7 @@
 """The main job end to end on the embedded emoji: drawings search for pictures of classes that no model was trained on.
 
-prepare -> semantics -> features -> train -> embed -> index -> evaluate; each stage is the job of that name. A killed demo,
-started again, goes on from the stage and shard where it was.
+prepare -> semantics -> features -> train -> embed -> index -> evaluate; each stage is the job of that name. A killed
+demo, started again, goes on from the stage and shard where it was.
 """
 
 import sys
@@ -31,10 +31,11 @@ class Config(JobConfig):
     seeds: tuple[int, ...] = (0,)
     split: str = "random:14:0"
     size: int = 96
-    epochs: int = 12
+    epochs: int = 8
     num_workers: int = 2
 
 
+DIGESTS = ("data", "semantics", "features", "checkpoint", "embeddings", "digest")  # what stages call their result
 Stage = tuple[str, Callable[[], Results]]
 
 
@@ -52,7 +53,10 @@ def stages(config: Config) -> list[Stage]:
     ]
     found += [(f"train seed {seed}", _train(config, at, seed)) for seed in config.seeds]
     found += [(f"embed {m}", _embed(config, at, first, m)) for m in ("photo", "sketch")]
-    found += [("index", lambda: index.do_build(_index(config))), ("evaluate", lambda: evaluate.work(_report(config, at)))]
+    found += [
+        ("index", lambda: index.do_build(_index(config))),
+        ("evaluate", lambda: evaluate.work(_report(config, at))),
+    ]
     return found
 
 
@@ -108,13 +112,14 @@ def plan(config: Config) -> Results:
 
 def work(config: Config) -> Results:
     results: Results = {}
-    seconds = {}
+    seconds, digests = {}, {}
     for name, stage in stages(config):
         started = time.monotonic()
         results = stage()
         seconds[name] = round(time.monotonic() - started, 1)
+        digests |= {name: results[key] for key in DIGESTS if key in results}
         print(f"{name}: {seconds[name]} s", file=sys.stderr, flush=True)
-    return {**results, "seconds": seconds}
+    return {**results, "seconds": seconds, "digests": digests}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

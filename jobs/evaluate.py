@@ -52,7 +52,7 @@ class Config(JobConfig):
         index = open_artifact(self.index_dir, "index")
         if index.facts["checkpoint"] not in {c.digest for c in self.bench().checkpoints}:
             raise ConfigError(
-                f"--index-dir {self.index_dir} holds embeddings of checkpoint {index.facts['checkpoint'][:12]}, which is "
+                f"--index-dir {self.index_dir} is of checkpoint {index.facts['checkpoint'][:12]}, which is "
                 "none of those given with --checkpoint"
             )
         return index

@@ -50,9 +50,7 @@ def plan(config: Config) -> Results:
 def work(config: Config) -> Results:
     data = open_artifact(config.data, "data")
     store = Store.at(config.output)
-    features = extract(
-        data, config.settings(), config.weights, store, batch=config.batch_size, actors=config.actors
-    )
+    features = extract(data, config.settings(), config.weights, store, batch=config.batch_size, actors=config.actors)
     return {"features": features.digest, **features.facts}
 
 

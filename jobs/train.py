@@ -79,7 +79,7 @@ def work(config: Any) -> Results:
     }
 
 
-def config_for(argv: Sequence[str]) -> type[JobConfig]:
+def config_for(argv: Sequence[str]) -> type[Any]:
     """The flags of this model: `--options.NAME` is typed by the model that `--model` (or the file) names.
 
     Raises:

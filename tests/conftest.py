@@ -19,4 +19,4 @@ def ray_cluster() -> Iterator[None]:
     yield
     cluster.disconnect()
     del os.environ["RAY_ADDRESS"]
-    head.shutdown()
+    head.shutdown()  # type: ignore[no-untyped-call]

@@ -60,9 +60,13 @@ def search_and_report(root: Path, inputs: list[object], checkpoint: Path) -> dic
     common = [*inputs[:4], "--checkpoint", checkpoint, "--classes", "unseen"]
     for modality in ("photo", "sketch"):
         ok("embed", *common, "--modality", modality, "--output", root / modality)
-    built = ok("index", "build", "--embeddings", root / "photo", "--queries", root / "sketch", "--index-dir", root / "index")
+    built = ok(
+        "index", "build", "--embeddings", root / "photo", "--queries", root / "sketch", "--index-dir", root / "index"
+    )
     assert built["operating_point"]["recall_sketch"] >= 0.9
-    results = ok("evaluate", *inputs, "--checkpoint", checkpoint, "--index-dir", root / "index", "--output", root / "out")
+    results = ok(
+        "evaluate", *inputs, "--checkpoint", checkpoint, "--index-dir", root / "index", "--output", root / "out"
+    )
     assert 0 < results["chance"] < 1
     assert results["map_all_unseen_index"] == pytest.approx(results["map_all_unseen"], abs=0.1)
     report: dict[str, Any] = json.loads((root / "out" / "report.json").read_text())
@@ -99,7 +103,9 @@ def _terms(text: str) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "samples_a_second"} for line in lines]
 
 
-def test_a_killed_worker_and_driver_go_on_to_the_same_digest(tmp_path: Path, featured: list[object], trained: Path) -> None:
+def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
+    tmp_path: Path, featured: list[object], trained: Path
+) -> None:
     flags = [str(flag) for flag in (*featured, "--output", tmp_path / "killed", *SHORT)]
     # a cluster of its own, since workers take the fault from the runtime environment of their job; the fault fires in
     # the second epoch of each worker group, so restarts make progress until they run out
@@ -158,7 +164,16 @@ def test_a_label_without_a_vector_is_named(tmp_path: Path) -> None:
 def test_an_infeasible_budget_names_the_nearest(tmp_path: Path, featured: list[object]) -> None:
     ok("train", *featured, "--output", tmp_path / "ridge", *SHORT, "--model", "ridge", "--num-workers", "1")
     for modality in ("photo", "sketch"):
-        ok("embed", *featured[:4], "--checkpoint", tmp_path / "ridge", "--modality", modality, "--output", tmp_path / modality)
+        ok(
+            "embed",
+            *featured[:4],
+            "--checkpoint",
+            tmp_path / "ridge",
+            "--modality",
+            modality,
+            "--output",
+            tmp_path / modality,
+        )
     results = job(
         "index", "build", "--embeddings", tmp_path / "photo", "--queries", tmp_path / "sketch",
         "--index-dir", tmp_path / "index", "--max-index-memory-usage", "1KB",
@@ -175,9 +190,13 @@ def test_bad_pictures_are_quarantined_and_counted(tmp_path: Path) -> None:
     assert strict["exit_code"] == 3
     assert "'empty': 1, 'undecodable': 1, 'wrong_type': 1" in strict["error"]
     assert not (tmp_path / "strict" / "versions").exists()
-    loose = ok("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "loose", "--max-bad-rows", "10%")
+    loose = ok(
+        "prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "loose", "--max-bad-rows", "10%"
+    )
     assert loose["rows"] == {"in": 64, "used": 61, "quarantined": 3}
-    lines = [json.loads(line) for path in (tmp_path / "loose").rglob("*.jsonl") for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line) for path in (tmp_path / "loose").rglob("*.jsonl") for line in path.read_text().splitlines()
+    ]
     assert sorted(line["kind"] for line in lines) == ["empty", "undecodable", "wrong_type"]
     assert all(line["shard"] and line["id"] and line["key"] for line in lines)
 

@@ -1,4 +1,4 @@
-"""A small generated data set: shapes as line drawings and as coloured pictures, in the Sketchy layout or as features."""
+"""A small generated data set: shapes as drawings and as coloured pictures in the Sketchy layout, or features."""
 
 from pathlib import Path
 
@@ -37,7 +37,9 @@ def write_pictures(root: Path, classes: tuple[str, ...] = CLASSES, each: int = 8
     return root
 
 
-def write_features(root: Path, classes: tuple[str, ...] = CLASSES, each: int = 12, poison: tuple[str, ...] = ()) -> Path:
+def write_features(
+    root: Path, classes: tuple[str, ...] = CLASSES, each: int = 12, poison: tuple[str, ...] = ()
+) -> Path:
     """modality=NAME/rows.parquet with 24-d sketch and 32-d photo features; those of `poison` classes are NaN."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(len(classes), 16))

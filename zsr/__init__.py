@@ -14,7 +14,7 @@ _PUBLIC: Final = {
     "open_model": "zsr.training.checkpoint",
     "Searcher": "zsr.index.search",
 }
-__all__ = ["Searcher", "ZsrError", "__version__", "open_artifact", "open_model"]  # noqa: F822  # resolved lazily
+__all__ = ["Searcher", "ZsrError", "__version__", "open_artifact", "open_model"]  # resolved lazily
 
 
 def __getattr__(name: str) -> Any:

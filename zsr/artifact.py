@@ -6,8 +6,8 @@
 
 A writer stages pieces (each fsynced, renamed and given a receipt with its SHA-256), seals them under a manifest that is
 written last, renames the directory into `objects/`, and publishes a version with `os.link`, which fails if the version
-exists. A killed writer finds its finished pieces by their receipts. A reader checks size and hash before any parser sees
-a byte. Equal work gives equal digests: a manifest holds no path, address, time or host.
+exists. A killed writer finds its finished pieces by their receipts. A reader checks size and hash before any parser
+sees a byte. Equal work gives equal digests: a manifest holds no path, address, time or host.
 
 Roots are directories on a local or shared POSIX file system. This is the only file that creates a version.
 """
@@ -64,7 +64,8 @@ def safe_name(name: str) -> PurePosixPath:
     """The relative path that `name` spells, if it stays inside whatever root it is joined to.
 
     Raises:
-        DamagedArtifact: absolute, a drive, `..`, a backslash, a control character, a look-alike of `.` or `/`, or longer
+        DamagedArtifact: absolute, a drive, `..`, a backslash, a control character, a look-alike of `.` or `/`, or
+        longer
             than 240 bytes a part.
     """
     bad = (
@@ -100,8 +101,8 @@ class FileEntry:
 class Plan:
     """What is about to be made: its kind, the configuration that shapes it, and the digests of its inputs.
 
-    `guard` holds what tells one input from another without shaping the content, such as modification times of raw files:
-    it separates staging areas, but does not enter the manifest.
+    `guard` holds what tells one input from another without shaping the content, such as modification times of raw
+    files: it separates staging areas, but does not enter the manifest.
     """
 
     kind: str
@@ -182,7 +183,7 @@ class Artifact:
         with _open_regular(self.directory / safe_name(name)) as handle:
             size = os.fstat(handle.fileno()).st_size
             _check_size(self.directory / name, size, entry)
-            data = handle.read()
+            data: bytes = handle.read()
         _check_hash(self.directory / name, sha256(data), entry)
         return data
 
@@ -205,7 +206,7 @@ class Artifact:
             raise DamagedArtifact(f"{self.directory / name}: not readable as parquet: {error}") from error
 
     def local(self, name: str) -> Path:
-        """Path of `name` for a parser that wants a path (faiss mmap); hashed once a process for each unchanged inode."""
+        """Path of `name` for a parser that wants a path (faiss mmap); hashed once a process and unchanged inode."""
         entry = self.entry(name)
         path = self.directory / safe_name(name)
         with _open_regular(path) as handle:
@@ -442,7 +443,7 @@ class Staging:
         return Artifact(self.root, digest, json.loads(data), self.plan.digest)
 
     def _drop_unfinished(self, manifest: Mapping[str, Any]) -> None:
-        """Remove what a killed writer left beside the listed files: an object holds what its manifest lists, no more."""
+        """Remove what a killed writer left beside the listed files: an object holds what its manifest lists."""
         listed = {entry["path"] for entry in manifest["files"]} | {MANIFEST}
         base = self.directory / "files"
         for path in [p for p in base.rglob("*") if p.is_file() and str(p.relative_to(base)) not in listed]:
@@ -475,7 +476,7 @@ class Store:
         return Staging(self.root, plan)
 
     def made(self, plan: Plan) -> Artifact | None:
-        """The artifact that this very plan already made, published now if a kill came between sealing and publishing."""
+        """The artifact that this very plan already made, published now if a kill came after sealing."""
         for number in reversed(self.versions()):
             artifact = self._at_version(number)
             if artifact is not None and artifact.plan == plan.digest:

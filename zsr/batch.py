@@ -4,7 +4,7 @@ Shapes: B batch, F feature (or C, H, W for images), S semantic vector, N seen cl
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -15,11 +15,13 @@ class Batch:
 
     Attributes:
         sketch: (B, F) or (B, C, H, W), the query modality (texts in image-text models).
-        photo: (B, F) or (B, C, H, W), same class as the sketch of its row; the same instance where `paired` sampling is on.
+        photo: (B, F) or (B, C, H, W), same class as the sketch of its row; the same instance where `paired` sampling is
+        on.
         label: (B,) int64, index into the sorted seen classes.
         word: (B, S) class vector of the row.
         negative: (B, F) photo of another seen class; only in triplet batches.
         negative_label: (B,) int64; only in triplet batches.
+        epoch, index: the clock of schedules, both counted from 0: the epoch, and the batch inside the epoch.
     """
 
     sketch: Tensor
@@ -28,20 +30,24 @@ class Batch:
     word: Tensor
     negative: Tensor | None = None
     negative_label: Tensor | None = None
+    epoch: int = 0
+    index: int = 0
 
-    def map(self, **changes: Tensor) -> Self:
+    def map(self, **changes: Any) -> Self:
         """A copy with some fields replaced."""
         return replace(self, **changes)
 
     def to(self, device: str) -> Self:
         """A copy with every tensor on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
+        return self.map(**{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
 
     def rows(self, start: int, stop: int) -> Self:
         """Rows start..stop of every field: a rank's share of a global batch."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[start:stop] for k, v in parts.items() if v is not None})
+        return self.map(**{name: value[start:stop] for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
     def __len__(self) -> int:
         return int(self.label.shape[0])

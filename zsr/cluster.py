@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def map_pieces(
 
     Args:
         what: a word for the progress lines.
-        function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of; it
+        function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of;
+        it
             writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
         options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
 
@@ -82,11 +83,13 @@ def map_pieces(
     if not pieces:
         return []
     connect()
+    if not isinstance(function, type):
+        options = {"max_retries": 3, **options}  # Ray Data's default is for ever, also for a task that kills its worker
     dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(function, **options)
     return list(track(what, dataset.iter_rows(), len(pieces)))
 
 
-def track(what: str, items: Iterator[Any], total: int) -> Iterator[Any]:
+def track(what: str, items: Iterable[Any], total: int) -> Iterator[Any]:
     """Pass `items` through, showing progress: a bar on a terminal, a line each 30 s elsewhere."""
     if sys.stderr.isatty():
         from rich.progress import track as bar  # imported here: only a terminal needs it

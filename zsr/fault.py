@@ -1,8 +1,8 @@
 """Named points at which a test may kill the process or fill the disk.
 
 `here("artifact.seal")` is one dictionary look-up in production. A test arms a point through the environment variable
-ZSR_FAULT, `NAME=kill` (SIGKILL to this process) or `NAME=enospc` (OSError ENOSPC), with `@N` to fire at the N-th passing.
-`POINTS` lists every name, so that a test which iterates it covers a new point on the day it appears.
+ZSR_FAULT, `NAME=kill` (SIGKILL to this process) or `NAME=enospc` (OSError ENOSPC), with `@N` to fire at the N-th
+passing. `POINTS` lists every name, so that a test which iterates it covers a new point on the day it appears.
 """
 
 import errno

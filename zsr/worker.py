@@ -8,9 +8,14 @@ import warnings
 
 # Ray Train reports each `report` call at INFO
 ADVICE = ("ray.train", "DeepSpeed")
-# Ray Data prints the stack of each exception that it also raises. Ray Train's placement-group cleaner asks the dashboard each second whether its controller lives, and complains each second
-# where no dashboard runs, or where several clusters share a machine
-COMPLAINTS = ("ray.data", "ray.train.v2._internal.execution.controller.placement_group_cleaner", "ray._private.services")
+# Ray Data prints the stack of each exception that it also raises. Ray Train's placement-group cleaner asks the
+# dashboard
+# each second whether its controller lives, and complains where none runs or where several clusters share a machine
+COMPLAINTS = (
+    "ray.data",
+    "ray.train.v2._internal.execution.controller.placement_group_cleaner",
+    "ray._private.services",
+)
 
 
 def setup() -> None:

@@ -35,7 +35,12 @@ def test_home_ranks_are_even() -> None:
 
 @pytest.mark.parametrize(
     ("spelt", "canonical"),
-    [("hot-air_balloon", "hot_air_balloon"), ("palm tree", "palm_tree"), ("Car_(Sedan)", "car_(sedan)"), (" ant ", "ant")],
+    [
+        ("hot-air_balloon", "hot_air_balloon"),
+        ("palm tree", "palm_tree"),
+        ("Car_(Sedan)", "car_(sedan)"),
+        (" ant ", "ant"),
+    ],
 )
 def test_names_have_one_spelling(spelt: str, canonical: str) -> None:
     assert canonical_label(spelt) == canonical

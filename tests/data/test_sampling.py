@@ -1,5 +1,7 @@
 """Reservoirs and batches are functions of the rows and of (seed, step, rank)."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_rows_keep_their_features_and_classes() -> None:
     held = pool(40)
     assert torch.equal(held.features[:, 0].long(), torch.from_numpy(held.ids))
     bounds = np.cumsum([0, *held.sizes.tolist()])
-    assert all(set(held.ids[a:b] % CLASSES) == {c} for c, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)))
+    assert all(set(held.ids[a:b] % CLASSES) == {c} for c, (a, b) in enumerate(pairwise(bounds)))
 
 
 def test_a_batch_pairs_within_a_class() -> None:

@@ -32,7 +32,9 @@ def vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
         DamagedArtifact: another type, or a null.
     """
     if not pa.types.is_fixed_size_list(column.type) or column.null_count:
-        raise DamagedArtifact(f"{where}: found {column.type} with {column.null_count} nulls, expected fixed_size_list, none null")
+        raise DamagedArtifact(
+            f"{where}: found {column.type} with {column.null_count} nulls, expected fixed_size_list, none null"
+        )
     array = column.combine_chunks()
     flat = array.flatten() if isinstance(array, pa.Array) else pa.concat_arrays([c.flatten() for c in column.chunks])
     if flat.null_count:
@@ -86,7 +88,9 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     kept = [vector for identity in ids if (vector := found[identity]) is not None]
     widths = {vector.shape[0] for vector in kept}
     if len(widths) != 1:
-        raise ConfigError(f"{name}: features of widths {sorted(widths)}; each modality wants one width and a feature column")
+        raise ConfigError(
+            f"{name}: features of widths {sorted(widths)}; each modality wants one width and a feature column"
+        )
     fault.here("features.shard")
     facts = {"rows": len(ids), "quarantined": len(used) - len(ids), "dim": widths.pop()}
     staging.write_table(name, feature_table(ids, np.stack(kept)), facts=facts)

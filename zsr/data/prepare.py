@@ -144,7 +144,7 @@ def prepare(source: Source, output: Store, settings: Prepare) -> Artifact:
 
 
 def stage_listing(staging: Staging, rows: Listing, size: int) -> list[str]:
-    """Stage which items go to which shard, so that a task reads its own share only; returns the shard names in order."""
+    """Stage which items go to which shard, so that a task reads only its own; returns the shard names in order."""
     names = []
     for modality, items in rows.items.items():
         for number, start in enumerate(range(0, len(items), size)):
@@ -215,7 +215,7 @@ def _seal(staging: Staging, output: Store, rows: Listing, names: list[str], sett
     if quarantined > allowed:
         kinds = _kinds(staging, rows)
         raise TooManyBadRows(
-            f"{quarantined} of {rows.count} rows are bad {kinds}; --max-bad-rows {settings.max_bad_rows} allows {allowed}. "
+            f"{quarantined} of {rows.count} rows bad {kinds}; --max-bad-rows {settings.max_bad_rows} allows {allowed}. "
             f"They are listed under {staging.directory / 'files' / '_quarantine'}; mend them or raise the limit"
         )
     if rows.refused:

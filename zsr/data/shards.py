@@ -5,7 +5,7 @@ Every stream is order-preserving, so that what a reader has seen after n rows is
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -61,10 +61,12 @@ def stream(
         )
     names = [entry.path for entry in data.shards(modality) if entry.path in {f.path for f in features.files}]
     if not names:
-        raise ConfigError(f"features {features.digest[:12]} hold no {modality}; they hold {sorted(features.facts['rows'])}")
+        raise ConfigError(
+            f"features {features.digest[:12]} hold no {modality}; they hold {sorted(features.facts['rows'])}"
+        )
     connect()
     dataset = ray.data.from_items(names, override_num_blocks=len(names)).map_batches(
-        _join,
+        cast(Any, _join),  # Ray's own type admits one argument only
         fn_args=(data, features, classes, keys),
         batch_size=1,
         batch_format="numpy",
@@ -73,7 +75,8 @@ def stream(
 
 
 def _blocks(dataset: Dataset) -> Iterator[Block]:
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = cast(pa.Table, batch)
         if len(table):
             yield Block(
                 ids=table.column("id").to_numpy(),
@@ -97,7 +100,10 @@ def _join(
     rows = rows.filter(pc.is_valid(where))
     matrix = vectors(vector.column("feature"), name)[pc.drop_null(where).to_numpy().astype(np.int64)].astype(np.float32)
     ids = rows.column("id").to_numpy()
-    pairs = [own if key is None else row_id("photo", key) for own, key in zip(ids, rows.column("pair").to_pylist(), strict=True)]
+    pairs = [
+        own if key is None else row_id("photo", key)
+        for own, key in zip(ids, rows.column("pair").to_pylist(), strict=True)
+    ]
     index = {label: i for i, label in enumerate(classes or ())}
     columns = {
         "id": pa.array(ids, pa.int64()),

@@ -61,7 +61,9 @@ class Split:
         validation = self.validation or draw(seen, validation_classes, seed)
         training = self.training or tuple(label for label in seen if label not in validation)
         if len(training) < 2:
-            raise ConfigError(f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed")
+            raise ConfigError(
+                f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed"
+            )
         return Split(self.unseen, tuple(sorted(validation)), self.source, tuple(sorted(training)))
 
     def as_json(self) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def load(name: str) -> Split:
 
 
 def choose(name: str, labels: Iterable[str], validation_classes: int, seed: int) -> Split:
-    """The split called `name`, resolved against the data's labels. `random:14:0` draws 14 unseen classes with seed 0."""
+    """The split called `name`, resolved against the data's labels. `random:14:0` draws 14 unseen ones with seed 0."""
     present = sorted(set(labels))
     if name.startswith("random:"):
         try:

@@ -97,7 +97,9 @@ class Extractor:
                 pixels.append(self._pixels(name, row["image"]))
                 ids.append(row["id"])
             except BadImage as error:
-                bad.append({"shard": name, "id": row["id"], "key": row["key"], "kind": error.kind, "message": str(error)})
+                bad.append(
+                    {"shard": name, "id": row["id"], "key": row["key"], "kind": error.kind, "message": str(error)}
+                )
             if len(pixels) == self.batch:
                 features.append(self._forward(pixels))
                 pixels = []
@@ -116,7 +118,9 @@ class Extractor:
         batch = torch.from_numpy(np.stack(pixels)).to(self.device)
         return np.asarray(self.backbone(batch).half().cpu().numpy())
 
-    def _stage(self, name: str, ids: list[int], features: list[np.ndarray], bad: list[dict[str, Any]]) -> dict[str, Any]:
+    def _stage(
+        self, name: str, ids: list[int], features: list[np.ndarray], bad: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         matrix = np.concatenate(features) if features else np.zeros((0, self.backbone.dim), np.float16)
         if bad:
             self.staging.write(f"_quarantine/{name}.jsonl", b"".join(canonical(line) + b"\n" for line in bad))

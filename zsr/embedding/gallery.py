@@ -51,7 +51,8 @@ def embed(
     """Embed every row of `modality` and publish EMB; finished shards of a killed run are kept.
 
     Raises:
-        ConfigError: the features are of other data, have another width than the checkpoint was trained on, or hold no row
+        ConfigError: the features are of other data, have another width than the checkpoint was trained on, or hold no
+        row
             of this modality.
     """
     check_inputs(data, features, checkpoint, modality)
@@ -78,21 +79,23 @@ def embed(
 def check_inputs(data: Artifact, features: Artifact, checkpoint: Artifact, modality: str) -> None:
     """Raise ConfigError unless data, features and checkpoint fit each other."""
     if features.parents.get("data") != data.digest:
-        raise ConfigError(f"features {features.digest[:12]} were not made from data {data.digest[:12]}; run jobs.features")
+        raise ConfigError(
+            f"features {features.digest[:12]} were not made from data {data.digest[:12]}; run jobs.features"
+        )
     dims = features.facts["dims"]
     if modality not in dims:
         raise ConfigError(f"features {features.digest[:12]} hold no {modality}; they hold {sorted(dims)}")
     wanted = checkpoint.config["inputs"][f"{modality}_dim"]
     if dims[modality] != wanted:
         raise ConfigError(
-            f"{modality} features are {dims[modality]}-d but checkpoint {checkpoint.digest[:12]} was trained on {wanted}-d"
+            f"{modality} features are {dims[modality]}-d, checkpoint {checkpoint.digest[:12]} was trained on {wanted}-d"
         )
 
 
 def vectors_of(model: Embedder, modality: str, features: np.ndarray, device: str) -> np.ndarray:
     """Embeddings (N, P, D) float32 of raw features (N, F), unit length under the cosine metric."""
     found = []
-    for block in torch.from_numpy(np.asarray(features, dtype=np.float32)).split(BATCH):
+    for block in torch.split(torch.from_numpy(np.asarray(features, dtype=np.float32)), BATCH):
         embedded = model.encode(modality, block.to(device))
         found.append((functional.normalize(embedded, dim=-1) if model.metric == "cosine" else embedded).cpu())
     return torch.cat(found).numpy() if found else np.zeros((0, 1, model.dim), np.float32)

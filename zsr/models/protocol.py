@@ -161,6 +161,14 @@ class Model(Embedder):
         """Work that every phase of this batch uses, done once. Default: none."""
         return None
 
+    def negatives(self, word: Tensor) -> Tensor | None:
+        """How the class of a triplet's negative is drawn: weights (N, N), row by anchor, or None for all others alike.
+
+        Args:
+            word: (N, S) class vectors, row i for label i.
+        """
+        return None
+
     def scaled(self, batch: Batch) -> Batch:
         """`batch` with every feature tensor passed through the modality's Scale."""
         sketch, photo = self.scale["sketch"], self.scale["photo"]

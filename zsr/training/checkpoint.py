@@ -49,7 +49,9 @@ def open_model(checkpoint: Artifact, name: str = "model.safetensors") -> Embedde
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise DamagedArtifact(f"{checkpoint.directory / name}: does not fit model {config['model']}: {error}") from error
+        raise DamagedArtifact(
+            f"{checkpoint.directory / name}: does not fit model {config['model']}: {error}"
+        ) from error
     return model.eval()
 
 
@@ -80,7 +82,7 @@ class Progress:
 def save_progress(
     staging: Staging, progress: Progress, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: str
 ) -> None:
-    """Stage the state after an epoch: weights first, the state that refers to them last, old ones dropped after that."""
+    """Stage the state after an epoch: weights, then the state that refers to them; old ones are dropped after that."""
     weights = f"steps/{progress.step:08d}.safetensors"
     kept = keep == "all"
     if kept or progress.best_step == progress.step:

@@ -43,7 +43,7 @@ def init_distributed(backend: str) -> None:
     """Hand the process group that Ray Train made to DeepSpeed."""
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # type: ignore[import-untyped]  # late: it probes the machine when it is imported
+    import deepspeed  # late: it probes the machine when it is imported
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # its shared-memory collectives would be compiled for over a minute at the first call; gloo does the same work

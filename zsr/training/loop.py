@@ -47,7 +47,7 @@ class Validation:
         """The score of `model` as it stands: sketches as queries, photos as gallery."""
         parts = []
         for modality, rows in (("sketch", self.sketch), ("photo", self.photo)):
-            blocks = torch.from_numpy(rows.features).split(4096)
+            blocks = torch.split(torch.from_numpy(rows.features), 4096)
             parts.append(torch.cat([model.encode(modality, block.to(device)).cpu() for block in blocks]).mean(1))
         labels = [torch.from_numpy(rows.labels) for rows in (self.sketch, self.photo)]
         return self.score(parts[0], parts[1], labels[0], labels[1], model.metric)
@@ -117,9 +117,7 @@ def _patience_spent(progress: Progress, settings: TrainSettings) -> bool:
     return progress.epochs_since_best() >= settings.patience
 
 
-def _epoch(
-    engines: Engines, sampler: Sampler, settings: TrainSettings, place: Place, done: int
-) -> dict[str, float]:
+def _epoch(engines: Engines, sampler: Sampler, settings: TrainSettings, place: Place, done: int) -> dict[str, float]:
     """One epoch after `done` steps; the mean of each term. The device is waited for once, at the end."""
     engines.model.train()
     names: list[str] = []
@@ -135,9 +133,11 @@ def _epoch(
 
 
 def _step(engines: Engines, sampler: Sampler, settings: TrainSettings, place: Place, step: int) -> Terms:
+    epoch, index = divmod(step - 1, settings.steps_per_epoch)
+
     def draw(repetition: int) -> Batch:
         batch = sampler.batch(step, settings.batch_size, place.rank, place.world, repetition)
-        return engines.model.scaled(batch)
+        return engines.model.scaled(batch.map(epoch=epoch, index=index))
 
     # noise is a function of (seed, step, rank), never carried over: a resumed run draws what the unbroken one drew
     torch.manual_seed(seed_of(settings.seed, step, place.rank))
@@ -151,6 +151,6 @@ def _require_finite(table: Tensor, names: list[str], done: int) -> None:
         value = float(table[row, column])
         kind = "NaN" if math.isnan(value) else "infinite"
         raise NonFiniteLoss(
-            f"term {names[column]!r} is {kind} at step {done + row + 1}; lower the learning rate or look at the features. "
+            f"term {names[column]!r} is {kind} at step {done + row + 1}; lower the rate or look at the features. "
             "The state of the epoch before is kept"
         )

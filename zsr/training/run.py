@@ -1,8 +1,7 @@
 """A training run on Ray Train: workers, the data they are fed, and the checkpoint that comes out.
 
-The only file that imports ray.train. Ray Train starts the worker group, restarts it when a worker or a node is lost, and
-carries the metrics; states and data position are ours (see `checkpoint`), so that a restart and a resubmission are the
-same thing.
+The only file that imports ray.train. Ray Train starts the worker group and tells when a worker or a node is lost;
+states and data position are ours (see `checkpoint`), so that a restart and a resubmission are the same thing.
 """
 
 import logging
@@ -21,7 +20,7 @@ from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import connect, set_data_context
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
@@ -222,6 +221,7 @@ def _train(run: Run, staging: Staging, place: Place) -> None:
         seed_of(run.settings.seed, 1),
         paired=run.settings.paired,
         triplets=model.eats == "triplets",
+        negatives=model.negatives(words),
     )
     log = Log(run.output.root / "logs" / staging.plan.digest[:12] / "metrics.jsonl" if place.rank == 0 else None)
     train(model, sampler, _validation(run), run.settings, staging, log, place, ray.train.report)
@@ -239,7 +239,7 @@ def _solve(run: Run, staging: Staging, place: Place) -> None:
     if place.rank == 0:
         progress = checkpoint.Progress().after(1, validation.of(model, place.device))
         weights = checkpoint.tensors(model)
-        staging.write("tried.json", checkpoint.canonical(dict(scores)))
+        staging.write("tried.json", canonical(dict(scores)))
         checkpoint.save_progress(staging, progress, weights, {}, run.settings.keep_checkpoints)
 
 

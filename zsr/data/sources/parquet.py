@@ -3,8 +3,8 @@
     ROOT/modality=sketch/*.parquet      one folder a modality, any number of files in it
     ROOT/modality=photo/*.parquet
 
-Columns: key (string), label (string), pair (string), image (binary), text (string), feature (list of floats); only key is
-required, each can be called otherwise through `Columns`. Labels are brought to their canonical spelling.
+Columns: key (string), label (string), pair (string), image (binary), text (string), feature (list of floats); only key
+is required, each can be called otherwise through `Columns`. Labels are brought to their canonical spelling.
 """
 
 from collections.abc import Iterator, Mapping
@@ -94,7 +94,11 @@ class Parquet:
         if column not in table.column_names:
             return None
         cell = table.column(column)[int(row)]
-        return cell.values.to_numpy(zero_copy_only=False) if cell.is_valid and pa.types.is_list(cell.type) else cell.as_py()
+        return (
+            cell.values.to_numpy(zero_copy_only=False)
+            if cell.is_valid and pa.types.is_list(cell.type)
+            else cell.as_py()
+        )
 
     def _light(self, file: Path) -> pa.Table:
         """The columns that listing needs, under our names."""
@@ -103,7 +107,7 @@ class Parquet:
         there = [theirs for theirs in names if theirs in parquet.schema_arrow.names]
         if self.columns.key not in there:
             raise ConfigError(
-                f"{file}: no column {self.columns.key!r}; it has {parquet.schema_arrow.names}; name yours with --columns.key"
+                f"{file}: no column {self.columns.key!r} among {parquet.schema_arrow.names}; see --columns.key"
             )
         return parquet.read(columns=there).rename_columns([names[theirs] for theirs in there])
 

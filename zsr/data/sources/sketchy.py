@@ -56,10 +56,14 @@ class Sketchy:
     def _files(self, folder: str) -> list[Path]:
         place = self.root / folder
         if not place.is_dir():
-            raise ConfigError(f"{place}: missing; --source sketchy wants ROOT/photo/CLASS/*.jpg and ROOT/sketch/CLASS/*.png")
+            raise ConfigError(
+                f"{place}: missing; --source sketchy wants ROOT/photo/CLASS/*.jpg and ROOT/sketch/CLASS/*.png"
+            )
         files = sorted(path for path in place.glob("*/*") if path.suffix.lower() in SUFFIXES)
         if not files:
-            raise ConfigError(f"{place}: no pictures in CLASS folders; expected {folder}/CLASS/NAME with {sorted(SUFFIXES)}")
+            raise ConfigError(
+                f"{place}: no pictures in CLASS folders; expected {folder}/CLASS/NAME with {sorted(SUFFIXES)}"
+            )
         return files
 
     def _item(self, path: Path, modality: Modality, pair: str | None) -> Item:
