@@ -112,12 +112,13 @@ def plan(config: Config) -> Results:
 
 def work(config: Config) -> Results:
     results: Results = {}
-    seconds, digests = {}, {}
+    seconds: dict[str, float] = {}
+    digests: dict[str, str] = {}
     for name, stage in stages(config):
         started = time.monotonic()
         results = stage()
         seconds[name] = round(time.monotonic() - started, 1)
-        digests |= {name: results[key] for key in DIGESTS if key in results}
+        digests.update((name, results[key]) for key in DIGESTS if key in results)
         print(f"{name}: {seconds[name]} s", file=sys.stderr, flush=True)
     return {**results, "seconds": seconds, "digests": digests}
 

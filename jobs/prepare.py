@@ -19,8 +19,7 @@ class Config(JobConfig):
     """Flags of jobs.prepare.
 
     Attributes:
-        source: emoji (embedded, needs no input), sketchy (photo/CLASS, sketch/CLASS) or parquet (modality=NAME
-        folders).
+        source: emoji (embedded, needs no input), sketchy (photo/CLASS, sketch/CLASS) or parquet.
         output: ROOT of the DATA artifact.
         input: directory of the raw data.
         features_output: ROOT of a FEATURES artifact; for parquet that has a feature column.

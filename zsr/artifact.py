@@ -21,7 +21,7 @@ import shutil
 import stat
 import unicodedata
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,9 +64,8 @@ def safe_name(name: str) -> PurePosixPath:
     """The relative path that `name` spells, if it stays inside whatever root it is joined to.
 
     Raises:
-        DamagedArtifact: absolute, a drive, `..`, a backslash, a control character, a look-alike of `.` or `/`, or
-        longer
-            than 240 bytes a part.
+        DamagedArtifact: absolute, a drive, `..`, a backslash, a control character, a look-alike of `.` or `/`, or a
+            part longer than 240 bytes.
     """
     bad = (
         not name
@@ -475,8 +474,13 @@ class Store:
         """Where `plan` is worked on; finished pieces of a killed run are found there."""
         return Staging(self.root, plan)
 
-    def made(self, plan: Plan) -> Artifact | None:
-        """The artifact that this very plan already made, published now if a kill came after sealing."""
+    def made(self, plan: Plan, check: Callable[[Artifact], None] | None = None) -> Artifact | None:
+        """The artifact that this very plan already made, published now if a kill came after sealing.
+
+        Args:
+            check: called before such a late publication, where sealing alone does not make an artifact fit to publish;
+                what it raises is passed on, and nothing is published.
+        """
         for number in reversed(self.versions()):
             artifact = self._at_version(number)
             if artifact is not None and artifact.plan == plan.digest:
@@ -486,6 +490,8 @@ class Store:
             artifact = self._open_object(str(sealed["digest"]), plan.digest)
         except (OSError, ValueError, DamagedArtifact):
             return None
+        if check is not None:
+            check(artifact)
         self.publish(artifact)
         return artifact
 

@@ -15,8 +15,7 @@ class Batch:
 
     Attributes:
         sketch: (B, F) or (B, C, H, W), the query modality (texts in image-text models).
-        photo: (B, F) or (B, C, H, W), same class as the sketch of its row; the same instance where `paired` sampling is
-        on.
+        photo: (B, F) or (B, C, H, W), same class as the sketch of its row; with paired sampling the same instance.
         label: (B,) int64, index into the sorted seen classes.
         word: (B, S) class vector of the row.
         negative: (B, F) photo of another seen class; only in triplet batches.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
 from zsr import worker
@@ -22,31 +23,38 @@ logger = logging.getLogger("zsr")
 LOCAL_CPUS = 4  # logical: two training workers plus the data tasks that feed them, also on a laptop with 2 cores
 
 
+_local: Cluster | None = None  # the cluster that this process started, if it did
+
+
 def connect() -> None:
     """Attach to the cluster of RAY_ADDRESS (set inside a submitted job), or start a local one. Safe to call again."""
     if ray.is_initialized():
         return
-    # Ray hides the GPUs from tasks that ask for none, unless told otherwise; this is the coming default
-    environment = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    # Ray Train's own logging set-up would undo the levels of worker.setup
-    environment |= {f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")}
-    root = str(Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment |= {k: v for k, v in os.environ.items() if k == "ZSR_FAULT"}
-    runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
-    options: dict[str, Any] = {"runtime_env": runtime, "log_to_driver": True, "logging_level": "ERROR"}
     worker.setup()
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**options)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
-            object_store_memory=512 << 20,
-            include_dashboard=False,
-            **options,
-        )
+    address = os.environ.get("RAY_ADDRESS") or _start_local()
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {
+        # without it, Ray Train's placement-group cleaner asks whichever cluster of the machine it finds first whether
+        # its controller lives, and removes the workers of a run when that one does not know it
+        "RAY_ADDRESS": address,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray Train's own logging set-up would undo the levels of worker.setup
+        **{f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")},
+        **{name: value for name, value in os.environ.items() if name == "ZSR_FAULT"},
+    }
+    runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
+    ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
     set_data_context()
+
+
+def _start_local() -> str:
+    """Start a one-node cluster on loopback that ends with this process, however that ends; its address."""
+    global _local
+    cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
+    head = {"num_cpus": cpus, "object_store_memory": 512 << 20, "include_dashboard": False}
+    _local = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
+    return str(_local.address)
 
 
 def set_data_context() -> None:
@@ -61,8 +69,12 @@ def set_data_context() -> None:
 
 def disconnect() -> None:
     """Leave the cluster, and stop it if this process started it. Safe to call when not connected."""
+    global _local
     if ray.is_initialized():
         ray.shutdown()
+    if _local is not None:
+        _local.shutdown()  # type: ignore[no-untyped-call]
+        _local = None
 
 
 def map_pieces(
@@ -72,9 +84,8 @@ def map_pieces(
 
     Args:
         what: a word for the progress lines.
-        function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of;
-        it
-            writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
+        function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of.
+            It writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
         options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
 
     Raises:
@@ -83,8 +94,6 @@ def map_pieces(
     if not pieces:
         return []
     connect()
-    if not isinstance(function, type):
-        options = {"max_retries": 3, **options}  # Ray Data's default is for ever, also for a task that kills its worker
     dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(function, **options)
     return list(track(what, dataset.iter_rows(), len(pieces)))
 

@@ -1,6 +1,7 @@
 """Reservoirs and batches are functions of the rows and of (seed, step, rank)."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def pool(rows: int, capacity: int = 1000, start: int = 0, offset: int = 0) -> Po
     return held.finish("cpu")
 
 
-def sampler(**options: bool) -> Sampler:
+def sampler(**options: Any) -> Sampler:
     photo = pool(60, offset=10_000)  # the ids that the sketches' pairs name
     return Sampler(pool(40), photo, torch.eye(CLASSES), 0, **options)
 
@@ -109,6 +110,41 @@ def test_negatives_are_of_another_class_and_uniform() -> None:
     own = torch.cat([b.label for b in batches])
     assert bool((other != own).all())
     assert all(abs(int(n) - 2000) < 200 for n in torch.bincount(other, minlength=CLASSES))
+
+
+def test_negatives_follow_weights_and_never_the_anchor_or_a_class_without_rows() -> None:
+    weights = torch.rand(CLASSES + 1, CLASSES + 1, generator=torch.Generator().manual_seed(0)) + 0.05
+    held = Reservoir(CLASSES + 1, 1000, seed=0)  # of the last class there is no row
+    held.add(block(0, 40))
+    drawer = Sampler(
+        held.finish("cpu"), held.finish("cpu"), torch.eye(CLASSES + 1), 0, triplets=True, negatives=weights
+    )
+    batch = drawer.batch(step=0, size=100_000)
+    assert batch.negative is not None
+    assert batch.negative_label is not None
+    assert torch.equal(batch.negative[:, 0].long() % CLASSES, batch.negative_label)
+    wanted = weights[:CLASSES, :CLASSES].fill_diagonal_(0.0)
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    for anchor in range(CLASSES):
+        drawn = batch.negative_label[batch.label == anchor]
+        share = torch.bincount(drawn, minlength=CLASSES) / len(drawn)
+        sigma = (wanted[anchor] * (1 - wanted[anchor]) / len(drawn)).sqrt()
+        assert bool(((share - wanted[anchor]).abs() <= 3 * sigma).all())
+
+
+def test_weights_leave_all_else_of_a_batch_as_it_was() -> None:
+    uniform, weighted = sampler(triplets=True), sampler(triplets=True, negatives=torch.ones(CLASSES, CLASSES))
+    one, two = uniform.batch(3, 16), weighted.batch(3, 16)
+    assert torch.equal(one.sketch, two.sketch)
+    assert torch.equal(one.photo, two.photo)
+
+
+@pytest.mark.parametrize(("weight", "total"), [(0.0, "0"), (float("nan"), "nan")])
+def test_a_class_without_a_negative_is_refused(weight: float, total: str) -> None:
+    weights = torch.ones(CLASSES, CLASSES)
+    weights[3] = weight
+    with pytest.raises(ConfigError, match=f"weights of class 3 for the others sum to {total}"):
+        sampler(triplets=True, negatives=weights)
 
 
 def test_one_class_is_too_few() -> None:

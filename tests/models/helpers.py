@@ -1,6 +1,6 @@
 """Small models and batches, and one step as the training loop takes it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,14 @@ def batch(rows: int = ROWS, seed: int = 0) -> Batch:
     )
 
 
+def triplets(rows: int = ROWS, seed: int = 0) -> Batch:
+    """The pairs of `batch`, each with the photo of a row of another class."""
+    data = batch(rows, seed)
+    others = (data.label.unsqueeze(1) != data.label).double()
+    other = torch.multinomial(others, 1, generator=torch.Generator().manual_seed(seed)).flatten()
+    return data.map(negative=data.photo[other], negative_label=data.label[other])
+
+
 def sem_pcyc(seed: int = 0, **options: Any) -> SemPcyc:
     """A SEM-PCYC of 6-d codes in training mode."""
     torch.manual_seed(seed)
@@ -48,8 +56,17 @@ def total(terms: Terms) -> Tensor:
     return torch.stack(list(terms.values())).sum()
 
 
-def step(model: Model, steppers: Mapping[str, torch.optim.Optimizer], data: Batch, seed: int = 0) -> dict[str, Terms]:
-    """One batch through every phase, as the loop does it: a phase sees only its own group open. The terms by phase."""
+def step(
+    model: Model,
+    steppers: Mapping[str, torch.optim.Optimizer],
+    data: Batch,
+    seed: int = 0,
+    draw: Callable[[int], Batch] | None = None,
+) -> dict[str, Terms]:
+    """One batch through every phase, as the loop does it: a phase sees only its own group open. The terms by phase.
+
+    A phase that repeats works on `data` again, or on `draw(repetition)` if it wants fresh batches.
+    """
     torch.manual_seed(seed)
     groups = model.groups
     for group in groups.values():
@@ -60,10 +77,15 @@ def step(model: Model, steppers: Mapping[str, torch.optim.Optimizer], data: Batc
     for phase in model.phases:
         for name, group in groups.items():
             group.module.requires_grad_(name == phase.moves)
-        seen[phase.name] = phase.terms(data, shared)
-        steppers[phase.moves].zero_grad()
-        torch.autograd.backward(total(seen[phase.name]))
-        steppers[phase.moves].step()
+        for repetition in range(phase.repeat):
+            if repetition and phase.fresh_batch and draw is not None:
+                data = model.scaled(draw(repetition))
+            if repetition:
+                shared = model.shared(data)
+            seen[phase.name] = phase.terms(data, shared)
+            steppers[phase.moves].zero_grad()
+            torch.autograd.backward(total(seen[phase.name]))
+            steppers[phase.moves].step()
     return seen
 
 

@@ -8,14 +8,23 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.helpers import INPUTS, batch, optimizers, step
+from tests.models.helpers import INPUTS, batch, optimizers, step, triplets
 from zsr.errors import ConfigError
 from zsr.models import MODELS, build, configure
 from zsr.models.protocol import Inputs, Model
 from zsr.models.sem_pcyc import RELEASED
 
 SQUARE = Inputs(sketch_dim=12, photo_dim=12, semantic_dim=7, classes=INPUTS.classes)
-STEPPED = ["sem-pcyc"]
+STEPPED = ["sem-pcyc", "cvae", "caae", "doodle2search", "sketch-gcn", "lcale", "cfsa"]
+# options of models whose published size would take seconds to build
+SMALL: dict[str, dict[str, Any]] = {
+    "cvae": {"latent": 4, "hidden": 8, "samples": 6},
+    "caae": {"latent": 4, "hidden": 8, "samples": 6, "judge": (8, 4)},
+    "doodle2search": {"dim": 6, "hidden": 8},
+    "sketch-gcn": {"dim": 6, "hidden": 8, "latent": 4, "latent_hidden": 8},
+    "lcale": {"dim": 6, "photo_hidden": (8, 8), "sketch_hidden": (8, 8), "word_hidden": (8, 8)},
+    "cfsa": {"hidden": 8, "noise": 4},
+}
 
 
 def test_models_import_neither_ray_nor_deepspeed_nor_pyarrow() -> None:
@@ -27,15 +36,15 @@ def test_models_import_neither_ray_nor_deepspeed_nor_pyarrow() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_modalities_embed_into_one_space_as_parts(name: str) -> None:
-    model = build(name, {}, SQUARE)
+    model = build(name, SMALL.get(name, {}), SQUARE)
     for modality in ("sketch", "photo"):
         assert model.encode(modality, torch.randn(5, 12)).shape == (5, 1, model.dim)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_and_options_rebuild_the_model(name: str) -> None:
-    first = build(name, {}, SQUARE)
-    again = build(name, configure(name, {}).model_dump(mode="json"), SQUARE)
+    first = build(name, SMALL.get(name, {}), SQUARE)
+    again = build(name, configure(name, SMALL.get(name, {})).model_dump(mode="json"), SQUARE)
     again.load_state_dict(first.state_dict())
     features = torch.randn(5, 12)
     assert again.encode("photo", features).equal(first.encode("photo", features))
@@ -43,7 +52,7 @@ def test_weights_and_options_rebuild_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_encode_keeps_the_mode_that_it_found(name: str) -> None:
-    model = build(name, {}, SQUARE).train()
+    model = build(name, SMALL.get(name, {}), SQUARE).train()
     model.encode("photo", torch.randn(5, 12))
     assert model.training
 
@@ -52,11 +61,12 @@ def test_encode_keeps_the_mode_that_it_found(name: str) -> None:
 def test_same_seed_same_bits(name: str) -> None:
     def trained() -> dict[str, torch.Tensor]:
         torch.manual_seed(4)
-        model = build(name, {}, INPUTS)
+        model = build(name, SMALL.get(name, {}), INPUTS)
         assert isinstance(model, Model)
         steppers = optimizers(model.train())
+        draw = triplets if model.eats == "triplets" else batch
         for number in range(3):
-            step(model, steppers, batch(seed=number), seed=number)
+            step(model, steppers, draw(seed=number), seed=number)
         return model.state_dict()
 
     first, second = trained(), trained()

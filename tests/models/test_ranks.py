@@ -1,7 +1,10 @@
-"""Two ranks of B rows are one rank of 2B: batch normalisation, a whole SEM-PCYC step, and ridge's sums."""
+"""Two ranks of B rows are one rank of 2B: normalisation, gathering, all phases of a model, and ridge's sums."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,12 +14,21 @@ from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
 from tests.models.helpers import INPUTS, batch, sem_pcyc, total
-from zsr.models.layers import BatchNorm
-from zsr.models.protocol import Rows
+from tests.models.test_models import SMALL
+from zsr.models import build, lcale, sketch_gcn
+from zsr.models.layers import BatchNorm, gather_over_ranks
+from zsr.models.protocol import Model, Rows
 from zsr.models.ridge import Config, Ridge
 
 ROWS = 24
+LATE = 100
 Result = dict[str, Tensor]
+
+
+def small(name: str, **options: Any) -> Model:
+    """A small model `name` in training mode, the same on every rank."""
+    torch.manual_seed(0)
+    return cast(Model, build(name, {**SMALL[name], **options}, INPUTS).train())
 
 
 def normalised(start: int, stop: int) -> Result:
@@ -35,20 +47,62 @@ def normalised(start: int, stop: int) -> Result:
     return {"rows.output": output.detach(), "rows.gradient": mine.grad, **gradients, **layer.state_dict()}
 
 
-def stepped(start: int, stop: int) -> Result:
-    """Gradients of all phases of SEM-PCYC in float64, with every draw of noise switched off."""
-    model = sem_pcyc(dropout=0.0, noise=0.0, gan="logistic", l21_weight=1.0).double()
+def gathered(start: int, stop: int) -> Result:
+    """Rows of all ranks, with the gradient of a term that couples each with each."""
+    torch.manual_seed(0)
+    rows = torch.randn(ROWS, 3)
+    mine = rows[start:stop].requires_grad_(True)
+    everyone = gather_over_ranks(mine)
+    # each rank has the term of its own rows with all, as the mean over ranks is what DeepSpeed descends
+    loss = (everyone[start:stop] @ everyone.T).tanh().mean()
+    torch.autograd.backward(loss)
+    assert mine.grad is not None
+    labels = gather_over_ranks(torch.arange(start, stop))
+    return {"everyone": everyone.detach(), "labels": labels, "shares.gradient": mine.grad}
+
+
+def gradients(model: Model, start: int, stop: int) -> Result:
+    """Gradients of all phases, in float64; the late epoch is past every warm-up."""
+    model = model.double()
     data = batch(rows=ROWS).rows(start, stop)
-    data = data.map(sketch=data.sketch.double(), photo=data.photo.double(), word=data.word.double())
+    data = data.map(sketch=data.sketch.double(), photo=data.photo.double(), word=data.word.double(), epoch=LATE)
     shared = model.shared(data)
     result: Result = {}
     for phase in model.phases:
         group = model.groups[phase.moves].module
         loss = total(phase.terms(data, shared))
-        gradients = torch.autograd.grad(loss, list(group.parameters()), retain_graph=True)
+        found = torch.autograd.grad(loss, list(group.parameters()), retain_graph=True)
         names = [f"mean.{phase.name}.{name}" for name, _ in group.named_parameters()]
-        result.update(zip(names, gradients, strict=True))
+        result.update(zip(names, found, strict=True))
     return result
+
+
+def stepped(start: int, stop: int) -> Result:
+    """Gradients of all phases of SEM-PCYC in float64, with every draw of noise switched off."""
+    return gradients(sem_pcyc(dropout=0.0, noise=0.0, gan="logistic", l21_weight=1.0), start, stop)
+
+
+def related(start: int, stop: int) -> Result:
+    """SketchGCN with its latents at their means."""
+    with patch.object(sketch_gcn, "reparameterise", lambda mean, _: mean):
+        return gradients(small("sketch-gcn", dropout=0.0), start, stop)
+
+
+def aligned(start: int, stop: int) -> Result:
+    """LCALE with its latents at their means."""
+    with patch.object(lcale, "reparameterise", lambda mean, _: mean):
+        return gradients(small("lcale"), start, stop)
+
+
+def synthesised(start: int, stop: int, alignment: str) -> Result:
+    """CFSA with the same noise for a row wherever it is, and interpolates in the middle."""
+    noise = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2)).double()[start:stop]
+    model = small("cfsa", alignment=alignment, alignment_weight=1.0, synthetic_weight=1.0, modality_weight=0.5)
+    with (
+        patch.object(model, "draw_noise", lambda _: {"photo": noise, "sketch": -noise}),
+        patch.object(torch, "rand", lambda *size, **kind: torch.full(size, 0.5, **kind)),
+    ):
+        return gradients(model, start, stop)
 
 
 def solved(start: int, stop: int) -> Result:
@@ -60,7 +114,15 @@ def solved(start: int, stop: int) -> Result:
     return {name: value for name, value in model.state_dict().items() if name.startswith("maps")}
 
 
-PARTS = {"normalised": normalised, "stepped": stepped, "solved": solved}
+PARTS: dict[str, Callable[[int, int], Result]] = {
+    "normalised": normalised,
+    "gathered": gathered,
+    "stepped": stepped,
+    "related": related,
+    "aligned": aligned,
+    **{f"synthesised {kind}": partial(synthesised, alignment=kind) for kind in ("cmpm", "coral", "mmd")},
+    "solved": solved,
+}
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -81,11 +143,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result
 
 
 def merged(name: str, parts: list[Tensor]) -> Tensor:
-    """What one process would hold: rows side by side, gradients of sums added, of means averaged, all else equal."""
+    """What one process would hold: rows side by side, gradients of sums added, of means averaged, all else equal.
+
+    A share is a row's part in the sum over ranks of their losses.
+    """
     if name.startswith("rows."):
         return torch.cat(parts)
     if name.startswith("sum."):
         return parts[0] + parts[1]
+    if name.startswith("shares."):
+        return torch.cat(parts) / 2
     if name.startswith("mean."):
         return (parts[0] + parts[1]) / 2
     assert_close(parts[0], parts[1], rtol=0, atol=0)

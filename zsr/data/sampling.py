@@ -1,11 +1,11 @@
 """How a batch is drawn: a bounded reservoir a class, and samplers that are functions of (seed, epoch, step, rank).
 
 The papers draw same-class pairs uniformly over classes. A reservoir that holds every row of a class makes that draw
-exact;
-a bounded one makes it from a seeded sample of the rows streamed so far. What a reservoir holds depends only on the rows
-that were added, in their order.
+exact; a bounded one makes it from a seeded sample of the rows streamed so far. What a reservoir holds depends only on
+the rows that were added, in their order.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from zsr.batch import Batch
 from zsr.data.rows import order_key
 from zsr.data.shards import Block
 from zsr.errors import ConfigError
+
+logger = logging.getLogger("zsr")
 
 
 def seed_of(*parts: int) -> int:
@@ -147,7 +149,7 @@ class Sampler:
                 f"{len(self.classes)} training classes have both sketches and photos; at least 2 are needed"
             )
         self.partner = self._partners() if paired else None
-        self.climb = None if negatives is None else self._climb(negatives)
+        self.cumulative = None if negatives is None else self._cumulative(negatives)
 
     def _partners(self) -> Tensor:
         """Photo row of each sketch row; raises ConfigError where no sketch has its photo in the pool."""
@@ -178,7 +180,7 @@ class Sampler:
             negative_label=None if negative_label is None else negative_label[mine].to(self.words.device),
         )
 
-    def _climb(self, weights: Tensor) -> Tensor:
+    def _cumulative(self, weights: Tensor) -> Tensor:
         """Cumulative probability of each class as the negative of each anchor, (C', C') over the classes held.
 
         Raises:
@@ -188,20 +190,24 @@ class Sampler:
         total = other.sum(1)
         bad = torch.nonzero(~(torch.isfinite(total) & (total > 0) & (other >= 0).all(1))).flatten()
         if len(bad):
+            first = int(bad[0])
             raise ConfigError(
-                f"{len(bad)} classes have no negative class to draw: the weights of class {int(self.classes[bad[0]])} for "
-                f"the others sum to {float(total[bad[0]]):g}; the class vectors lie too far apart or are not finite "
+                f"{len(bad)} classes have no negative class to draw: the weights of class {int(self.classes[first])} "
+                f"for the others sum to {float(total[first]):g}; the class vectors lie too far apart or are not finite "
                 "(vectors of unit length are the remedy)"
             )
-        climb = torch.cumsum(other, 1)
-        return climb / climb[:, -1:]  # the last entry is 1 exactly, so that no draw falls beyond it
+        share = other / total.unsqueeze(1)
+        perplexity = torch.exp(torch.special.entr(share).sum(1)).median()
+        logger.info("a class draws its negatives from %.1f others (median perplexity of %d)", perplexity, len(share))
+        cumulative = torch.cumsum(other, 1)
+        return cumulative / cumulative[:, -1:]  # the last entry is 1 exactly, so that no draw falls beyond it
 
     def _others(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """For each label another class, by the weights given or uniformly."""
         place = torch.searchsorted(self.classes, labels)
-        if self.climb is not None:
+        if self.cumulative is not None:
             height = torch.rand(labels.shape[0], 1, generator=generator, dtype=torch.float64)
-            return self.classes[torch.searchsorted(self.climb[place], height, right=True).flatten()]
+            return self.classes[torch.searchsorted(self.cumulative[place], height, right=True).flatten()]
         jump = torch.randint(1, len(self.classes), labels.shape, generator=generator)
         return self.classes[(place + jump) % len(self.classes)]
 

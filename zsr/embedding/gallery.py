@@ -1,8 +1,8 @@
 """Embeddings of a modality by a checkpoint, shard by shard: DATA / FEATURES -> EMB.
 
 EMB: `id int64, part int16, key string, label string nullable, embedding fixed_size_list<float32>[D]`. `part` numbers
-several vectors of one item. Under the cosine metric embeddings are stored with unit length, so that inner product ranks
-them.
+several vectors of one item. Under the cosine metric embeddings are stored with unit length, so that inner product
+ranks them.
 """
 
 from typing import Any, Literal
@@ -52,8 +52,7 @@ def embed(
 
     Raises:
         ConfigError: the features are of other data, have another width than the checkpoint was trained on, or hold no
-        row
-            of this modality.
+            row of this modality.
     """
     check_inputs(data, features, checkpoint, modality)
     work = plan(data, features, checkpoint, modality, classes)

@@ -19,7 +19,7 @@ from zsr.cluster import map_pieces
 from zsr.errors import DamagedArtifact
 from zsr.index import engine
 from zsr.index.plan import IndexConfig, IndexPlan, plan
-from zsr.index.publish import Published, golden_table, publish, require_unique, version_of
+from zsr.index.publish import Published, golden_table, publish, require_unique, verify, version_of
 from zsr.index.search import GOLDEN, INDEX, LISTS, Searcher, ids_name, refine_name
 from zsr.index.tune import QUERIES, Truth, exact, tune
 from zsr.index.vectors import Vectors
@@ -87,7 +87,7 @@ def build(job: Job, store: Store) -> Published:
         DiskFull, StorageError, AlreadyPublished: see `zsr.artifact`.
     """
     task = job.artifact_plan()
-    if made := store.made(task):
+    if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
         return Published(made, version_of(store, made.digest))
     staging = store.staging(task)
     train(job, staging)

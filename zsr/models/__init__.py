@@ -8,7 +8,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from zsr.errors import ConfigError
-from zsr.models import raw, ridge, sem_pcyc
+from zsr.models import caae, cfsa, cvae, doodle2search, lcale, raw, ridge, sem_pcyc, sketch_gcn
 from zsr.models.protocol import Embedder, Inputs, ModelConfig
 
 __all__ = ["MODELS", "Entry", "build", "configure"]
@@ -28,6 +28,12 @@ MODELS: Final[Mapping[str, Entry]] = MappingProxyType(
         "raw": Entry(raw.Config, raw.Raw),
         "ridge": Entry(ridge.Config, ridge.Ridge),
         "sem-pcyc": Entry(sem_pcyc.Config, sem_pcyc.SemPcyc, sem_pcyc.PRESETS),
+        "cvae": Entry(cvae.Config, cvae.CVAE, cvae.PRESETS),
+        "caae": Entry(caae.Config, caae.CAAE, caae.PRESETS),
+        "doodle2search": Entry(doodle2search.Config, doodle2search.Doodle2Search, doodle2search.PRESETS),
+        "sketch-gcn": Entry(sketch_gcn.Config, sketch_gcn.SketchGcn, sketch_gcn.PRESETS),
+        "lcale": Entry(lcale.Config, lcale.Lcale, lcale.PRESETS),
+        "cfsa": Entry(cfsa.Config, cfsa.Cfsa, cfsa.PRESETS),
     }
 )
 

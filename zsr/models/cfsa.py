@@ -27,14 +27,13 @@ from torch.nn import functional
 
 from zsr.batch import Batch
 from zsr.models.layers import gather_over_ranks
-from zsr.models.losses import mmd
+from zsr.models.losses import MMD_FLOOR, mmd
 from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Terms
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ByModality = Mapping[str, Tensor]
 
 MODALITIES: Final = ("photo", "sketch")
-MMD_FLOOR: Final = 1e-4  # JFSE
 
 
 class Config(ModelConfig):

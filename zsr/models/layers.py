@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process in the default group; 0 outside of distributed training."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of `values`, any shape, over the default group, with gradient. With one process, `values` itself."""
     all_reduce: Callable[[Tensor], Tensor] = collectives.all_reduce

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from zsr.batch import Batch
 from zsr.models.layers import gather_over_ranks, world_size
-from zsr.models.losses import gaussian_kl, mmd, reparameterise, warm_up
+from zsr.models.losses import MMD_FLOOR, gaussian_kl, mmd, reparameterise, warm_up
 from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Shared, Terms
 
 Space = Literal["photo", "sketch", "word"]
@@ -36,15 +36,14 @@ Epochs = tuple[NonNegativeFloat, NonNegativeFloat]
 SPACES: Final[tuple[Space, ...]] = ("photo", "sketch", "word")
 MODALITIES: Final[tuple[Space, ...]] = ("photo", "sketch")
 SIX: Final[tuple[tuple[Space, Space], ...]] = tuple((i, j) for i in SPACES for j in SPACES if i != j)
-MMD_FLOOR: Final = 1e-4  # JFSE
 
 
 class Config(ModelConfig):
     """Options. Widths, weights and schedules are CADA-VAE's, whose image encoder stands for the photos.
 
     The autoencoders are meant for features scaled to [0, 1] (JFSE); ours are standardised, which a linear output and
-    an absolute error take as well. Epochs are counted from 0 in the loop's own epochs; CADA-VAE's had about 140 batches
-    of 50 and there were 100 of them, so runs that are much shorter want the preset "short".
+    an absolute error take as well. Warm-ups count the loop's own epochs from 0. CADA-VAE had 100 of them, so a run that
+    is much shorter wants the preset "short", or it ends before they do.
 
     Attributes:
         dim: Z, width of a latent and so of an embedding. 64 in a later paper's table of LCALE, and in CADA-VAE.

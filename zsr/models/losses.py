@@ -15,6 +15,7 @@ MMD_SCALES: Final[tuple[float, ...]] = (
     *(1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 100.0),
     *(1e3, 1e4, 1e5, 1e6),
 )
+MMD_FLOOR: Final = 1e-4  # in the same code
 
 
 def warm_up(epoch: float, start: float, end: float) -> float:

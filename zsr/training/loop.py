@@ -22,7 +22,8 @@ from zsr.training.checkpoint import Progress, last_progress, save_progress, tens
 from zsr.training.config import TrainSettings
 from zsr.training.engines import Engines, broadcast
 
-# query (Q, D), gallery (G, D), their labels (Q,) and (G,), metric -> score, higher is better
+# query (Q, P, D), gallery (G, P, D), of which the best pair of parts counts, their labels (Q,) and (G,), metric ->
+# score, higher is better
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Metric], float]
 
 
@@ -48,7 +49,7 @@ class Validation:
         parts = []
         for modality, rows in (("sketch", self.sketch), ("photo", self.photo)):
             blocks = torch.split(torch.from_numpy(rows.features), 4096)
-            parts.append(torch.cat([model.encode(modality, block.to(device)).cpu() for block in blocks]).mean(1))
+            parts.append(torch.cat([model.encode(modality, block.to(device)).cpu() for block in blocks]))
         labels = [torch.from_numpy(rows.labels) for rows in (self.sketch, self.photo)]
         return self.score(parts[0], parts[1], labels[0], labels[1], model.metric)
 

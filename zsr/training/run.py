@@ -166,9 +166,8 @@ def _fit(run: Run, staging: Staging) -> None:
 
 def _is_loss(error: Exception) -> bool:
     """Whether a worker's failure is a lost process: its own, or that of a peer, which breaks the connection to it."""
-    return isinstance(error, RayActorError) or any(
-        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "DistNetworkError")
-    )
+    signs = ("Connection closed by peer", "Connection reset by peer", "DistNetworkError", "worker health check failed")
+    return isinstance(error, RayActorError) or any(sign in str(error) for sign in signs)
 
 
 def _trainer(run: Run, staging: Staging) -> TorchTrainer:
