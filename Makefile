@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 DEMO := runs/demo
 
-.PHONY: demo demo-seeds test check format lock audit clean
+.PHONY: demo demo-seeds test faults check format lock audit clean
 
 # requirements.lock pins the versions that were tested together; pyproject.toml says which ranges are allowed
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -21,6 +21,9 @@ demo-seeds: $(VENV)/installed ## the same with three seeds
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+faults: $(VENV)/installed ## the demo, killed at random times, ends with the digests of an unbroken one
+	$(RUN) -m tests.faults.kill_demo runs/faults
 
 check: $(VENV)/installed audit
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import create_model
 
@@ -39,7 +39,7 @@ class Config(TrainSettings, JobConfig):
     output: Path
     model: str = "sem-pcyc"
     preset: str | None = None
-    resume: str = "latest"
+    resume: Literal["latest", "never"] = "latest"
 
 
 def prepare_run(config: Config, options: ModelConfig) -> Run:

@@ -241,7 +241,10 @@ def test_an_extension_type_in_a_schema_is_refused() -> None:
         refuse_extension_types(pa.schema([field]), "here")
 
 
-def test_a_crafted_shard_with_a_valid_digest_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ray_is_loaded", [False, True])
+def test_a_crafted_shard_with_a_valid_digest_is_refused(tmp_path: Path, ray_is_loaded: bool) -> None:
+    if ray_is_loaded:
+        import ray.data  # noqa: F401  # registers the type, whose own parser then sees the metadata
     field = pa.field("x", pa.int64(), metadata={b"ARROW:extension:name": b"ray.data.arrow_tensor"})
     path = tmp_path / "crafted.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array([1])], schema=pa.schema([field])), path)

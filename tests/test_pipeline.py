@@ -107,9 +107,9 @@ def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
     tmp_path: Path, featured: list[object], trained: Path
 ) -> None:
     flags = [str(flag) for flag in (*featured, "--output", tmp_path / "killed", *SHORT)]
-    # a cluster of its own, since workers take the fault from the runtime environment of their job; the fault fires in
-    # the second epoch of each worker group, so restarts make progress until they run out
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"ZSR_FAULT": "train.step=kill@3"}
+    # a cluster of its own, since workers take the fault from the runtime environment of their job; it fires in the
+    # second epoch, when the state of the first is staged
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"ZSR_FAULT": "train.step=kill@8"}
     command = [sys.executable, "-m", "jobs.train", *flags]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         for line in run.stderr or ():
@@ -117,6 +117,7 @@ def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
                 run.kill()  # the driver, too
                 break
     assert not list((tmp_path / "killed").rglob("versions/*"))
+    assert list((tmp_path / "killed").rglob("state/00000005.safetensors"))
     resumed = ok("train", *flags)
     assert resumed["checkpoint"] == open_checkpoint(trained).digest
 

@@ -201,7 +201,9 @@ class Artifact:
             parquet = pq.ParquetFile(pa.BufferReader(data))
             refuse_extension_types(parquet.schema_arrow, f"{self.directory / name}")
             return parquet.read(columns=columns)
-        except (pa.ArrowException, OSError) as error:
+        except DamagedArtifact:
+            raise
+        except Exception as error:  # a registered extension type parses its metadata here, and may raise anything
             raise DamagedArtifact(f"{self.directory / name}: not readable as parquet: {error}") from error
 
     def local(self, name: str) -> Path:

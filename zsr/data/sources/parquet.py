@@ -117,7 +117,9 @@ def _open(file: str) -> pq.ParquetFile:
         parquet = pq.ParquetFile(file)
         refuse_extension_types(parquet.schema_arrow, file)
         return parquet
-    except (pa.ArrowException, OSError) as error:
+    except DamagedArtifact:
+        raise
+    except Exception as error:  # a registered extension type parses its metadata here, and may raise anything
         raise DamagedArtifact(f"{file}: not readable as parquet ({error}); restore it or leave it out") from error
 
 
