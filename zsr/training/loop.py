@@ -1,6 +1,7 @@
 """The training loop: batches in, named losses out, a validation score and a staged state after each epoch."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from zsr.models.protocol import Embedder, Metric, Model, Terms
 from zsr.training.checkpoint import Progress, last_progress, save_progress, tensors
 from zsr.training.config import TrainSettings
 from zsr.training.engines import Engines, broadcast
+
+logger = logging.getLogger("zsr")
 
 # query (Q, P, D), gallery (G, P, D), of which the best pair of parts counts, their labels (Q,) and (G,), metric ->
 # score, higher is better
@@ -55,10 +58,11 @@ class Validation:
 
 
 class Log:
-    """JSONL metrics beside the artifact, written by rank 0: a line an epoch, and the last lines survive a kill."""
+    """JSONL metrics beside the artifact, written by rank 0: a line an epoch. A line each 30 s goes to the job's log."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.shown = time.monotonic()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -66,6 +70,9 @@ class Log:
         if self.path is not None:
             with self.path.open("a") as handle:
                 handle.write(json.dumps(values) + "\n")
+            if time.monotonic() - self.shown >= 30:
+                self.shown = time.monotonic()
+                logger.warning("train: step %(step)d, validation mAP %(validation_map_all).3f", values)
 
 
 def train(
