@@ -54,7 +54,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(20)
+                process.wait(5)
             except subprocess.TimeoutExpired:  # a busy machine: its children are in its process group
                 os.killpg(process.pid, signal.SIGKILL)
 
