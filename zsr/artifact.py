@@ -186,10 +186,6 @@ class Artifact:
         _check_hash(self.directory / name, sha256(data), entry)
         return data
 
-    def read_json(self, name: str) -> Any:
-        """`name` parsed as JSON, verified first."""
-        return json.loads(self.read(name))
-
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """`name` as an Arrow table, parsed from the very bytes that were verified.
 

@@ -3,7 +3,7 @@
 Shapes: B batch, F feature (or C, H, W for images), S semantic vector, N seen classes.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor
@@ -35,18 +35,6 @@ class Batch:
     def map(self, **changes: Any) -> Self:
         """A copy with some fields replaced."""
         return replace(self, **changes)
-
-    def to(self, device: str) -> Self:
-        """A copy with every tensor on `device`."""
-        return self.map(**{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
-
-    def rows(self, start: int, stop: int) -> Self:
-        """Rows start..stop of every field: a rank's share of a global batch."""
-        return self.map(**{name: value[start:stop] for name, value in self._tensors().items()})
-
-    def _tensors(self) -> dict[str, Tensor]:
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
     def __len__(self) -> int:
         return int(self.label.shape[0])

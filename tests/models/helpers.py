@@ -1,6 +1,7 @@
 """Small models and batches, and one step as the training loop takes it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,12 @@ from zsr.models.sem_pcyc import SemPcyc
 CLASSES = tuple("abcdef")
 INPUTS = Inputs(sketch_dim=10, photo_dim=14, semantic_dim=7, classes=CLASSES)
 ROWS = 16
+
+
+def cut(whole: Batch, start: int, stop: int) -> Batch:
+    """Rows start..stop of every tensor: a rank's share of a global batch."""
+    held = {f.name: getattr(whole, f.name) for f in fields(whole)}
+    return whole.map(**{name: value[start:stop] for name, value in held.items() if isinstance(value, Tensor)})
 
 
 def batch(rows: int = ROWS, seed: int = 0) -> Batch:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
-from tests.models.helpers import INPUTS, batch, sem_pcyc, total
+from tests.models.helpers import INPUTS, batch, cut, sem_pcyc, total
 from tests.models.test_models import SMALL
 from zsr.models import build, lcale, sketch_gcn
 from zsr.models.layers import BatchNorm, gather_over_ranks
@@ -64,7 +64,7 @@ def gathered(start: int, stop: int) -> Result:
 def gradients(model: Model, start: int, stop: int) -> Result:
     """Gradients of all phases, in float64; the late epoch is past every warm-up."""
     model = model.double()
-    data = batch(rows=ROWS).rows(start, stop)
+    data = cut(batch(rows=ROWS), start, stop)
     data = data.map(sketch=data.sketch.double(), photo=data.photo.double(), word=data.word.double(), epoch=LATE)
     shared = model.shared(data)
     result: Result = {}
@@ -108,7 +108,7 @@ def synthesised(start: int, stop: int, alignment: str) -> Result:
 def solved(start: int, stop: int) -> Result:
     """Ridge's maps."""
     model = Ridge(Config(penalties=(3.0,)), INPUTS)
-    data = batch(rows=ROWS).rows(start, stop)
+    data = cut(batch(rows=ROWS), start, stop)
     word = torch.randn(len(INPUTS.classes), INPUTS.semantic_dim, generator=torch.Generator().manual_seed(5))
     model.fit([Rows("sketch", data.sketch, data.label), Rows("photo", data.photo, data.label)], word, lambda: 0.0)
     return {name: value for name, value in model.state_dict().items() if name.startswith("maps")}

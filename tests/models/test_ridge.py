@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from tests.models.helpers import INPUTS, batch
+from tests.models.helpers import INPUTS, batch, cut
 from zsr.models import build
 from zsr.models.protocol import Embedder, Inputs, Rows
 from zsr.models.raw import Raw
@@ -32,7 +32,7 @@ def words() -> Tensor:
 def blocks(size: int) -> Iterator[Rows]:
     data = batch(rows=40)
     for start in range(0, 40, size):
-        part = data.rows(start, start + size)
+        part = cut(data, start, start + size)
         yield Rows("sketch", part.sketch, part.label)
         yield Rows("photo", part.photo, part.label)
 

@@ -24,9 +24,3 @@ def clock(step: int) -> tuple[int, int]:
 
 def test_the_clock_follows_the_step() -> None:
     assert [clock(step) for step in (1, 2, 3, 4, 7)] == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
-
-
-def test_a_part_of_a_batch_keeps_its_clock() -> None:
-    batch = BATCH.map(epoch=2, index=5)
-    for part in (batch.rows(1, 3), batch.to("cpu")):
-        assert (part.epoch, part.index) == (2, 5)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -145,8 +144,3 @@ def canonical_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as plain JSON values, tuples as lists, so that a plan made from flags equals one read from a manifest."""
     plain: dict[str, Any] = json.loads(canonical(dict(options)))
     return plain
-
-
-def one_thread() -> None:
-    """One CPU thread: what embedding uses for equal bits on every machine."""
-    torch.set_num_threads(1)
