@@ -51,6 +51,31 @@ def test_an_equal_plan_finds_what_was_made(tmp_path: Path) -> None:
     assert Store.at(tmp_path).made(Plan("data", {"rows": 4})) is None
 
 
+def test_a_plan_asked_for_again_is_what_readers_open_next(tmp_path: Path) -> None:
+    first = make(tmp_path)
+    make(tmp_path, Plan("data", {"rows": 9}))
+    assert Store.at(tmp_path).made(PLAN) is not None
+    assert open_artifact(tmp_path, "data").digest == first.digest
+
+
+def test_a_damaged_object_is_made_again(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    path = made.directory / "modality=photo/part-00000.parquet"
+    path.write_bytes(b"half")
+    assert Store.at(tmp_path).made(PLAN) is None
+    again = make(tmp_path)
+    assert again.digest == made.digest
+    assert again.read("modality=photo/part-00000.parquet") == b"hello"
+
+
+def test_nothing_is_sealed_without_a_piece_that_has_a_receipt(tmp_path: Path) -> None:
+    staging = Store.at(tmp_path).staging(PLAN)
+    staging.write("a", b"whole")
+    staging.path("a").write_bytes(b"cut")
+    with pytest.raises(StorageError, match="not finished"):
+        staging.seal(facts={})
+
+
 def test_a_guard_tells_plans_apart_without_shaping_the_content(tmp_path: Path) -> None:
     old = make(tmp_path, Plan("data", {"rows": 3}, guard={"mtime": 1}))
     assert Store.at(tmp_path).made(Plan("data", {"rows": 3}, guard={"mtime": 2})) is None

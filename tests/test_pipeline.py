@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests import toy
 from tests.pipeline import features_only, job, ok
+from zsr.artifact import open_artifact
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -92,8 +96,6 @@ def test_unseen_poison_leaves_every_loss_and_weight_as_it_is(tmp_path: Path, tra
 
 
 def open_checkpoint(root: Path) -> Any:
-    from zsr.artifact import open_artifact
-
     return open_artifact(root, "checkpoint")
 
 
@@ -154,6 +156,24 @@ def test_a_missing_column_names_file_and_column(tmp_path: Path) -> None:
     assert results["exit_code"] == 2
     assert "no column 'name'" in results["error"]
     assert "rows.parquet" in results["error"]
+
+
+def test_a_key_that_is_no_string_names_file_and_column(tmp_path: Path) -> None:
+    folder = tmp_path / "raw" / "modality=photo"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"key": [1, 2]}), folder / "rows.parquet")
+    results = job("prepare", "--source", "parquet", "--input", tmp_path / "raw", "--output", tmp_path / "x")
+    assert results["exit_code"] == 2
+    assert "column 'key' is int64, expected string" in results["error"]
+
+
+def test_new_vectors_under_old_keys_are_imported_anew(tmp_path: Path) -> None:
+    flags = features_only(tmp_path, toy.write_features(tmp_path / "raw"))
+    features = flags_to_paths(flags)["features"]
+    old = open_artifact(features, "features").digest
+    shutil.rmtree(tmp_path / "raw")
+    features_only(tmp_path, toy.write_features(tmp_path / "raw", poison=("apple",)))
+    assert open_artifact(features, "features").digest != old
 
 
 def test_a_label_without_a_vector_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import shutil
 import stat
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -215,6 +215,13 @@ class Artifact:
                 _verified.add(inode)
         return path
 
+    def complete(self) -> bool:
+        """Whether every file is there in its size: a cheap look, which does not replace `verify`."""
+        try:
+            return all((self.directory / safe_name(e.path)).lstat().st_size == e.bytes for e in self.files)
+        except OSError:
+            return False
+
     def verify(self) -> None:
         """Hash every file. Raises DamagedArtifact for the first that is not as the manifest says."""
         for entry in self.files:
@@ -238,15 +245,15 @@ def _check_size(path: Path, found: int, entry: FileEntry) -> None:
     if found != entry.bytes:
         raise DamagedArtifact(
             f"{path}: {found} bytes (sha256 not computed) but the manifest says {entry.bytes} (sha256 "
-            f"{entry.sha256[:12]}); restore the file or run the job that made it again"
+            f"{entry.sha256[:12]}); restore the file, or remove this object and run the job that made it again"
         )
 
 
 def _check_hash(path: Path, found: str, entry: FileEntry) -> None:
     if found != entry.sha256:
         raise DamagedArtifact(
-            f"{path}: sha256 {found[:12]} but the manifest says {entry.sha256[:12]}; restore the file or run the job "
-            "that made it again"
+            f"{path}: sha256 {found[:12]} but the manifest says {entry.sha256[:12]}; restore the file, or remove this "
+            "object and run the job that made it again"
         )
 
 
@@ -403,9 +410,25 @@ class Staging:
 
     def pieces(self, *, scratch: bool = False) -> tuple[str, ...]:
         """Names of the finished pieces, sorted."""
+        return tuple(name for name in self._received(scratch) if self.finished(name, scratch=scratch))
+
+    def _received(self, scratch: bool) -> tuple[str, ...]:
+        """Names of the pieces that have a receipt, sorted."""
         base = self.directory / "receipts" / ("scratch" if scratch else "files")
         names = (str(path.relative_to(base))[: -len(".json")] for path in base.rglob("*.json") if path.name[0] != ".")
-        return tuple(sorted(name for name in names if self.finished(name, scratch=scratch)))
+        return tuple(sorted(names))
+
+    def all_finished(self, names: Iterable[str]) -> list[FileEntry]:
+        """The receipts of pieces that must all be there.
+
+        Raises:
+            StorageError: one is missing or not of the size that its receipt says, as a stale view of a shared file
+                system may show it. Nothing may be sealed without it.
+        """
+        entries = [(name, self.finished(name)) for name in names]
+        if missing := [name for name, entry in entries if entry is None]:
+            raise StorageError(f"{self.directory}: {missing[:5]} are not finished; run the same command again")
+        return [entry for _, entry in entries if entry is not None]
 
     def seal(self, *, facts: Json, rows: Mapping[str, int] | None = None) -> Artifact:
         """Put every finished, non-scratch piece under a manifest and move it to `objects/`. Not yet published.
@@ -414,7 +437,7 @@ class Staging:
             facts: what readers need to know (dimensions, counts, metric). JSON values only.
             rows: counts such as in, used, quarantined.
         """
-        entries = [self.finished(name) for name in self.pieces()]
+        entries = self.all_finished(self._received(scratch=False))
         manifest = {
             "schema": SCHEMA_VERSION,
             "kind": self.plan.kind,
@@ -422,13 +445,15 @@ class Staging:
             "parents": dict(self.plan.parents),
             "facts": facts,
             "rows": dict(rows or {}),
-            "files": [entry.as_json() for entry in entries if entry is not None],
+            "files": [entry.as_json() for entry in entries],
         }
         data = canonical(manifest)
         digest = sha256(data)
         target = self.root / "objects" / digest
         fault.here("artifact.manifest")
         write_atomically(self.directory / "sealed.json", canonical({"digest": digest}))
+        if target.exists() and not _sound(Artifact(self.root, digest, manifest)):
+            os.rename(target, self.directory / f"damaged-{uuid.uuid4().hex}")  # goes with the staging area
         if not target.exists():
             write_atomically(self.directory / "files" / MANIFEST, data)
             self._drop_unfinished(manifest)
@@ -445,6 +470,14 @@ class Staging:
         base = self.directory / "files"
         for path in [p for p in base.rglob("*") if p.is_file() and str(p.relative_to(base)) not in listed]:
             path.unlink()
+
+
+def _sound(artifact: Artifact) -> bool:
+    try:
+        artifact.verify()
+    except DamagedArtifact:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -481,7 +514,9 @@ class Store:
         """
         for number in reversed(self.versions()):
             artifact = self._at_version(number)
-            if artifact is not None and artifact.plan == plan.digest:
+            if artifact is not None and artifact.plan == plan.digest and artifact.complete():
+                if number != self.versions()[-1]:
+                    self.publish(artifact)  # who asks for this plan again wants the next job to read it
                 return artifact
         try:
             sealed = json.loads((self.staging(plan).directory / "sealed.json").read_bytes())

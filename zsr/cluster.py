@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
 from zsr import worker
+from zsr.errors import Infeasible
 
 logger = logging.getLogger("zsr")
 
@@ -65,6 +66,41 @@ def set_data_context() -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # our errors carry their exit code; a wrapper would lose it
     worker.setup()  # again: importing ray.data sets its own log levels
+
+
+def gpus() -> int:
+    """GPUs of the cluster, not of this machine: a head often has none."""
+    return int(resources().get("GPU", 0))
+
+
+def resources() -> dict[str, float]:
+    """What the nodes of the cluster offer now, by name. Connects if need be."""
+    connect()
+    offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return offered
+
+
+def own_device() -> str:
+    """The device that Ray gave to the task or actor which asks."""
+    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
+
+
+def require_workers(workers: int) -> None:
+    """Refuse more training workers than a local cluster has room for; they would wait for ever, and say nothing.
+
+    A cluster that was there before may still grow, so there it is a warning.
+
+    Raises:
+        Infeasible: naming the most that fit.
+    """
+    have = resources()
+    most = int(have["GPU"]) if have.get("GPU") else int(have.get("CPU", 0)) - 1  # one CPU reads what the workers eat
+    if workers <= most:
+        return
+    message = f"{workers} workers, and room for {most} in the cluster ({have.get('CPU', 0):.0f} CPUs, {gpus()} GPUs)"
+    if _local is not None:
+        raise Infeasible(f"{message}; use --num-workers {max(1, most)}")
+    logger.warning("%s: they wait until nodes are added", message)
 
 
 def disconnect() -> None:

@@ -54,6 +54,14 @@ def test_seen_classes_of_a_file_bound_what_is_trained(tmp_path: Path) -> None:
     assert set(split.training) | set(split.validation) == set("bcde")
 
 
+def test_validation_is_cut_from_a_pinned_training_list(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"unseen": ["a"], "training": ["b", "c", "d", "e"]}))
+    split = choose(str(path), LABELS, 2, 0)
+    assert len(split.validation) == len(split.training) == 2
+    assert set(split.validation) | set(split.training) == set("bcde")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [({"unseen": ["zebra"]}, "zebra"), ({"test": ["a"]}, "unseen"), ({"unseen": ["a"], "train": ["b"]}, "train")],

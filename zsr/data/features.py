@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from zsr import fault
-from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr.artifact import Artifact, Plan, Staging, Store, canonical, sha256
 from zsr.cluster import map_pieces
 from zsr.data.prepare import Listing, Prepare, stage_listing, staged_items
 from zsr.data.rows import row_id
@@ -48,8 +48,10 @@ def seal_features(staging: Staging, output: Store, names: Sequence[str], about: 
     Raises:
         ConfigError: modalities whose features differ in width.
     """
-    entries = [entry for name in names if (entry := staging.finished(name)) is not None]
-    modalities = sorted({entry.path.partition("/")[0].partition("=")[2] for entry in entries})
+    entries = staging.all_finished(names)
+    if not any(int(entry.facts["rows"]) for entry in entries):
+        raise ConfigError("no row has a feature; check the feature column, or that the pictures are there")
+    modalities = sorted({e.path.partition("/")[0].partition("=")[2] for e in entries if int(e.facts["rows"])})
     dims = {m: {int(e.facts["dim"]) for e in entries if e.path.startswith(f"modality={m}/")} - {0} for m in modalities}
     if wrong := {m: sorted(d) for m, d in dims.items() if len(d) > 1}:
         raise ConfigError(f"features of different widths within a modality: {wrong}; they must agree")
@@ -69,7 +71,10 @@ def import_features(source: Source, rows: Listing, settings: Prepare, data: Arti
     Raises:
         ConfigError: vectors of different widths, or none at all.
     """
-    plan = Plan("features", {"backbone": "imported"}, {"data": data.digest})
+    # the vectors are not in DATA, so nothing of the content tells old ones from new ones before they are read
+    guards = sha256(canonical([item.guard for items in rows.items.values() for item in items]))
+    guard = {"files": guards, "source": dict(source.facts)}
+    plan = Plan("features", {"backbone": "imported"}, {"data": data.digest}, guard)
     if done := output.made(plan):
         return done
     staging = output.staging(plan)
@@ -83,15 +88,17 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     """Stage the vectors of one shard's rows. Runs in a Ray task."""
     name = piece["name"]
     used = set(data.read_table(name, columns=["id"]).column("id").to_pylist())
-    found = {row_id(i.modality, i.key): source.feature(i) for i in staged_items(staging, name)}
+    items = staged_items(staging, name)
+    read = {i.key: source.feature(i) for i in sorted(items, key=lambda i: i.where)}  # each file once
+    found = {row_id(i.modality, i.key): read[i.key] for i in items}
     ids = [identity for identity in found if identity in used and found[identity] is not None]
     kept = [vector for identity in ids if (vector := found[identity]) is not None]
     widths = {vector.shape[0] for vector in kept}
-    if len(widths) != 1:
-        raise ConfigError(
-            f"{name}: features of widths {sorted(widths)}; each modality wants one width and a feature column"
-        )
+    if len(widths) > 1:
+        raise ConfigError(f"{name}: features of widths {sorted(widths)}; each modality wants one width")
     fault.here("features.shard")
-    facts = {"rows": len(ids), "quarantined": len(used) - len(ids), "dim": widths.pop()}
-    staging.write_table(name, feature_table(ids, np.stack(kept)), facts=facts)
+    dim = widths.pop() if widths else 0
+    matrix = np.stack(kept) if kept else np.zeros((0, 0), np.float32)
+    facts = {"rows": len(ids), "quarantined": len(used) - len(ids), "dim": dim}
+    staging.write_table(name, feature_table(ids, matrix), facts=facts)
     return {"name": name, "rows": len(ids)}

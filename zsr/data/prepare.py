@@ -20,7 +20,7 @@ from zsr.cluster import map_pieces
 from zsr.data.decode import BadImage, Limits, decode
 from zsr.data.rows import MODALITIES, SCHEMA, order_key, row_id
 from zsr.data.sources import Item, Source
-from zsr.errors import ConfigError, TooManyBadRows
+from zsr.errors import ConfigError, StorageError, TooManyBadRows
 
 PROBE: Final = 32  # pixels: a full decode proves that a picture is whole, and at this size it is cheap
 TEXT_CAP: Final = 100_000  # characters
@@ -164,20 +164,22 @@ def staged_items(staging: Staging, name: str) -> list[Item]:
 def _write_shard(piece: dict[str, Any], source: Source, staging: Staging) -> dict[str, Any]:
     """Load, check and stage one shard and its quarantine. Runs in a Ray task."""
     name = piece["name"]
-    good: list[dict[str, Any]] = []
+    good: dict[int, dict[str, Any]] = {}
     bad: list[Bad] = []
-    for row, item in enumerate(staged_items(staging, name)):
+    # in the order of the source's files, each of which is then read once, whatever the order of the rows
+    for row, item in sorted(enumerate(staged_items(staging, name)), key=lambda pair: pair[1].where):
         identity = row_id(item.modality, item.key)
         try:
-            good.append(_load(source, item, identity))
+            good[row] = _load(source, item, identity)
         except BadImage as error:
             bad.append(Bad(name, row, identity, item.key, error.kind, str(error)))
     if bad:
-        staging.write(f"_quarantine/{name}.jsonl", _jsonl(bad))
+        staging.write(f"_quarantine/{name}.jsonl", _jsonl(sorted(bad, key=lambda b: b.row)))
     fault.here("prepare.shard")
-    classes = Counter(row["label"] for row in good if row["label"] is not None)
-    facts = {"rows": len(good), "quarantined": len(bad), "classes": dict(sorted(classes.items()))}
-    staging.write_table(name, pa.Table.from_pylist(good, schema=SCHEMA), facts=facts)
+    rows = [good[row] for row in sorted(good)]
+    classes = Counter(row["label"] for row in rows if row["label"] is not None)
+    facts = {"rows": len(rows), "quarantined": len(bad), "classes": dict(sorted(classes.items()))}
+    staging.write_table(name, pa.Table.from_pylist(rows, schema=SCHEMA), facts=facts)
     return {"name": name, **{k: facts[k] for k in ("rows", "quarantined")}}
 
 
@@ -208,8 +210,8 @@ def _jsonl(bad: Sequence[Bad]) -> bytes:
 
 
 def _seal(staging: Staging, output: Store, rows: Listing, names: list[str], settings: Prepare) -> Artifact:
-    entries = [staging.finished(name) for name in names]
-    counts = [entry.facts for entry in entries if entry is not None]
+    entries = staging.all_finished(names)
+    counts = [entry.facts for entry in entries]
     quarantined = len(rows.refused) + sum(int(c["quarantined"]) for c in counts)
     allowed = settings.allowed(rows.count)
     if quarantined > allowed:
@@ -221,10 +223,12 @@ def _seal(staging: Staging, output: Store, rows: Listing, names: list[str], sett
     if rows.refused:
         staging.write("_quarantine/listing.jsonl", _jsonl(rows.refused))
     per_modality = {
-        modality: sum(int(e.facts["rows"]) for e in entries if e and e.path.startswith(f"modality={modality}/"))
+        modality: sum(int(e.facts["rows"]) for e in entries if e.path.startswith(f"modality={modality}/"))
         for modality in rows.items
     }
     totals = {"in": rows.count, "used": sum(per_modality.values()), "quarantined": quarantined}
+    if totals["used"] + quarantined != rows.count:
+        raise StorageError(f"{staging.directory}: {totals} do not add up; remove this folder and run again")
     facts = {"rows": per_modality, "classes": list(rows.labels), "quarantine": _kinds(staging, rows)}
     artifact = staging.seal(facts=facts, rows=totals)
     output.publish(artifact)

@@ -58,8 +58,9 @@ class Split:
                 f"{present[:5]}"
             )
         seen = self.seen or tuple(label for label in present if label not in self.unseen)
-        validation = self.validation or draw(seen, validation_classes, seed)
-        training = self.training or tuple(label for label in seen if label not in validation)
+        pool = self.training or seen
+        validation = self.validation or draw(pool, validation_classes, seed)
+        training = tuple(label for label in pool if label not in validation)
         if len(training) < 2:
             raise ConfigError(
                 f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed"

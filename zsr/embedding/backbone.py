@@ -10,7 +10,7 @@ from ray.data import ActorPoolStrategy
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import map_pieces
+from zsr.cluster import gpus, map_pieces, own_device
 from zsr.data.decode import VERSION, BadImage, Limits, decode
 from zsr.data.features import feature_table, seal_features
 from zsr.errors import ConfigError
@@ -67,11 +67,16 @@ def extract(
         Extractor,
         todo,
         fn_constructor_kwargs={**options, "staging": staging, "batch": batch},
-        compute=ActorPoolStrategy(size=max(1, min(actors, len(todo)))),
-        num_cpus=1,
-        num_gpus=1 if torch.cuda.is_available() else 0,
+        **pool(actors, len(todo)),
     )
     return seal_features(staging, output, names, {"backbone": settings.backbone, "size": settings.size})
+
+
+def pool(actors: int, pieces: int) -> dict[str, Any]:
+    """Options of an actor pool: a GPU each where the cluster has some, and never more actors than GPUs or pieces."""
+    have = gpus()
+    size = max(1, min(actors, pieces, have or actors))
+    return {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if have else 0}
 
 
 class Extractor:
@@ -82,7 +87,7 @@ class Extractor:
     ) -> None:
         torch.set_num_threads(1)  # one thread an actor: the same bits whatever the number of cores, and no contention
         self.data, self.settings, self.staging, self.batch = data, settings, staging, batch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = own_device()
         self.backbone = backbones.load(settings.backbone, weights, sha256).to(self.device)
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from ray.data import ActorPoolStrategy
 from torch.nn import functional
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.cluster import map_pieces
+from zsr.cluster import map_pieces, own_device
 from zsr.data.features import vectors
+from zsr.embedding.backbone import pool
 from zsr.errors import ConfigError
 from zsr.models.protocol import Embedder
 from zsr.training.checkpoint import open_model
@@ -68,9 +68,7 @@ def embed(
         ShardEmbedder,
         todo,
         fn_constructor_kwargs=shared,
-        compute=ActorPoolStrategy(size=max(1, min(actors, len(todo)))),
-        num_cpus=1,
-        num_gpus=1 if torch.cuda.is_available() else 0,
+        **pool(actors, len(todo)),
     )
     return _seal(staging, output, checkpoint, modality, names)
 
@@ -84,6 +82,11 @@ def check_inputs(data: Artifact, features: Artifact, checkpoint: Artifact, modal
     dims = features.facts["dims"]
     if modality not in dims:
         raise ConfigError(f"features {features.digest[:12]} hold no {modality}; they hold {sorted(dims)}")
+    if features.config != checkpoint.config["features"]:
+        raise ConfigError(
+            f"checkpoint {checkpoint.digest[:12]} was trained on features {checkpoint.config['features']}, these are "
+            f"{dict(features.config)}; run jobs.features with the same backbone, weights and size"
+        )
     wanted = checkpoint.config["inputs"][f"{modality}_dim"]
     if dims[modality] != wanted:
         raise ConfigError(
@@ -109,7 +112,7 @@ class ShardEmbedder:
         torch.set_num_threads(1)  # the same bits whatever the number of cores
         self.data, self.features, self.staging = data, features, staging
         self.classes = chosen_classes(checkpoint, classes)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = own_device()
         self.model = open_model(checkpoint).to(self.device)
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def embedding_table(rows: pa.Table, embeddings: np.ndarray) -> pa.Table:
 
 
 def _seal(staging: Staging, output: Store, checkpoint: Artifact, modality: str, names: list[str]) -> Artifact:
-    entries = [entry for name in names if (entry := staging.finished(name)) is not None]
+    entries = staging.all_finished(names)
     metric = checkpoint.facts["metric"]
     facts = {
         "dim": checkpoint.facts["dim"],

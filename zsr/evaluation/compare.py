@@ -46,6 +46,11 @@ class Bench:
         for checkpoint in self.checkpoints:
             for modality in ("sketch", "photo"):
                 check_inputs(self.data, self.features, checkpoint, modality)
+        runs = [(str(c.config["model"]), int(c.config["settings"]["seed"])) for c in self.checkpoints]
+        if twice := sorted({run for run in runs if runs.count(run) > 1}):
+            raise ConfigError(
+                f"two checkpoints of {twice[0]}: a model's seeds are grouped by number; compare these apart"
+            )
         splits = {tuple(c.config["split"]["unseen"]) for c in self.checkpoints}
         if len(splits) > 1:
             raise ConfigError(f"the checkpoints were trained for {len(splits)} different splits; compare those of one")

@@ -25,7 +25,7 @@ def deepspeed_config() -> dict[str, Any]:
     """The content of deepspeed.yaml: $ZSR_DEEPSPEED if set, else cluster/deepspeed.yaml of the checkout.
 
     Raises:
-        ConfigError: the file is missing, or asks for a ZeRO stage that the checkpoints do not cover.
+        ConfigError: the file is missing, or asks for a ZeRO stage or precision that the checkpoints do not cover.
     """
     default = Path(str(resources.files("zsr"))).parent / "cluster" / "deepspeed.yaml"
     path = Path(os.environ.get("ZSR_DEEPSPEED", default))
@@ -36,6 +36,10 @@ def deepspeed_config() -> dict[str, Any]:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != 0:
         raise ConfigError(f"{path}: ZeRO stage {stage}, but checkpoints gather optimizer states of stage 0 only; use 0")
+    if wrapped := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]:
+        raise ConfigError(
+            f"{path}: {wrapped} enabled, but checkpoints take optimizer states in fp32 only; switch it off"
+        )
     return config
 
 
@@ -54,18 +58,18 @@ def init_distributed(backend: str) -> None:
 class Engines:
     """The engines of a model, by group name."""
 
-    def __init__(self, model: Model, batch_size: int) -> None:
+    def __init__(self, model: Model, batch_size: int, config: Mapping[str, Any]) -> None:
         import deepspeed  # late, see init_distributed
 
         self.model = model
         self.groups = dict(model.groups)
-        base = deepspeed_config() | {"train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": 1}
+        base = {**config, "train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": 1}
         self.engines: dict[str, Any] = {}
         for name, group in self.groups.items():
             optimizer = group.optimizer.build(list(group.module.parameters()))
             # always given: DeepSpeed's default of 1.0 would silently change every paper's optimizer
-            config = base | {"gradient_clipping": group.optimizer.clip}
-            self.engines[name] = deepspeed.initialize(model=group.module, optimizer=optimizer, config=config)[0]
+            settings = base | {"gradient_clipping": group.optimizer.clip}
+            self.engines[name] = deepspeed.initialize(model=group.module, optimizer=optimizer, config=settings)[0]
 
     def train_batch(self, draw: Callable[[int], Batch]) -> Terms:
         """Pass one step's batch through every phase.

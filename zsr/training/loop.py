@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def train(
     sampler: Sampler,
     validation: Validation,
     settings: TrainSettings,
+    deepspeed: Mapping[str, Any],
     staging: Staging,
     log: Log,
     place: Place,
@@ -93,7 +94,7 @@ def train(
     Raises:
         NonFiniteLoss: naming the term and the step, within an epoch of the step.
     """
-    engines = Engines(model, settings.batch_size)
+    engines = Engines(model, settings.batch_size, deepspeed)
     progress = _resume(model, engines, staging, place.device)
     while progress.step < settings.epochs * settings.steps_per_epoch and not _patience_spent(progress, settings):
         started = time.monotonic()

@@ -8,7 +8,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import connect, set_data_context
+from zsr.cluster import connect, gpus, require_workers, set_data_context
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
 from zsr.data.semantics import class_vectors
@@ -34,7 +34,7 @@ from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model
 from zsr.models.protocol import Rows as FitRows
 from zsr.training import checkpoint
 from zsr.training.config import TrainSettings
-from zsr.training.engines import init_distributed
+from zsr.training.engines import deepspeed_config, init_distributed
 from zsr.training.loop import Log, Place, Score, Validation, train
 
 logger = logging.getLogger("zsr")
@@ -60,6 +60,7 @@ class Run:
     settings: TrainSettings
     output: Store
     score: Score
+    deepspeed: dict[str, Any] = field(default_factory=deepspeed_config)
 
     @property
     def inputs(self) -> Inputs:
@@ -86,6 +87,8 @@ class Run:
             "options": checkpoint.canonical_options(self.options),
             "inputs": checkpoint.canonical_options(self.inputs.model_dump()),
             "settings": self.settings.model_dump(),
+            "deepspeed": self.deepspeed,
+            "features": dict(self.features.config),
             "split": self.split.as_json(),
             "torch": torch.__version__.partition("+")[0],
         }
@@ -128,7 +131,6 @@ def train_model(run: Run) -> Artifact:
         _solve(run, staging, Place(0, 1, "cpu"))
     artifact = checkpoint.seal(staging, run.settings.keep_checkpoints, _facts(run))
     run.output.publish(artifact)
-    shutil.rmtree(_ray_folder(run.output), ignore_errors=True)
     return artifact
 
 
@@ -144,24 +146,26 @@ def _facts(run: Run) -> dict[str, Any]:
     return {"metric": model.metric, "dim": model.dim, "saw": sorted(run.split.training + run.split.validation)}
 
 
-def _ray_folder(output: Store) -> Path:
-    return output.root / "ray"
-
-
 def _fit(run: Run, staging: Staging) -> None:
     """Run the workers to their end, starting them again after a lost worker or node.
 
     Ray Train's own FailureConfig would retry errors of the code too; states are ours, so a fresh start is a resumption.
     """
+    require_workers(run.settings.num_workers)
     for attempt in range(RESTARTS + 1):
+        # a name of its own each time: Ray Train would otherwise restore from its own state file, which is written in
+        # place; ours is written once
+        folder = run.output.root / "ray" / uuid.uuid4().hex
         try:
-            _trainer(run, staging).fit()
+            _trainer(run, staging, folder).fit()
             return
         except WorkerGroupError as error:
             if attempt == RESTARTS or not any(map(_is_loss, error.worker_failures.values())):
                 raise
             lost = sorted(error.worker_failures)
             logger.warning("workers %s failed; starting again from the last state (%d)", lost, attempt + 1)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_loss(error: Exception) -> bool:
@@ -170,19 +174,14 @@ def _is_loss(error: Exception) -> bool:
     return isinstance(error, RayActorError) or any(sign in str(error) for sign in signs)
 
 
-def _trainer(run: Run, staging: Staging) -> TorchTrainer:
-    gpus = torch.cuda.is_available()
+def _trainer(run: Run, staging: Staging, folder: Path) -> TorchTrainer:
+    use_gpu = gpus() > 0
     return TorchTrainer(
         _worker,
         train_loop_config={"run": run, "staging": staging},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=run.settings.num_workers, use_gpu=gpus),
-        run_config=RunConfig(
-            # a name of its own each time: Ray Train would otherwise restore from its own state file, which is written
-            # in place; ours is written once
-            name=uuid.uuid4().hex,
-            storage_path=str(_ray_folder(run.output)),
-        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=run.settings.num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(name=folder.name, storage_path=str(folder.parent)),
     )
 
 
@@ -190,7 +189,7 @@ def _worker(config: dict[str, Any]) -> None:
     """One Ray Train worker: stream the data, build the model, train or solve it."""
     run, staging = config["run"], config["staging"]
     context = ray.train.get_context()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # as the driver chose for all workers
     place = Place(context.get_world_rank(), context.get_world_size(), device)
     set_data_context()
     torch.set_num_threads(run.settings.threads)
@@ -223,7 +222,7 @@ def _train(run: Run, staging: Staging, place: Place) -> None:
         negatives=model.negatives(words),
     )
     log = Log(run.output.root / "logs" / staging.plan.digest[:12] / "metrics.jsonl" if place.rank == 0 else None)
-    train(model, sampler, _validation(run), run.settings, staging, log, place, ray.train.report)
+    train(model, sampler, _validation(run), run.settings, run.deepspeed, staging, log, place, ray.train.report)
 
 
 def _solve(run: Run, staging: Staging, place: Place) -> None:

@@ -46,7 +46,7 @@ class Parquet:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"name": "parquet", "attribution": ""}
+        return {"name": "parquet", "attribution": "", "columns": self.columns.model_dump()}
 
     def items(self) -> Iterator[Item]:
         """Every row of every file.
@@ -109,6 +109,11 @@ class Parquet:
             raise ConfigError(
                 f"{file}: no column {self.columns.key!r} among {parquet.schema_arrow.names}; see --columns.key"
             )
+        for theirs in there:
+            kind = parquet.schema_arrow.field(theirs).type
+            # a column of nothing but nulls has the type null
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+                raise ConfigError(f"{file}: column {theirs!r} is {kind}, expected string; cast it first")
         return parquet.read(columns=there).rename_columns([names[theirs] for theirs in there])
 
 
