@@ -88,8 +88,8 @@ def test_the_same_build_again_is_the_same_version(world: World, tmp_path: Path) 
     assert (first.version, other.version, store.versions()) == (1, 2, (1, 2))
     again = build(job, store)  # asked for again, it becomes what readers open
     assert (again.version, again.artifact.digest) == (3, first.artifact.digest)
-    assert rollback(store, 1).version == 3
-    assert history(store)[3] == history(store)[1] == first.artifact.digest
+    assert rollback(store, 2).version == 4
+    assert history(store)[4] == history(store)[2] == other.artifact.digest
     with pytest.raises(ConfigError, match="has no version 9"):
         rollback(store, 9)
 
