@@ -16,7 +16,7 @@ class Config(JobConfig):
 
     Attributes:
         data: DATA.
-        features: FEATURES of that data.
+        features: FEATURES of that data; left out for a checkpoint with an image tower.
         checkpoint: a checkpoint's ROOT or object.
         modality: which rows.
         output: ROOT of the EMB artifact.
@@ -25,27 +25,27 @@ class Config(JobConfig):
     """
 
     data: Path
-    features: Path
     checkpoint: Path
     modality: Modality
     output: Path
+    features: Path | None = None
     classes: gallery.Classes = "all"
     actors: int = max(1, os.cpu_count() or 1)
 
-    def open(self) -> tuple[Artifact, Artifact, Artifact]:
+    def open(self) -> tuple[Artifact, Artifact | None, Artifact]:
         """Data, features and checkpoint."""
         return (
             open_artifact(self.data, "data"),
-            open_artifact(self.features, "features"),
+            None if self.features is None else open_artifact(self.features, "features"),
             open_artifact(self.checkpoint, "checkpoint"),
         )
 
 
 def plan(config: Config) -> Results:
     data, features, checkpoint = config.open()
-    gallery.check_inputs(data, features, checkpoint, config.modality)
-    rows, dim = features.facts["rows"][config.modality], checkpoint.facts["dim"]
-    digest = gallery.plan(data, features, checkpoint, config.modality, config.classes).digest
+    source = gallery.source_of(data, features, checkpoint, config.modality)
+    rows, dim = (features or data).facts["rows"][config.modality], checkpoint.facts["dim"]
+    digest = gallery.plan(data, source, checkpoint, config.modality, config.classes).digest
     return {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4}
 
 

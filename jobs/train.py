@@ -8,14 +8,14 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from jobs._job import JobConfig, Results, file_values, main
-from zsr.artifact import Store, open_artifact
+from zsr.artifact import Artifact, Store, open_artifact
 from zsr.data import splits
 from zsr.errors import ConfigError
 from zsr.evaluation.metrics import mean_average_precision
-from zsr.models import MODELS, configure
-from zsr.models.protocol import ModelConfig
+from zsr.models import MODELS, backbones, configure
+from zsr.models.protocol import ModelConfig, Query, Tower
 from zsr.training.config import TrainSettings
-from zsr.training.run import Run, describe, train_model
+from zsr.training.run import Run, TowerStart, describe, train_model
 
 
 class Config(TrainSettings, JobConfig):
@@ -23,8 +23,19 @@ class Config(TrainSettings, JobConfig):
 
     Attributes:
         data: DATA.
-        features: FEATURES of that data.
-        semantics: SEMANTICS with a vector for every class.
+        features: FEATURES of that data; or leave it out and give a tower.
+        tower: a backbone that is trained along, on the pictures themselves.
+        weights: a local file or directory of the tower's first weights; none takes those that its package brings.
+        random_weights: begin at random weights instead.
+        layer: which of the tower's outputs; by default its first.
+        pixels: the tower's published preprocessing, or pixels / 255 alone as the released Doodle2Search does.
+        attention: Doodle2Search's attention over positions, in a VGG.
+        size: side in pixels that pictures are resized to; by default what the tower was trained at.
+        towers: one tower for both modalities, or one each.
+        tower_rate: the tower's learning rate as a multiple of the model's; 0 keeps it frozen.
+        invert_sketches: white strokes on black.
+        query: what the queries are.
+        semantics: SEMANTICS with a vector for every class; only models that learn from none can do without.
         split: a published split by name, random:UNSEEN:SEED, or a JSON file.
         output: ROOT of the checkpoint artifact.
         model: which model.
@@ -33,13 +44,45 @@ class Config(TrainSettings, JobConfig):
     """
 
     data: Path
-    features: Path
-    semantics: Path
     split: str
     output: Path
+    semantics: Path | None = None
+    features: Path | None = None
+    tower: str | None = None
+    weights: Path | None = None
+    random_weights: bool = False
+    layer: str | None = None
+    pixels: backbones.Scaling = "published"
+    attention: bool = False
+    size: int | None = None
+    towers: Literal["shared", "separate"] = "shared"
+    tower_rate: float = 0.1
+    invert_sketches: bool = False
+    query: Query = "sketch"
     model: str = "sem-pcyc"
     preset: str | None = None
     resume: Literal["latest", "never"] = "latest"
+
+    def inputs(self) -> Artifact | TowerStart:
+        """What the model eats. Raises ConfigError unless it is either features or a tower."""
+        if (self.features is None) == (self.tower is None):
+            raise ConfigError("give either --features, or a --tower that makes them of the pictures")
+        if self.features is not None:
+            return open_artifact(self.features, "features")
+        name = str(self.tower)
+        path = None if self.random_weights else backbones.weights_path(name, self.weights)
+        architecture = backbones.architecture(
+            name, path, layer=self.layer, scaling=self.pixels, attention=self.attention
+        )
+        tower = Tower(
+            architecture=architecture,
+            size=backbones.side(architecture, self.size),
+            invert_sketches=self.invert_sketches,
+            shared=self.towers == "shared",
+            rate=self.tower_rate,
+            weights="" if path is None else backbones.digest(path),
+        )
+        return TowerStart(tower, path)
 
 
 def prepare_run(config: Config, options: ModelConfig) -> Run:
@@ -48,14 +91,15 @@ def prepare_run(config: Config, options: ModelConfig) -> Run:
     split = splits.choose(config.split, data.facts["classes"], config.validation_classes, config.seed)
     return Run(
         data=data,
-        features=open_artifact(config.features, "features"),
-        semantics=open_artifact(config.semantics, "semantics"),
+        features=config.inputs(),
+        semantics=None if config.semantics is None else open_artifact(config.semantics, "semantics"),
         split=split,
         model=config.model,
         options=options.model_dump(mode="json"),
         settings=TrainSettings(**{name: getattr(config, name) for name in TrainSettings.model_fields}),
         output=Store.at(config.output),
         score=mean_average_precision,
+        query=config.query,
     )
 
 
@@ -69,12 +113,11 @@ def work(config: Any) -> Results:
         run.output.discard(run.plan())
     checkpoint = train_model(run)
     facts = checkpoint.facts
-    best = dict(map(tuple, facts["history"]))[facts["best_step"]]
     return {
         "checkpoint": checkpoint.digest,
         "best_step": facts["best_step"],
         "steps": facts["steps"],
-        "validation_map_all": best,
+        "validation_map_all": facts["validation_map_all"],
         "model": config.model,
     }
 

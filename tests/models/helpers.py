@@ -55,7 +55,7 @@ def sem_pcyc(seed: int = 0, **options: Any) -> SemPcyc:
 
 def optimizers(model: Model) -> dict[str, torch.optim.Optimizer]:
     """One optimizer a group, as its paper gives it."""
-    return {name: group.optimizer.build(group.module.parameters()) for name, group in model.groups.items()}
+    return {name: group.build() for name, group in model.trained.items()}
 
 
 def total(terms: Terms) -> Tensor:
@@ -75,7 +75,7 @@ def step(
     A phase that repeats works on `data` again, or on `draw(repetition)` if it wants fresh batches.
     """
     torch.manual_seed(seed)
-    groups = model.groups
+    groups = model.trained
     for group in groups.values():
         group.module.requires_grad_(True)
     data = model.scaled(data)

@@ -164,8 +164,8 @@ def test_initial_weights_and_normalisation_are_those_of_keras() -> None:
 
 def test_raw_features_are_made_without_negatives_and_standardised_ones_with() -> None:
     raw, standardised = model(), model(features="standardised")
-    assert not raw.standardises
-    assert standardised.standardises
+    assert raw.scaling == "none"
+    assert standardised.scaling == "standard"
     assert float(raw.encode("sketch", SKETCH).min()) >= 0.0
     assert float(standardised.encode("sketch", SKETCH).min()) < 0.0
 

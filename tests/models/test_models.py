@@ -76,7 +76,7 @@ def test_same_seed_same_bits(name: str) -> None:
 def test_raw_is_the_identity() -> None:
     features = torch.randn(5, 12)
     model = build("raw", {}, SQUARE)
-    assert not model.standardises
+    assert model.scaling == "none"
     assert torch.allclose(model.encode("sketch", features)[:, 0], features)
 
 

@@ -54,11 +54,9 @@ def test_fit_equals_the_dual_formula_in_blocks_of_any_size(size: int) -> None:
 def test_the_penalty_with_the_best_score_is_kept() -> None:
     model = ridge(1.0, 10.0, 100.0)
     scores = iter([0.2, 0.4, 0.3])
-    assert model.fit(blocks(40), words(), lambda: next(scores)) == {
-        "penalty 1": 0.2,
-        "penalty 10": 0.4,
-        "penalty 100": 0.3,
-    }
+    choice = model.fit(blocks(40), words(), lambda: next(scores))
+    assert choice.scores == {"penalty 1": 0.2, "penalty 10": 0.4, "penalty 100": 0.3}
+    assert choice.options == {"penalties": [10.0]}
     alone = ridge(10.0)
     alone.fit(blocks(40), words(), lambda: 0.0)
     assert model.maps.get_parameter("sketch.weight").equal(alone.maps.get_parameter("sketch.weight"))

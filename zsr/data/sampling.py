@@ -53,9 +53,9 @@ class Reservoir:
         kept = {place: row for row, place in enumerate(places) if place >= 0}  # a later row wins its slot
         if not kept:
             return
-        self._grow(max(kept) + 1, block.features.shape[1])
+        self._grow(max(kept) + 1, torch.from_numpy(block.features[:0].copy()))  # arrow's memory is read-only
         slots, rows = np.fromiter(kept, np.int64), np.fromiter(kept.values(), np.int64)
-        self.features[torch.from_numpy(slots)] = torch.from_numpy(block.features[rows].astype(np.float32))
+        self.features[torch.from_numpy(slots)] = torch.from_numpy(block.features[rows])
         self.ids[slots] = block.ids[rows]
         self.pairs[slots] = block.pairs[rows]
 
@@ -71,11 +71,11 @@ class Reservoir:
         coin = seed_of(self.seed, label, count) % (count + 1)
         return held[coin] if coin < self.capacity else -1
 
-    def _grow(self, rows: int, dim: int) -> None:
+    def _grow(self, rows: int, like: Tensor) -> None:
         if rows <= len(self.ids):
             return
         size = max(rows, 2 * len(self.ids))
-        features = torch.zeros(size, dim)
+        features = like.new_zeros(size, *like.shape[1:])
         features[: len(self.ids)] = self.features if len(self.ids) else features[:0]
         self.features = features
         self.ids = np.resize(self.ids, size)
@@ -99,7 +99,7 @@ class Pool:
     """Rows of one modality, class after class.
 
     Attributes:
-        features: (N, D) float32 on the training device.
+        features: (N, D) float32, or pictures (N, H, W, 3) uint8, on the training device.
         ids, pairs: (N,) int64, see `shards.Block`.
         sizes: (C,) int64 rows of each class; class c starts at sizes[:c].sum().
     """
@@ -108,6 +108,11 @@ class Pool:
     ids: np.ndarray
     pairs: np.ndarray
     sizes: Tensor
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any row names the photo that it belongs to."""
+        return bool((self.pairs != self.ids).any())
 
     def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """A uniform row of each label: (B,) labels -> (B,) row numbers."""

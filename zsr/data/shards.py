@@ -1,11 +1,12 @@
-"""Ray Data streams over verified shards: rows in order, joined with their features, unseen classes left out.
+"""Ray Data streams over verified shards: rows in order with their features or pictures, unseen classes left out.
 
 Every stream is order-preserving, so that what a reader has seen after n rows is a function of n alone.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,20 +16,40 @@ from ray.data import Dataset
 
 from zsr.artifact import Artifact
 from zsr.cluster import connect
+from zsr.data.decode import BadImage, Limits, decode
 from zsr.data.features import vectors
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError
 
+logger = logging.getLogger("zsr")
+
+DECODED: Final = 128  # pictures in one block of a stream: a shard's worth of them would be hundreds of megabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What a stream is asked for in place of FEATURES: decoded pictures of `size` x `size` pixels.
+
+    Attributes:
+        invert_sketches: white strokes on black.
+    """
+
+    size: int
+    invert_sketches: bool = False
+
+
+Source = Artifact | Pictures
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive rows of one modality, joined with their features.
+    """Consecutive rows of one modality, with their features or pictures.
 
     Attributes:
         ids: (N,) int64.
         pairs: (N,) int64, id of the photo that the row belongs to; its own id where it has no pair.
         labels: (N,) int64 index into the classes that the stream was asked for.
-        features: (N, D) float32.
+        features: (N, D) float32, or pictures (N, H, W, 3) uint8 RGB.
         keys: N strings; only in streams that ask for them.
     """
 
@@ -40,20 +61,33 @@ class Block:
 
 
 def stream(
-    data: Artifact, features: Artifact, modality: str, classes: tuple[str, ...] | None, *, keys: bool = False
+    data: Artifact, source: Source, modality: str, classes: tuple[str, ...] | None, *, keys: bool = False
 ) -> Iterator[Block]:
-    """Rows of `modality` in shard order whose class is in `classes`, one block a shard.
+    """Rows of `modality` in shard order whose class is in `classes`, a block a shard, or several of pictures.
 
     A class outside of `classes` is dropped before its features are looked at: nothing of an unseen row, not even a NaN,
     can reach a caller that asked for seen classes.
 
     Args:
-        data, features: artifacts whose shards have the same names.
+        source: FEATURES whose shards have the same names as those of `data`, or what its pictures are to become.
         classes: label i is classes[i]; None takes every row, with label -1 throughout.
 
     Raises:
-        ConfigError: the features were not made from this data.
+        ConfigError: the features were not made from this data, or there is no shard of this modality.
     """
+    names = _features_of(data, source, modality) if isinstance(source, Artifact) else _shards_of(data, modality)
+    connect()
+    dataset = ray.data.from_items(names, override_num_blocks=len(names)).map_batches(
+        cast(Any, _join if isinstance(source, Artifact) else _decode),  # Ray's own type admits one argument only
+        fn_args=(data, source, classes, keys),
+        batch_size=1,
+        batch_format="numpy",
+    )
+    yield from _blocks(dataset, None if isinstance(source, Artifact) else source.size)
+
+
+def _features_of(data: Artifact, features: Artifact, modality: str) -> list[str]:
+    """Names of the shards that have features."""
     if features.parents.get("data") != data.digest:
         raise ConfigError(
             f"features {features.digest[:12]} were made from data {str(features.parents.get('data'))[:12]}, not from "
@@ -64,25 +98,26 @@ def stream(
         raise ConfigError(
             f"features {features.digest[:12]} hold no {modality}; they hold {sorted(features.facts['rows'])}"
         )
-    connect()
-    dataset = ray.data.from_items(names, override_num_blocks=len(names)).map_batches(
-        cast(Any, _join),  # Ray's own type admits one argument only
-        fn_args=(data, features, classes, keys),
-        batch_size=1,
-        batch_format="numpy",
-    )
-    yield from _blocks(dataset)
+    return names
 
 
-def _blocks(dataset: Dataset) -> Iterator[Block]:
+def _shards_of(data: Artifact, modality: str) -> list[str]:
+    names = [entry.path for entry in data.shards(modality)]
+    if not names:
+        raise ConfigError(f"data {data.digest[:12]} hold no {modality}; they hold {sorted(data.facts['rows'])}")
+    return names
+
+
+def _blocks(dataset: Dataset, size: int | None) -> Iterator[Block]:
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         table = cast(pa.Table, batch)
         if len(table):
+            found = vectors(table.column("feature"), "stream")
             yield Block(
                 ids=table.column("id").to_numpy(),
                 pairs=table.column("pair").to_numpy(),
                 labels=table.column("label").to_numpy(),
-                features=vectors(table.column("feature"), "stream"),
+                features=found if size is None else found.reshape(-1, size, size, 3),
                 keys=tuple(table.column("key").to_pylist()) if "key" in table.column_names else (),
             )
 
@@ -91,14 +126,63 @@ def _join(
     batch: Mapping[str, Any], data: Artifact, features: Artifact, classes: tuple[str, ...] | None, keys: bool
 ) -> pa.Table:
     """One DATA shard joined with its features. Runs in a Ray task."""
-    name = str(batch["item"][0])
-    rows = data.read_table(name, columns=["id", "key", "label", "pair"])
-    if classes is not None:
-        rows = rows.filter(pc.is_in(rows.column("label"), value_set=pa.array(list(classes), pa.string())))
+    rows, matrix = featured_rows(data, features, str(batch["item"][0]), classes)
+    return _table(rows, matrix, classes, keys)
+
+
+def _decode(
+    batch: Mapping[str, Any], data: Artifact, pictures: Pictures, classes: tuple[str, ...] | None, keys: bool
+) -> Iterator[pa.Table]:
+    """One DATA shard with its pictures decoded, some rows at a time. Runs in a Ray task."""
+    for rows, pixels in pictured_rows(data, pictures, str(batch["item"][0]), classes):
+        yield _table(rows, pixels.reshape(len(pixels), -1), classes, keys)
+
+
+def featured_rows(
+    data: Artifact, features: Artifact, name: str, classes: tuple[str, ...] | None
+) -> tuple[pa.Table, np.ndarray]:
+    """The rows of shard `name` that have a feature, see `rows_of`, and those features (N, D) float32."""
+    rows = rows_of(data, name, classes)
     vector = features.read_table(name)
     where = pc.index_in(rows.column("id"), value_set=vector.column("id").combine_chunks())
     rows = rows.filter(pc.is_valid(where))
-    matrix = vectors(vector.column("feature"), name)[pc.drop_null(where).to_numpy().astype(np.int64)].astype(np.float32)
+    place = pc.drop_null(where).to_numpy().astype(np.int64)
+    return rows, vectors(vector.column("feature"), name)[place].astype(np.float32)
+
+
+def pictured_rows(
+    data: Artifact, pictures: Pictures, name: str, classes: tuple[str, ...] | None
+) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Rows of shard `name` and their pictures (N, size, size, 3) uint8, some at a time; at least one part, maybe empty.
+
+    `prepare` has decoded every picture at a small size; one that fails at this size is left out with a warning.
+    """
+    rows = rows_of(data, name, classes, "image")
+    inverted = pictures.invert_sketches and name.startswith("modality=sketch/")
+    for start in range(0, max(1, len(rows)), DECODED):
+        part = rows[start : start + DECODED]
+        kept: list[int] = []
+        pixels = [np.zeros((0, pictures.size, pictures.size, 3), np.uint8)]
+        for row, image in enumerate(part.column("image").to_pylist()):
+            try:
+                pixels.append(decode(image or b"", pictures.size, Limits())[None])
+                kept.append(row)
+            except BadImage as error:
+                logger.warning("%s: row %s is left out: %s", name, part.column("key")[row], error)
+        stacked = np.concatenate(pixels)
+        yield part.take(pa.array(kept, pa.int64())), 255 - stacked if inverted else stacked
+
+
+def rows_of(data: Artifact, name: str, classes: tuple[str, ...] | None, *more: str) -> pa.Table:
+    """Columns id, key, label, pair and `more` of a DATA shard: all rows, or those of `classes`."""
+    rows = data.read_table(name, columns=["id", "key", "label", "pair", *more])
+    if classes is None:
+        return rows
+    return rows.filter(pc.is_in(rows.column("label"), value_set=pa.array(list(classes), pa.string())))
+
+
+def _table(rows: pa.Table, matrix: np.ndarray, classes: tuple[str, ...] | None, keys: bool) -> pa.Table:
+    """What a stream carries of N rows and their vectors (N, D)."""
     ids = rows.column("id").to_numpy()
     pairs = [
         own if key is None else row_id("photo", key)
@@ -121,7 +205,7 @@ class Rows:
     """A whole modality in memory: what small sets, validation and tests use.
 
     Attributes:
-        ids, pairs, labels: (N,) int64. features: (N, D) float32. keys: N strings.
+        ids, pairs, labels: (N,) int64. features: (N, D) float32 or (N, H, W, 3) uint8. keys: N strings.
     """
 
     ids: np.ndarray
@@ -131,15 +215,17 @@ class Rows:
     keys: tuple[str, ...]
 
 
-def collect(data: Artifact, features: Artifact, modality: str, classes: tuple[str, ...]) -> Rows:
+def collect(data: Artifact, source: Source, modality: str, classes: tuple[str, ...]) -> Rows:
     """Every row of `classes` in one table.
 
     Raises:
         ConfigError: there is none.
     """
-    blocks = list(stream(data, features, modality, classes, keys=True))
+    blocks = list(stream(data, source, modality, classes, keys=True))
     if not blocks:
-        raise ConfigError(f"no {modality} row of the classes {list(classes)[:5]} ... has a feature; check the split")
+        raise ConfigError(
+            f"no {modality} row of the classes {list(classes)[:5]} ... has a feature or picture; check the split"
+        )
     return Rows(
         ids=np.concatenate([b.ids for b in blocks]),
         pairs=np.concatenate([b.pairs for b in blocks]),

@@ -9,22 +9,22 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch.nn import functional
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces, own_device
-from zsr.data.features import vectors
+from zsr.data.shards import Pictures, Source, featured_rows, pictured_rows
 from zsr.embedding.backbone import pool
 from zsr.errors import ConfigError
-from zsr.models.protocol import Embedder
+from zsr.models.protocol import Embedder, Inputs
 from zsr.training.checkpoint import open_model
 
 Classes = Literal["all", "unseen", "validation", "training"]
 
-BATCH = 1024  # rows in one forward pass
+BATCH = 1024  # feature rows in one forward pass
+PICTURES = 64
 
 
 def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | None:
@@ -32,15 +32,17 @@ def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | 
     return None if classes == "all" else tuple(checkpoint.config["split"][classes])
 
 
-def plan(data: Artifact, features: Artifact, checkpoint: Artifact, modality: str, classes: Classes) -> Plan:
+def plan(data: Artifact, source: Source, checkpoint: Artifact, modality: str, classes: Classes) -> Plan:
     """Keyed by rows, features and checkpoint."""
-    parents = {"data": data.digest, "features": features.digest, "checkpoint": checkpoint.digest}
+    parents = {"data": data.digest, "checkpoint": checkpoint.digest}
+    if isinstance(source, Artifact):
+        parents["features"] = source.digest
     return Plan("embeddings", {"modality": modality, "classes": classes}, parents)
 
 
 def embed(
     data: Artifact,
-    features: Artifact,
+    features: Artifact | None,
     checkpoint: Artifact,
     modality: str,
     output: Store,
@@ -50,19 +52,21 @@ def embed(
 ) -> Artifact:
     """Embed every row of `modality` and publish EMB; finished shards of a killed run are kept.
 
+    Args:
+        features: FEATURES, or None for a checkpoint with an image tower, which reads the pictures themselves.
+
     Raises:
-        ConfigError: the features are of other data, have another width than the checkpoint was trained on, or hold no
-            row of this modality.
+        ConfigError: see `source_of`.
     """
-    check_inputs(data, features, checkpoint, modality)
-    work = plan(data, features, checkpoint, modality, classes)
+    source = source_of(data, features, checkpoint, modality)
+    work = plan(data, source, checkpoint, modality, classes)
     if done := output.made(work):
         return done
     staging = output.staging(work)
-    there = {entry.path for entry in features.files}
+    there = {entry.path for entry in (features or data).files}
     names = [e.path for e in data.shards(modality) if e.path in there]
     todo = [{"name": name} for name in names if staging.finished(name) is None]
-    shared = {"data": data, "features": features, "checkpoint": checkpoint, "classes": classes, "staging": staging}
+    shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes, "staging": staging}
     map_pieces(
         "embed",
         ShardEmbedder,
@@ -73,31 +77,54 @@ def embed(
     return _seal(staging, output, checkpoint, modality, names)
 
 
-def check_inputs(data: Artifact, features: Artifact, checkpoint: Artifact, modality: str) -> None:
-    """Raise ConfigError unless data, features and checkpoint fit each other."""
+def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, modality: str) -> Source:
+    """What a checkpoint reads of a modality: FEATURES, or DATA's pictures where it has an image tower.
+
+    Raises:
+        ConfigError: the features are of other data, of another kind than the checkpoint was trained on, missing or not
+            wanted; or there is no row of this modality.
+    """
+    inputs = Inputs.model_validate(checkpoint.config["inputs"])
+    if inputs.tower is not None:
+        if features is not None:
+            raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds pictures; leave --features out")
+        if modality not in (inputs.query, "photo"):
+            raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds {inputs.query} and photo, not {modality}")
+        return Pictures(inputs.tower.size, inputs.tower.invert_sketches)
+    if features is None:
+        raise ConfigError(f"checkpoint {checkpoint.digest[:12]} was trained on features; give --features")
+    check_features(data, features, checkpoint, modality, inputs)
+    return features
+
+
+def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, modality: str, inputs: Inputs) -> None:
+    """Raise ConfigError unless data, features and a checkpoint of features fit each other."""
     if features.parents.get("data") != data.digest:
         raise ConfigError(
             f"features {features.digest[:12]} were not made from data {data.digest[:12]}; run jobs.features"
         )
     dims = features.facts["dims"]
+    wanted = {inputs.query: inputs.sketch_dim, "photo": inputs.photo_dim}
     if modality not in dims:
         raise ConfigError(f"features {features.digest[:12]} hold no {modality}; they hold {sorted(dims)}")
+    if modality not in wanted:
+        raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds {sorted(wanted)}, not {modality}")
     if features.config != checkpoint.config["features"]:
         raise ConfigError(
             f"checkpoint {checkpoint.digest[:12]} was trained on features {checkpoint.config['features']}, these are "
             f"{dict(features.config)}; run jobs.features with the same backbone, weights and size"
         )
-    wanted = checkpoint.config["inputs"][f"{modality}_dim"]
-    if dims[modality] != wanted:
+    if dims[modality] != wanted[modality]:
         raise ConfigError(
-            f"{modality} features are {dims[modality]}-d, checkpoint {checkpoint.digest[:12]} was trained on {wanted}-d"
+            f"{modality} features are {dims[modality]}-d, checkpoint {checkpoint.digest[:12]} was trained on "
+            f"{wanted[modality]}-d"
         )
 
 
-def vectors_of(model: Embedder, modality: str, features: np.ndarray, device: str) -> np.ndarray:
-    """Embeddings (N, P, D) float32 of raw features (N, F), unit length under the cosine metric."""
+def vectors_of(model: Embedder, modality: str, items: np.ndarray, device: str) -> np.ndarray:
+    """Embeddings (N, P, D) float32 of raw features (N, F) or pictures (N, H, W, 3), unit length under the cosine."""
     found = []
-    for block in torch.split(torch.from_numpy(np.asarray(features, dtype=np.float32)), BATCH):
+    for block in torch.split(torch.from_numpy(items), BATCH if items.ndim == 2 else PICTURES):
         embedded = model.encode(modality, block.to(device))
         found.append((functional.normalize(embedded, dim=-1) if model.metric == "cosine" else embedded).cpu())
     return torch.cat(found).numpy() if found else np.zeros((0, 1, model.dim), np.float32)
@@ -107,10 +134,10 @@ class ShardEmbedder:
     """A Ray actor that holds the model and embeds one shard after the other."""
 
     def __init__(
-        self, data: Artifact, features: Artifact, checkpoint: Artifact, classes: Classes, staging: Staging
+        self, data: Artifact, source: Source, checkpoint: Artifact, classes: Classes, staging: Staging
     ) -> None:
         torch.set_num_threads(1)  # the same bits whatever the number of cores
-        self.data, self.features, self.staging = data, features, staging
+        self.data, self.source, self.staging = data, source, staging
         self.classes = chosen_classes(checkpoint, classes)
         self.device = own_device()
         self.model = open_model(checkpoint).to(self.device)
@@ -118,14 +145,12 @@ class ShardEmbedder:
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         name = piece["name"]
         modality = name.partition("/")[0].partition("=")[2]
-        rows = self.data.read_table(name, columns=["id", "key", "label"])
-        if self.classes is not None:
-            rows = rows.filter(pc.is_in(rows.column("label"), value_set=pa.array(self.classes, pa.string())))
-        feature = self.features.read_table(name)
-        where = pc.index_in(rows.column("id"), value_set=feature.column("id").combine_chunks())
-        rows = rows.filter(pc.is_valid(where))
-        matrix = vectors(feature.column("feature"), name)[pc.drop_null(where).to_numpy().astype(np.int64)]
-        table = embedding_table(rows, vectors_of(self.model, modality, matrix, self.device))
+        if isinstance(self.source, Artifact):
+            parts = iter([featured_rows(self.data, self.source, name, self.classes)])
+        else:
+            parts = pictured_rows(self.data, self.source, name, self.classes)
+        tables = [embedding_table(r, vectors_of(self.model, modality, items, self.device)) for r, items in parts]
+        table = pa.concat_tables(tables)
         fault.here("embed.shard")
         self.staging.write_table(name, table, facts={"rows": len(table)})
         return {"name": name, "rows": len(table)}

@@ -14,7 +14,7 @@ import numpy as np
 from zsr.artifact import Artifact, Store
 from zsr.data.shards import Rows, collect
 from zsr.data.splits import Split
-from zsr.embedding.gallery import check_inputs, vectors_of
+from zsr.embedding.gallery import source_of, vectors_of
 from zsr.errors import ConfigError
 from zsr.evaluation import metrics
 from zsr.evaluation.protocol import Evaluation, Search, Side, evaluate, evaluate_hits, zero_shot
@@ -45,7 +45,7 @@ class Bench:
             raise ConfigError("nothing to evaluate; give at least one --checkpoint")
         for checkpoint in self.checkpoints:
             for modality in ("sketch", "photo"):
-                check_inputs(self.data, self.features, checkpoint, modality)
+                source_of(self.data, self.features, checkpoint, modality)
         runs = [(str(c.config["model"]), int(c.config["settings"]["seed"])) for c in self.checkpoints]
         if twice := sorted({run for run in runs if runs.count(run) > 1}):
             raise ConfigError(

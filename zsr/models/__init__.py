@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import ValidationError
 
 from zsr.errors import ConfigError
-from zsr.models import caae, cfsa, cvae, doodle2search, lcale, raw, ridge, sem_pcyc, sketch_gcn
+from zsr.models import caae, cfsa, classifier, cvae, doodle2search, lcale, raw, ridge, sem_pcyc, sketch_gcn
 from zsr.models.protocol import Embedder, Inputs, ModelConfig
 
 __all__ = ["MODELS", "Entry", "build", "configure"]
@@ -19,7 +19,7 @@ class Entry:
     """A model: its options, its class, and named sets of options (the options' own defaults need no name)."""
 
     config: type[ModelConfig]
-    model: Callable[[Any, Inputs], Embedder]
+    model: type[Embedder]
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
 
 
@@ -27,6 +27,7 @@ MODELS: Final[Mapping[str, Entry]] = MappingProxyType(
     {
         "raw": Entry(raw.Config, raw.Raw),
         "ridge": Entry(ridge.Config, ridge.Ridge),
+        "classifier": Entry(classifier.Config, classifier.Classifier),
         "sem-pcyc": Entry(sem_pcyc.Config, sem_pcyc.SemPcyc, sem_pcyc.PRESETS),
         "cvae": Entry(cvae.Config, cvae.CVAE, cvae.PRESETS),
         "caae": Entry(caae.Config, caae.CAAE, caae.PRESETS),
@@ -61,7 +62,8 @@ def build(name: str, options: Mapping[str, Any], inputs: Inputs) -> Embedder:
     Raises:
         ConfigError: see `configure`; or the model cannot serve such inputs.
     """
-    return _entry(name).model(configure(name, options), inputs)
+    make = cast(Callable[[ModelConfig, Inputs], Embedder], _entry(name).model)  # the base class has another signature
+    return make(configure(name, options), inputs)
 
 
 def _entry(name: str) -> Entry:

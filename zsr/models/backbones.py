@@ -1,60 +1,161 @@
-"""Image backbones by name: pictures (B, H, W, 3) uint8 RGB in, features (B, F) float32 out.
+"""Image backbones by name: pictures (B, H, W, 3), 0 to 255, RGB in; features (B, F) out.
 
-Weights come from an installed package or a local file, never from the network, and never through pickle's code path:
-safetensors, or torch's own format with `weights_only`.
+A backbone is made in two steps. `architecture` describes it, in JSON, with its published preprocessing; `build` makes
+the network of that description, with random parameters, so that a trained tower is rebuilt without the file that its
+training began with. `load_weights` fills it from a local file or directory, never from the network and never through
+pickle's code path. `load` is all three under a digest, for extraction.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zsr.errors import ConfigError, DamagedArtifact
+from zsr.models import pretrained, vgg
+
+Triple = tuple[float, float, float]
+Interpolation = Literal["bilinear", "bicubic"]
+Scaling = Literal["published", "unit"]
+
+
+class Input(BaseModel):
+    """How pictures are to look: (pixel - shift) / divisor a channel, pixels from 0 to 255.
+
+    Attributes:
+        size: side in pixels.
+        interpolation: of the resizing.
+        crop: side of the square that the publishers cut out of the middle, as a share of the shorter side; None where
+            they resize the whole picture. Papers of this field resize the whole picture always.
+        resizable: whether the network takes other sizes too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shift: Triple
+    divisor: Triple
+    size: int
+    interpolation: Interpolation
+    crop: float | None
+    resizable: bool = True
+
+
+class Architecture(Input):
+    """What a network is built of.
+
+    Attributes:
+        name: key of `BACKBONES`.
+        layer: which of its outputs is the feature.
+        config: sizes that the weights' own configuration gives, and options of one family.
+    """
+
+    name: str
+    layer: str
+    config: dict[str, Any] = {}
 
 
 class Backbone(nn.Module):
-    """A trunk with its published preprocessing: (pixel - shift) / divisor, then the mean over positions.
+    """A network with its preprocessing. Differentiable; dropout and batch norm follow train() and eval().
 
     Attributes:
         dim: width F of its features.
         size: side in pixels that it was trained at.
     """
 
-    def __init__(self, trunk: Callable[[Tensor], Tensor], dim: int, size: int, shift: float, divisor: float) -> None:
+    def __init__(self, network: nn.Module, dim: int, architecture: Architecture) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.network = network
         self.dim = dim
-        self.size = size
-        self.shift = shift
-        self.divisor = divisor
+        self.size = architecture.size
+        self.architecture = architecture
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features (B, F) of pictures (B, H, W, 3) uint8."""
-        images = (pixels.float() - self.shift) / self.divisor
-        return self.trunk(images.permute(0, 3, 1, 2)).mean((2, 3))
+        """Features (B, F), of the parameters' type, of pictures (B, H, W, 3), uint8 or float from 0 to 255."""
+        shift = torch.tensor(self.architecture.shift, device=pixels.device)
+        divisor = torch.tensor(self.architecture.divisor, device=pixels.device)
+        images = ((pixels.float() - shift) / divisor).permute(0, 3, 1, 2)
+        return cast(Tensor, self.network(images.to(next(self.network.parameters()).dtype)))
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A backbone: how to build it, and where its weights lie when the user names no file."""
+    """A backbone.
 
-    build: Callable[[], tuple[Backbone, nn.Module]]
-    default_weights: Callable[[], Path]
+    Attributes:
+        layers: its outputs by name; the first is taken unless the user says otherwise.
+        published: its preprocessing.
+        network: the network of an architecture, and the width of its features.
+        weights: where they lie when the user names no file: in an installed package, or nowhere.
+        prefix: of the network's names, which those in a weights file do not have.
+        spare: beginnings of names that a weights file may have beyond the network's.
+        fresh: beginnings of names that it may lack: they stay as drawn.
+    """
+
+    layers: tuple[str, ...]
+    published: Input
+    network: Callable[[Architecture], tuple[nn.Module, int]]
+    weights: Callable[[], Path] | None = None
+    prefix: str = ""
+    spare: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
 
-def _lite0() -> tuple[Backbone, nn.Module]:
-    """EfficientNet-Lite0, 1280-d, input (x - 127) / 128 as in its released preprocessing."""
-    try:
-        from efficientnet_lite_pytorch import EfficientNet  # the extra `demo`
-    except ImportError:
-        raise ConfigError("backbone lite0 wants efficientnet-lite-pytorch; install zsr with the extra 'demo'") from None
-    network = EfficientNet.from_name("efficientnet-lite0")
-    return Backbone(network.extract_features, 1280, 224, 127.0, 128.0), network
+def _published(mean: Triple, std: Triple, interpolation: Interpolation, crop: float | None, size: int = 224) -> Input:
+    """Preprocessing from mean and deviation in the publishers' unit, where 255 is 1."""
+    shift, divisor = (cast(Triple, tuple(255.0 * value for value in values)) for values in (mean, std))
+    return Input(shift=shift, divisor=divisor, size=size, interpolation=interpolation, crop=crop)
+
+
+def _imagenet(interpolation: Interpolation) -> Input:
+    return _published((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), interpolation, 224 / 256)
+
+
+# -- one family after the other --------------------------------------------------------------------------------------
+
+
+def _vgg(depth: vgg.Depth, batch_norm: bool) -> Entry:
+    """VGG, with torchvision's preprocessing; its weights are torchvision's files."""
+
+    def network(made: Architecture) -> tuple[nn.Module, int]:
+        found = vgg.VGG(depth, batch_norm, cast(vgg.Layer, made.layer), bool(made.config.get("attention")))
+        return found, found.dim
+
+    layers = ("fc7", "fc6", "conv", "logits")
+    return Entry(layers, _imagenet("bilinear"), network, spare=("classifier.",), fresh=("attention.",))
+
+
+def _pretrained(name: str, published: Input) -> Entry:
+    """A tower of transformers; weights are a directory, which brings sizes and perhaps preprocessing of its own."""
+
+    def network(made: Architecture) -> tuple[nn.Module, int]:
+        found = pretrained.Pretrained(name, made.layer, made.config)
+        return found, found.dim
+
+    return Entry(tuple(pretrained.KINDS[name].outputs), published, network)
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0 without its classifier: images (B, 3, H, W) -> the mean over positions, (B, 1280)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite_pytorch import EfficientNet  # the extra `demo`
+        except ImportError:
+            raise ConfigError(
+                "backbone lite0 wants efficientnet-lite-pytorch; install zsr with the extra 'demo'"
+            ) from None
+        self.network: Any = EfficientNet.from_name("efficientnet-lite0")
+        self.network._fc = nn.Identity()  # parameters without a gradient would only cost
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.network.extract_features(images).mean((2, 3)))
 
 
 def _lite0_weights() -> Path:
@@ -67,46 +168,189 @@ def _lite0_weights() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-BACKBONES: Final = {"lite0": Entry(_lite0, _lite0_weights)}
+def _tiny() -> nn.Sequential:
+    """Ours: three strided convolutions, images (B, 3, H, W) -> (B, 64). For trying things out; no weights exist."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(4, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def weights_path(name: str, weights: Path | None) -> Path:
-    """The weights file of backbone `name`: the user's, or the one its package brings.
+HALF: Final = (0.5, 0.5, 0.5)
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+
+BACKBONES: Final[Mapping[str, Entry]] = {
+    "lite0": Entry(
+        ("pooled",),
+        # (x - 127) / 128 in the released code, where the picture is also cut
+        Input(shift=(127.0,) * 3, divisor=(128.0,) * 3, size=224, interpolation="bilinear", crop=224 / 256),
+        lambda _: (Lite0(), 1280),
+        weights=_lite0_weights,
+        prefix="network.",
+        spare=("network._fc.",),
+    ),
+    "vgg16": _vgg(16, batch_norm=False),
+    "vgg16-bn": _vgg(16, batch_norm=True),
+    "vgg19": _vgg(19, batch_norm=False),
+    "resnet": _pretrained("resnet", _imagenet("bicubic")),
+    "vit": _pretrained("vit", _published(HALF, HALF, "bilinear", None)),
+    "dinov2": _pretrained("dinov2", _imagenet("bicubic")),
+    "clip": _pretrained("clip", _published(CLIP_MEAN, CLIP_STD, "bicubic", 1.0)),
+    "tiny": Entry(("pooled",), _published(HALF, HALF, "bilinear", None, size=64), lambda _: (_tiny(), 64)),
+}
+FIXED: Final = ("vit", "clip")  # their positions are learned for one size, which config.json says
+
+# -- what the rest of zsr calls --------------------------------------------------------------------------------------
+
+
+def architecture(
+    name: str,
+    weights: Path | None = None,
+    *,
+    layer: str | None = None,
+    scaling: Scaling = "published",
+    attention: bool = False,
+) -> dict[str, Any]:
+    """What `build` makes backbone `name` of, JSON-able, so that it is rebuilt without the weights.
+
+    Args:
+        weights: a transformers directory for resnet, vit, dinov2 and clip, whose sizes it gives; else not read.
+        layer: which output; None takes the backbone's first.
+        scaling: `unit` takes pixels / 255 and nothing else, as the released Doodle2Search and SEM-PCYC do.
+        attention: Doodle2Search's attention over positions; VGG only.
 
     Raises:
-        ConfigError: unknown backbone, or no such file.
+        ConfigError: unknown backbone or layer, a directory that does not fit, or attention where there is none.
     """
-    if name not in BACKBONES:
-        raise ConfigError(f"no backbone {name!r}; known are {sorted(BACKBONES)}")
-    path = weights or BACKBONES[name].default_weights()
-    if not path.is_file():
-        raise ConfigError(f"--weights {path}: no such file")
-    return path
+    entry = _entry(name)
+    chosen = layer or entry.layers[0]
+    if chosen not in entry.layers:
+        raise ConfigError(f"backbone {name} has no layer {layer!r}; its layers are {list(entry.layers)}")
+    if attention and "attention." not in entry.fresh:
+        raise ConfigError(f"backbone {name} has no attention; VGG has")
+    found = {**entry.published.model_dump(), "name": name, "layer": chosen}
+    found["config"] = {"attention": True} if attention else {}
+    if name in pretrained.KINDS:
+        found |= _from_directory(name, weights_path(name, weights))
+    if scaling == "unit":
+        found |= {"shift": (0.0,) * 3, "divisor": (255.0,) * 3}
+    return _described(found).model_dump(mode="json")
 
 
-def digest(path: Path) -> str:
-    """Hexadecimal SHA-256 of a weights file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def load(name: str, weights: Path, sha256: str) -> Backbone:
-    """Backbone `name` in eval mode with the weights of a file whose digest must be `sha256`.
+def build(architecture: Mapping[str, Any]) -> Backbone:
+    """The backbone of an architecture in train mode, its parameters drawn from torch's global generator.
 
     Raises:
-        DamagedArtifact: the file's digest is another, or its tensors do not fit the network.
+        ConfigError: not such a description, or the library of this backbone is not installed.
+    """
+    made = _described(architecture)
+    entry = _entry(made.name)
+    if made.layer not in entry.layers:
+        raise ConfigError(f"backbone {made.name} has no layer {made.layer!r}; its layers are {list(entry.layers)}")
+    network, dim = entry.network(made)
+    return Backbone(network, dim, made)
+
+
+def side(architecture: Mapping[str, Any], size: int | None) -> int:
+    """Side in pixels that pictures are resized to: the user's, or the backbone's own.
+
+    Raises:
+        ConfigError: another than the only one that this network takes.
+    """
+    made = _described(architecture)
+    if size is not None and size != made.size and not made.resizable:
+        raise ConfigError(f"backbone {made.name} takes {made.size} pixels only, not {size}; leave --size out")
+    return size or made.size
+
+
+def load_weights(backbone: Backbone, path: Path) -> None:
+    """Fill a backbone from a weights file, or from a directory for a tower of transformers; parameters stay float32.
+
+    Raises:
+        DamagedArtifact: the tensors do not fit the network.
+    """
+    name = backbone.architecture.name
+    if isinstance(backbone.network, pretrained.Pretrained):
+        backbone.network.load(path)
+        return
+    entry = _entry(name)
+    try:
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        named = {entry.prefix + key: value for key, value in state.items()}
+        missing, unexpected = backbone.network.load_state_dict(named, strict=False)
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        raise DamagedArtifact(f"{path}: does not fit backbone {name}: {error}") from error
+    wrong = [f"lacks {key}" for key in missing if not key.startswith(entry.fresh)]
+    wrong += [f"has {key}" for key in unexpected if not key.startswith(entry.spare)]
+    if wrong:
+        raise DamagedArtifact(f"{path}: does not fit backbone {name}: it {'; it '.join(wrong[:3])}")
+
+
+def load(
+    name: str, weights: Path, sha256: str, *, layer: str | None = None, scaling: Scaling = "published"
+) -> Backbone:
+    """Backbone `name` in eval mode with weights whose digest must be `sha256`. Arguments as for `architecture`.
+
+    Raises:
+        ConfigError: see `architecture`.
+        DamagedArtifact: the digest is another, or the tensors do not fit the network.
     """
     if (found := digest(weights)) != sha256:
         raise DamagedArtifact(
             f"{weights}: sha256 {found[:12]}, expected {sha256[:12]}; put the same file on every node"
         )
-    backbone, network = BACKBONES[name].build()
-    try:
-        safe = weights.suffix == ".safetensors"
-        state = load_file(weights) if safe else torch.load(weights, map_location="cpu", weights_only=True)
-        network.load_state_dict(state)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise DamagedArtifact(f"{weights}: does not fit backbone {name}: {error}") from error
-    network.eval()
-    backbone.network = network
+    backbone = build(architecture(name, weights, layer=layer, scaling=scaling))
+    load_weights(backbone, weights)
     return backbone.eval()
+
+
+def weights_path(name: str, weights: Path | None) -> Path:
+    """Where the weights of backbone `name` lie: where the user says, or in its package.
+
+    Raises:
+        ConfigError: unknown backbone, no such file or directory, or none given where no package brings one.
+    """
+    entry = _entry(name)
+    wanted = "directory" if name in pretrained.KINDS else "file"
+    if weights is None and entry.weights is None:
+        raise ConfigError(f"backbone {name} comes without weights; give --weights with a local {wanted}")
+    path = weights or cast(Callable[[], Path], entry.weights)()
+    if not (path.is_dir() if wanted == "directory" else path.is_file()):
+        raise ConfigError(f"--weights {path}: no such {wanted}; backbone {name} wants a {wanted}")
+    return path
+
+
+def digest(path: Path) -> str:
+    """Hexadecimal SHA-256 of a weights file; of a directory, that over name and SHA-256 of each file that counts.
+
+    Raises:
+        ConfigError: a directory that holds no weights.
+    """
+    if not path.is_dir():
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    lines = [f"{digest(file)} {file.name}\n" for file in pretrained.weights_files(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _entry(name: str) -> Entry:
+    if name not in BACKBONES:
+        raise ConfigError(f"no backbone {name!r}; known are {sorted(BACKBONES)}")
+    return BACKBONES[name]
+
+
+def _described(found: Mapping[str, Any]) -> Architecture:
+    try:
+        return Architecture.model_validate(found)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"no architecture of a backbone: {wrong}; make it with `backbones.architecture`") from error
+
+
+def _from_directory(name: str, directory: Path) -> dict[str, Any]:
+    """What a transformers directory says of backbone `name`: sizes, and perhaps preprocessing of its own."""
+    config = pretrained.read_config(name, directory)
+    found = {"config": config, **pretrained.read_preprocessing(directory)}
+    return {**found, "size": config["image_size"], "resizable": False} if name in FIXED else found

@@ -26,7 +26,7 @@ from torch.nn import functional
 from zsr.batch import Batch
 from zsr.models.layers import BatchNorm
 from zsr.models.losses import reparameterise
-from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Shared, Terms
+from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Scaling, Shared, Terms
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -140,21 +140,36 @@ class Decoder(nn.Module):
     def __init__(self, latent: int, sketch: int, hidden: int, photo: int, features: str) -> None:
         super().__init__()
         self.latent = latent
+        self.linear = features != "raw"
         self.first = nn.Linear(latent + sketch, hidden)
         self.last = nn.Sequential(nn.ReLU(), nn.Linear(hidden, photo), output(features))
 
     def forward(self, latent_BZ: Tensor, sketch_BX: Tensor) -> Tensor:
         return cast(Tensor, self.last(self.first(torch.cat([latent_BZ, sketch_BX], 1))))
 
-    def many(self, latent_BPZ: Tensor, sketch_BX: Tensor) -> Tensor:
-        """Photos (B, P, Y) of every sketch with each of its latents, or with those of a single row (1, P, Z).
+    def hidden(self, latent_BPZ: Tensor, sketch_BX: Tensor) -> Tensor:
+        """The hidden layer (B, P, H), after its ReLU, of every sketch with each of its latents, or with (1, P, Z).
 
         The first layer acts on latent and sketch apart, so a sketch passes it once and not P times.
         """
         of_latent, of_sketch = self.first.weight[:, : self.latent], self.first.weight[:, self.latent :]
         hidden_BPH = functional.linear(latent_BPZ, of_latent)
         hidden_BPH = hidden_BPH + functional.linear(sketch_BX, of_sketch, self.first.bias).unsqueeze(1)
-        return cast(Tensor, self.last(hidden_BPH))
+        return functional.relu(hidden_BPH)
+
+    def many(self, latent_BPZ: Tensor, sketch_BX: Tensor) -> Tensor:
+        """Photos (B, P, Y) of every sketch with each of its latents, or with those of a single row (1, P, Z)."""
+        return cast(Tensor, self.last[1:](self.hidden(latent_BPZ, sketch_BX)))
+
+    def mean(self, latent_BPZ: Tensor, sketch_BX: Tensor) -> Tensor:
+        """The mean (B, 1, Y) over P of `many`.
+
+        A linear output has the mean of its outputs for the mean of its inputs, at a P-th of the work.
+        """
+        hidden_BPH = self.hidden(latent_BPZ, sketch_BX)
+        if self.linear:
+            return cast(Tensor, self.last[1:](hidden_BPH.mean(1, keepdim=True)))
+        return cast(Tensor, self.last[1:](hidden_BPH)).mean(1, keepdim=True)
 
 
 def keras(module: nn.Module) -> None:
@@ -207,11 +222,13 @@ class SketchToPhoto(Model):
 
     config: Options
     noise: Tensor
+    paired = True
+    wants_words = False
 
     def __init__(self, config: Options, inputs: Inputs) -> None:
         super().__init__(inputs)
         self.config = config
-        self.standardises = config.features == "standardised"
+        self.scaling: Scaling = "standard" if config.features == "standardised" else "none"
         sketch, photo = inputs.sketch_dim, inputs.photo_dim
         self.decoder = Decoder(config.latent, sketch, config.hidden, photo, config.features)
         self.to_sketch = nn.Sequential(
@@ -244,9 +261,10 @@ class SketchToPhoto(Model):
 
     def imagine(self, sketch_BX: Tensor) -> Tensor:
         """Photos (B, 1, Y), (B, P, Y) or (B, K, Y) that stand for the sketches."""
-        photo_BPY = self.decoder.many(self.latents(sketch_BX), sketch_BX)
+        latent_BPZ = self.latents(sketch_BX)
         if self.config.retrieval == "mean":
-            return photo_BPY.mean(1, keepdim=True)
+            return self.decoder.mean(latent_BPZ, sketch_BX)
+        photo_BPY = self.decoder.many(latent_BPZ, sketch_BX)
         return photo_BPY if self.config.retrieval == "min" else centres(photo_BPY, self.config.clusters)
 
     def embed(self, modality: str, features: Tensor) -> Tensor:

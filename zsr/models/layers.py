@@ -39,6 +39,8 @@ def gather_over_ranks(rows: Tensor) -> Tensor:
 class Scale(nn.Module):
     """Standardise features: (x - mean) / (deviation + 1e-3), a column each. Identity until fitted.
 
+    Fitted to the least value and the range in place of mean and deviation, it maps features to [0, 1].
+
     The constants are fitted on the seen training rows of one modality, never on unseen ones, and live in buffers so
     that they travel with the checkpoint. 1e-3 keeps a constant column finite.
     """

@@ -9,21 +9,26 @@ model for `shared` work once a batch, then for the named terms of each phase, an
 No Ray, no DeepSpeed, no I/O: a model file runs in a notebook.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from zsr.batch import Batch
+from zsr.errors import ConfigError
+from zsr.models import backbones
 from zsr.models.layers import Scale
 
 Terms = dict[str, Tensor]
 Shared = Any
 Metric = Literal["cosine", "l2", "hamming"]
+Scaling = Literal["standard", "unit", "none"]
+Query = Literal["sketch", "text"]
 
 
 class ModelConfig(BaseModel):
@@ -34,7 +39,12 @@ class ModelConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """A group's optimizer as its paper gives it. `clip` is a global gradient norm; 0 means the paper does not clip."""
+    """A group's optimizer as its paper gives it.
+
+    Attributes:
+        clip: global gradient norm; 0 means the paper does not clip.
+        schedule: the rate stays, or falls to 0 along half a cosine over the steps that the run has at most.
+    """
 
     name: Literal["adam", "adamw", "sgd"]
     lr: float
@@ -45,9 +55,14 @@ class Optimizer:
     weight_decay: float = 0.0
     amsgrad: bool = False
     clip: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer over `parameters`."""
+    def factor(self, done: float) -> float:
+        """What the rate is multiplied by when the share `done` of the run's steps, 0 to 1, is over."""
+        return 1.0 if self.schedule == "constant" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def build(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer over parameters, or over torch's parameter groups."""
         if self.name == "sgd":
             return torch.optim.SGD(
                 parameters,
@@ -69,10 +84,26 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters that one optimizer steps. Groups of a model share no parameter."""
+    """Parameters that one optimizer steps. Groups of a model share no parameter.
+
+    Attributes:
+        tower: a part of `module` that is stepped at `tower_rate` times the rate, or None.
+    """
 
     module: nn.Module
     optimizer: Optimizer
+    tower: nn.Module | None = None
+    tower_rate: float = 1.0
+
+    def build(self) -> torch.optim.Optimizer:
+        """The torch optimizer over the group's parameters."""
+        slow = [] if self.tower is None else list(self.tower.parameters())
+        held = set(map(id, slow))
+        fast = [p for p in self.module.parameters() if id(p) not in held]
+        groups: list[dict[str, Any]] = [{"params": fast}]
+        if slow:
+            groups.append({"params": slow, "lr": self.optimizer.lr * self.tower_rate})
+        return self.optimizer.build(groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +117,37 @@ class Phase:
     fresh_batch: bool = False
 
 
+class Tower(BaseModel):
+    """An image tower in front of a model: it eats pictures and trains the tower along.
+
+    Attributes:
+        architecture: what `backbones.build` makes it of.
+        size: side in pixels that pictures are resized to.
+        invert_sketches: white strokes on black.
+        shared: one tower for both modalities, or one each.
+        rate: its learning rate, as a multiple of the model's.
+        weights: SHA-256 of the weights that training starts from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: dict[str, Any]
+    size: int
+    invert_sketches: bool = False
+    shared: bool = True
+    rate: float = 0.1
+    weights: str = ""
+
+
 class Inputs(BaseModel):
     """Sizes that the data dictates, written into the checkpoint beside the options.
 
     Attributes:
-        sketch_dim, photo_dim: feature width F of each modality.
+        sketch_dim, photo_dim: feature width F of the query modality and of the photos.
         semantic_dim: width S of the class vectors.
         classes: seen class names, sorted; label i is classes[i].
+        query: what the queries are. A model calls its query side `sketch` whatever they are.
+        tower: the image tower that makes the features of pictures, or None where features come ready.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,6 +156,8 @@ class Inputs(BaseModel):
     photo_dim: int
     semantic_dim: int
     classes: tuple[str, ...]
+    query: Query = "sketch"
+    tower: Tower | None = None
 
 
 class Embedder(nn.Module, ABC):
@@ -109,17 +166,24 @@ class Embedder(nn.Module, ABC):
     Attributes:
         inputs: the sizes it was built for.
         scale: one `Scale` a modality, stored in the checkpoint.
-        standardises: whether `scale` is to be fitted on the seen rows before training; else it stays the identity.
+        towers: an image tower a side, or one for `both`; empty for models of features.
+        scaling: how `scale` is fitted on the seen rows before training: to mean 0 and deviation 1, to [0, 1], or not.
         metric: how its embeddings are compared.
+        wants_words: whether it learns from class vectors.
     """
 
-    standardises: bool = True
+    scaling: Scaling = "standard"
     metric: Metric = "cosine"
+    wants_words: bool = True
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self.inputs = inputs
         self.scale = nn.ModuleDict({"sketch": Scale(inputs.sketch_dim), "photo": Scale(inputs.photo_dim)})
+        self.towers = nn.ModuleDict()
+        if inputs.tower is not None:
+            for name in ("both",) if inputs.tower.shared else ("sketch", "photo"):
+                self.towers[name] = backbones.build(inputs.tower.architecture)
 
     @property
     @abstractmethod
@@ -128,24 +192,57 @@ class Embedder(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """Embeddings (B, P, D) of scaled features (B, F): P parts an item, 1 for most models. Call in eval mode."""
+        """Embeddings (B, P, D) of scaled features (B, F): P parts an item, 1 for most models. Call in eval mode.
+
+        Args:
+            modality: `photo`, or `sketch` for the query side.
+        """
+
+    def train(self, mode: bool = True) -> Self:
+        """As in nn.Module; batch norm in the towers keeps its pretrained statistics: small batches would spoil them."""
+        super().train(mode)
+        for module in self.towers.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def features(self, side: str, items: Tensor) -> Tensor:
+        """Scaled features (B, F) of raw features (B, F), or of pictures (B, H, W, 3) where the model has towers."""
+        tower = self.tower(side)
+        scaled: Tensor = self.scale[side](items if tower is None else tower(items))
+        return scaled
+
+    def tower(self, side: str) -> nn.Module | None:
+        """The image tower of a side, or None."""
+        return self.towers[side if side in self.towers else "both"] if self.towers else None
 
     @torch.no_grad()
-    def encode(self, modality: str, features: Tensor) -> Tensor:
-        """Embeddings (B, P, D) of raw features (B, F), in eval mode, whatever mode the model is in."""
+    def encode(self, modality: str, items: Tensor) -> Tensor:
+        """Embeddings (B, P, D) of raw features (B, F) or pictures (B, H, W, 3), in eval mode, whatever the mode is.
+
+        Args:
+            modality: `sketch`, `photo` or `text`.
+        """
         training = self.training
+        side = "photo" if modality == "photo" else "sketch"
         self.eval()
         try:
-            embedded: Tensor = self.embed(modality, self.scale[modality](features.float()))
+            embedded: Tensor = self.embed(side, self.features(side, items))
         finally:
             self.train(training)
         return embedded
 
 
 class Model(Embedder):
-    """A model that learns by gradient. `eats` is the kind of batch it wants."""
+    """A model that learns by gradient.
+
+    Attributes:
+        eats: the kind of batch it wants.
+        paired: whether its paper draws a sketch's own photo instead of any photo of its class.
+    """
 
     eats: Literal["pairs", "triplets"] = "pairs"
+    paired: bool = False
 
     @property
     @abstractmethod
@@ -156,6 +253,28 @@ class Model(Embedder):
     @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
         """Phases in the order in which a batch passes them."""
+
+    @property
+    def trained(self) -> Mapping[str, Group]:
+        """`groups`, with the towers beside the parameters of the only one.
+
+        Raises:
+            ConfigError: towers under a model of several phases, whose later ones would see features of before.
+        """
+        tower = self.inputs.tower
+        if tower is None or tower.rate == 0:
+            return self.groups
+        if len(self.phases) > 1:
+            raise ConfigError(
+                f"{type(self).__name__} takes {len(self.phases)} steps a batch and cannot train an image tower along; "
+                "train it on the features of jobs.features, or take --tower-rate 0"
+            )
+        ((name, group),) = self.groups.items()
+        both = nn.ModuleList([group.module, self.towers])
+        return {name: Group(both, group.optimizer, self.towers, tower.rate)}
+
+    def begin(self, word: Tensor) -> None:
+        """Called once before training with the class vectors (N, S), row i for label i. Default: nothing."""
 
     def shared(self, batch: Batch) -> Shared:
         """Work that every phase of this batch uses, done once. Default: none."""
@@ -170,11 +289,12 @@ class Model(Embedder):
         return None
 
     def scaled(self, batch: Batch) -> Batch:
-        """`batch` with every feature tensor passed through the modality's Scale."""
-        sketch, photo = self.scale["sketch"], self.scale["photo"]
-        changes = {"sketch": sketch(batch.sketch), "photo": photo(batch.photo)}
-        if batch.negative is not None:
-            changes["negative"] = photo(batch.negative)
+        """`batch` with `features` in place of every raw feature or picture; with gradient into towers that train."""
+        tower = self.inputs.tower
+        with torch.set_grad_enabled(tower is not None and tower.rate > 0):
+            changes = {"sketch": self.features("sketch", batch.sketch), "photo": self.features("photo", batch.photo)}
+            if batch.negative is not None:
+                changes["negative"] = self.features("photo", batch.negative)
         return batch.map(**changes)
 
 
@@ -186,19 +306,30 @@ class Rows(NamedTuple):
     label: Tensor
 
 
+class Choice(NamedTuple):
+    """What a closed form chose: the score of each setting by its name, and the options that give the best one alone."""
+
+    scores: Mapping[str, float]
+    options: Mapping[str, Any]
+
+
 class ClosedForm(Embedder):
     """A model that is solved, not stepped."""
 
     @abstractmethod
-    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float]) -> Mapping[str, float]:
+    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float] | None) -> "Choice":
         """Fit to one pass over `rows`, after `scale` has been fitted.
 
         Args:
             rows: the seen rows of both modalities, in any order and in blocks of any size. With several ranks, the rows
                 of this rank: statistics are summed over ranks, so every rank ends with the same weights.
             word: (N, S) class vectors, row i for label i.
-            score: quality of the model as it stands on held-out classes, higher is better, equal on all ranks.
+            score: quality of the model as it stands on held-out classes, higher is better, equal on all ranks; None
+                where no class is held out.
 
         Returns:
-            The score of each setting tried, by its name; the model holds the best one. Empty where nothing was chosen.
+            What was chosen; the model holds it.
+
+        Raises:
+            ConfigError: several settings to choose from, and no score.
         """

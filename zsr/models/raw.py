@@ -3,12 +3,12 @@
 Shapes: B batch, F feature.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from zsr.errors import ConfigError
-from zsr.models.protocol import ClosedForm, Inputs, ModelConfig, Rows
+from zsr.models.protocol import Choice, ClosedForm, Inputs, ModelConfig, Rows, Scaling
 
 
 class Config(ModelConfig):
@@ -22,7 +22,8 @@ class Raw(ClosedForm):
         ConfigError: the modalities' features differ in width, so that they cannot be compared as they are.
     """
 
-    standardises = False
+    scaling: Scaling = "none"
+    wants_words = False
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         super().__init__(inputs)
@@ -37,9 +38,9 @@ class Raw(ClosedForm):
     def dim(self) -> int:
         return self.inputs.photo_dim
 
-    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float]) -> Mapping[str, float]:
+    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float] | None) -> Choice:
         """Nothing to fit."""
-        return {}
+        return Choice({}, {})
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
         return features.unsqueeze(1)

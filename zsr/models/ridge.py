@@ -19,8 +19,9 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zsr.errors import ConfigError
 from zsr.models.layers import sum_over_ranks
-from zsr.models.protocol import ClosedForm, Inputs, ModelConfig, Rows
+from zsr.models.protocol import Choice, ClosedForm, Inputs, ModelConfig, Rows
 
 
 class Config(ModelConfig):
@@ -91,15 +92,19 @@ class Ridge(ClosedForm):
     def dim(self) -> int:
         return self.inputs.semantic_dim
 
-    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float]) -> Mapping[str, float]:
+    def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float] | None) -> Choice:
         moments = self.moments(rows)
+        penalties = self.config.penalties
+        if score is None and len(penalties) > 1:
+            raise ConfigError(f"no held-out class to choose one of {len(penalties)} penalties on; give a single one")
         scores: dict[float, float] = {}
-        for penalty in self.config.penalties:
+        for penalty in penalties:
             self.solve(moments, word, penalty)
-            scores[penalty] = score()
+            scores[penalty] = 0.0 if score is None else score()
         best = max(scores, key=lambda penalty: scores[penalty])
         self.solve(moments, word, best)
-        return {f"penalty {penalty:g}": value for penalty, value in scores.items()}
+        tried = {} if score is None else {f"penalty {penalty:g}": value for penalty, value in scores.items()}
+        return Choice(tried, {"penalties": [best]})
 
     @torch.no_grad()
     def moments(self, rows: Iterable[Rows]) -> Mapping[str, Moments]:

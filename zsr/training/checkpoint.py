@@ -59,19 +59,19 @@ class Progress:
     """Where a run stands after `step` steps.
 
     Attributes:
-        history: (step, validation score) of every epoch.
-        best_step: the step with the highest score.
+        history: (step, validation score) of every epoch; the score is None where no class is held out.
+        best_step: the step with the highest score, or the last one where there are no scores.
     """
 
     step: int = 0
-    history: tuple[tuple[int, float], ...] = field(default=())
+    history: tuple[tuple[int, float | None], ...] = field(default=())
     best_step: int = 0
 
-    def after(self, step: int, score: float) -> "Progress":
+    def after(self, step: int, score: float | None) -> "Progress":
         """The progress with one more epoch; the earlier of equal scores stays the best."""
         history = (*self.history, (step, score))
-        best = max(history, key=lambda entry: (entry[1], -entry[0]))
-        return Progress(step, history, best[0])
+        scored = [(value, -at) for at, value in history if value is not None]
+        return Progress(step, history, -max(scored)[1] if scored else step)
 
     def epochs_since_best(self) -> int:
         """Epochs after the best one."""
@@ -107,7 +107,7 @@ def last_progress(staging: Staging) -> tuple[Progress, dict[str, Tensor], dict[s
             state = parse(staging.read(name, scratch=True), name)
         except DamagedArtifact:
             continue
-        history = tuple((int(step), float(score)) for step, score in entry.facts["history"])
+        history = tuple((int(s), None if score is None else float(score)) for s, score in entry.facts["history"])
         progress = Progress(int(entry.facts["step"]), history, int(entry.facts["best_step"]))
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
         for key, value in state.items():
@@ -129,8 +129,9 @@ def seal(staging: Staging, keep: str, facts: Mapping[str, Any]) -> Artifact:
     progress = found[0]
     best = staging.read(f"steps/{progress.best_step:08d}.safetensors", scratch=keep != "all")
     staging.write("model.safetensors", best)
+    score = dict(progress.history)[progress.best_step]
     run = {"history": [list(h) for h in progress.history], "best_step": progress.best_step, "steps": progress.step}
-    return staging.seal(facts={**facts, **run})
+    return staging.seal(facts={"validation_map_all": score, **facts, **run})
 
 
 def describe(model: Embedder) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from zsr import fault
 from zsr.artifact import Staging
 from zsr.batch import Batch
+from zsr.data.augment import augmented
 from zsr.data.sampling import Sampler, seed_of
 from zsr.data.shards import Rows
 from zsr.errors import NonFiniteLoss
@@ -29,6 +30,9 @@ logger = logging.getLogger("zsr")
 # score, higher is better
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Metric], float]
 
+BLOCK: Final = 4096  # feature rows, or pictures, that are embedded at once
+PICTURES: Final = 64
+
 
 @dataclass(frozen=True)
 class Place:
@@ -41,19 +45,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Validation:
-    """Sketches and photos of the classes that choose the checkpoint, and how they are scored."""
+    """Queries and photos of the classes that choose the checkpoint, and how they are scored."""
 
-    sketch: Rows
+    query: Rows
     photo: Rows
     score: Score
 
     def of(self, model: Embedder, device: str) -> float:
-        """The score of `model` as it stands: sketches as queries, photos as gallery."""
+        """The score of `model` as it stands, photos as gallery."""
         parts = []
-        for modality, rows in (("sketch", self.sketch), ("photo", self.photo)):
-            blocks = torch.split(torch.from_numpy(rows.features), 4096)
-            parts.append(torch.cat([model.encode(modality, block.to(device)).cpu() for block in blocks]))
-        labels = [torch.from_numpy(rows.labels) for rows in (self.sketch, self.photo)]
+        for side, rows in (("sketch", self.query), ("photo", self.photo)):
+            blocks = torch.split(torch.from_numpy(rows.features), BLOCK if rows.features.ndim == 2 else PICTURES)
+            parts.append(torch.cat([model.encode(side, block.to(device)).cpu() for block in blocks]))
+        labels = [torch.from_numpy(rows.labels) for rows in (self.query, self.photo)]
         return self.score(parts[0], parts[1], labels[0], labels[1], model.metric)
 
 
@@ -72,23 +76,25 @@ class Log:
                 handle.write(json.dumps(values) + "\n")
             if time.monotonic() - self.shown >= 30:
                 self.shown = time.monotonic()
-                logger.warning("train: step %(step)d, validation mAP %(validation_map_all).3f", values)
+                logger.warning("train: step %(step)d, validation mAP %(validation_map_all)s", values)
 
 
 def train(
     model: Model,
     sampler: Sampler,
-    validation: Validation,
+    validation: Validation | None,
     settings: TrainSettings,
+    last_step: int,
     deepspeed: Mapping[str, Any],
     staging: Staging,
     log: Log,
     place: Place,
     report: Callable[[dict[str, float]], None],
 ) -> Progress:
-    """Train until the epochs or the patience run out; every state but the newest lies in `staging` when this returns.
+    """Train until `last_step` or until the patience runs out; the newest state lies in `staging` when this returns.
 
     Args:
+        validation: None where no class is held out; the patience then never runs out.
         report: called once an epoch on every rank, with the epoch's numbers.
 
     Raises:
@@ -96,18 +102,20 @@ def train(
     """
     engines = Engines(model, settings.batch_size, deepspeed)
     progress = _resume(model, engines, staging, place.device)
-    while progress.step < settings.epochs * settings.steps_per_epoch and not _patience_spent(progress, settings):
+    while progress.step < last_step and not _patience_spent(progress, settings):
         started = time.monotonic()
         means = _epoch(engines, sampler, settings, place, progress.step)
         seconds = time.monotonic() - started
-        score = broadcast(validation.of(model, place.device) if place.rank == 0 else 0.0)
+        score = None
+        if validation is not None:
+            score = broadcast(validation.of(model, place.device) if place.rank == 0 else 0.0)
         progress = progress.after(progress.step + settings.steps_per_epoch, score)
         if place.rank == 0:
             save_progress(staging, progress, tensors(model), engines.state(), settings.keep_checkpoints)
             fault.here("train.save")
             rate = settings.steps_per_epoch * settings.batch_size * place.world / seconds
             log.write(step=progress.step, validation_map_all=score, samples_a_second=round(rate, 1), **means)
-        report({"step": float(progress.step), "validation_map_all": score})
+        report({"step": float(progress.step)})
     return progress
 
 
@@ -146,11 +154,12 @@ def _step(engines: Engines, sampler: Sampler, settings: TrainSettings, place: Pl
 
     def draw(repetition: int) -> Batch:
         batch = sampler.batch(step, settings.batch_size, place.rank, place.world, repetition)
-        return engines.model.scaled(batch.map(epoch=epoch, index=index))
+        batch = batch.map(epoch=epoch, index=index)
+        return engines.model.scaled(augmented(batch) if settings.augment else batch)
 
     # noise is a function of (seed, step, rank), never carried over: a resumed run draws what the unbroken one drew
     torch.manual_seed(seed_of(settings.seed, step, place.rank))
-    return engines.train_batch(draw)
+    return engines.train_batch(draw, done=(step - 1) / (settings.epochs * settings.steps_per_epoch))
 
 
 def _require_finite(table: Tensor, names: list[str], done: int) -> None:

@@ -4,11 +4,12 @@ The only file that imports ray.train. Ray Train starts the worker group and tell
 states and data position are ours (see `checkpoint`), so that a restart and a resubmission are the same thing.
 """
 
+import json
 import logging
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,21 +26,30 @@ from zsr.cluster import connect, gpus, require_workers, set_data_context
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
 from zsr.data.semantics import class_vectors
-from zsr.data.shards import collect, stream
+from zsr.data.shards import Pictures, Source, collect, stream
 from zsr.data.splits import Split
-from zsr.errors import ConfigError
-from zsr.models import MODELS, build
+from zsr.errors import ConfigError, DamagedArtifact
+from zsr.models import MODELS, backbones, build
 from zsr.models.layers import Scale
-from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model
+from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Scaling, Tower
 from zsr.models.protocol import Rows as FitRows
 from zsr.training import checkpoint
 from zsr.training.config import TrainSettings
 from zsr.training.engines import deepspeed_config, init_distributed
-from zsr.training.loop import Log, Place, Score, Validation, train
+from zsr.training.loop import PICTURES, Log, Place, Score, Validation, train
 
 logger = logging.getLogger("zsr")
 
+SCALED = 512  # pictures a side whose first features fit the scale behind a tower
 RESTARTS = 3  # after lost workers or nodes; an error of the code itself is never tried again
+
+
+@dataclass(frozen=True)
+class TowerStart:
+    """An image tower that is trained along, and the file or directory of the weights it begins at (None: random)."""
+
+    tower: Tower
+    weights: Path | None
 
 
 @dataclass(frozen=True)
@@ -47,20 +57,58 @@ class Run:
     """Everything that a worker needs to know.
 
     Attributes:
+        features: FEATURES that the model eats, or the image tower in front of it, which eats DATA's pictures.
         options: the model's own options, complete.
+        semantics: the class vectors; None for models that learn from none.
         split: resolved: its training and validation classes are filled in.
+        query: modality of the queries.
+        chosen: in the second stage of a refit, the checkpoint whose step and options it takes over.
     """
 
     data: Artifact
-    features: Artifact
-    semantics: Artifact
+    features: Artifact | TowerStart
+    semantics: Artifact | None
     split: Split
     model: str
     options: dict[str, Any]
     settings: TrainSettings
     output: Store
     score: Score
+    query: Query = "sketch"
+    chosen: Artifact | None = None
     deepspeed: dict[str, Any] = field(default_factory=deepspeed_config)
+
+    @property
+    def source(self) -> Source:
+        """What rows are streamed with."""
+        if isinstance(self.features, Artifact):
+            return self.features
+        return Pictures(self.features.tower.size, self.features.tower.invert_sketches)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The trained classes: the split's, in the second stage of a refit with those of validation."""
+        more = self.split.validation if self.chosen else ()
+        return tuple(sorted(self.split.training + more))
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The classes that choose the checkpoint; none in the second stage of a refit."""
+        return () if self.chosen else self.split.validation
+
+    @property
+    def last_step(self) -> int:
+        """The step after which training ends, unless the patience ends it sooner."""
+        if self.chosen:
+            return int(self.chosen.facts["best_step"])
+        return self.settings.epochs * self.settings.steps_per_epoch
+
+    @property
+    def words(self) -> np.ndarray:
+        """The class vectors (N, S) of the trained classes; S is 0 without semantics."""
+        if self.semantics is None:
+            return np.zeros((len(self.classes), 0), np.float32)
+        return class_vectors(self.semantics, self.classes)
 
     @property
     def inputs(self) -> Inputs:
@@ -69,15 +117,25 @@ class Run:
         Raises:
             ConfigError: a modality without features, or a class without a vector.
         """
-        dims = self.features.facts["dims"]
-        if missing := {"sketch", "photo"} - set(dims):
-            raise ConfigError(f"features {self.features.digest[:12]} have no {sorted(missing)}; training wants both")
-        words = class_vectors(self.semantics, self.split.training)
+        if self.semantics is None and MODELS[self.model].model.wants_words:
+            raise ConfigError(f"model {self.model} learns from class vectors; give --semantics")
+        if isinstance(self.features, Artifact):
+            dims, tower = self.features.facts["dims"], None
+            if missing := {self.query, "photo"} - set(dims):
+                raise ConfigError(f"features {self.features.digest[:12]} have no {sorted(missing)}; both are wanted")
+        else:
+            tower = self.features.tower
+            if self.query == "text":
+                raise ConfigError("an image tower cannot read texts; run jobs.features and train on features")
+            with torch.device("meta"):  # the width alone is wanted
+                dims = dict.fromkeys(("sketch", "photo"), backbones.build(tower.architecture).dim)
         return Inputs(
-            sketch_dim=dims["sketch"],
+            sketch_dim=dims[self.query],
             photo_dim=dims["photo"],
-            semantic_dim=words.shape[1],
-            classes=self.split.training,
+            semantic_dim=self.words.shape[1],
+            classes=self.classes,
+            query=self.query,
+            tower=tower,
         )
 
     def plan(self) -> Plan:
@@ -88,11 +146,17 @@ class Run:
             "inputs": checkpoint.canonical_options(self.inputs.model_dump()),
             "settings": self.settings.model_dump(),
             "deepspeed": self.deepspeed,
-            "features": dict(self.features.config),
+            "features": dict(self.features.config) if isinstance(self.features, Artifact) else None,
             "split": self.split.as_json(),
             "torch": torch.__version__.partition("+")[0],
         }
-        parents = {"data": self.data.digest, "features": self.features.digest, "semantics": self.semantics.digest}
+        parents = {"data": self.data.digest}
+        if self.semantics is not None:
+            parents["semantics"] = self.semantics.digest
+        if isinstance(self.features, Artifact):
+            parents["features"] = self.features.digest
+        if self.chosen:
+            parents["chosen"] = self.chosen.digest
         return Plan("checkpoint", config, parents)
 
 
@@ -105,7 +169,7 @@ def describe(run: Run) -> dict[str, Any]:
         "model": f"{run.model}: {checkpoint.describe(model)}",
         "bytes_of_parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
         "classes": {k: len(v) for k, v in run.split.as_json().items() if isinstance(v, list)},
-        "rows": dict(run.features.facts["rows"]),
+        "rows": dict(run.features.facts["rows"] if isinstance(run.features, Artifact) else run.data.facts["rows"]),
         "steps_at_most": settings.epochs * settings.steps_per_epoch,
         "global_batch": settings.batch_size * settings.num_workers,
         "workers": settings.num_workers,
@@ -115,10 +179,18 @@ def describe(run: Run) -> dict[str, Any]:
 def train_model(run: Run) -> Artifact:
     """Train, seal the chosen checkpoint and publish it. An equal run that was finished before is returned as it is.
 
+    With `settings.refit` a run without it comes first; its checkpoint is a version of its own, and the last one is what
+    came out of training again with the validation classes.
+
     Raises:
         NonFiniteLoss: see the loop.
         ConfigError: the data, the features, the vectors and the split do not fit each other.
     """
+    if run.settings.refit and run.chosen is None:
+        if not run.split.validation:
+            raise ConfigError("--refit wants validation classes to choose the step on; give some, or leave it out")
+        first = train_model(replace(run, settings=run.settings.model_copy(update={"refit": False})))
+        run = replace(run, chosen=first, options={**run.options, **first.facts["chosen_options"]})
     plan = run.plan()
     if done := run.output.made(plan):
         return done
@@ -129,21 +201,23 @@ def train_model(run: Run) -> Artifact:
     else:  # closed form needs no worker group: the stream does the reading, one process the sums
         torch.set_num_threads(run.settings.threads)
         _solve(run, staging, Place(0, 1, "cpu"))
-    artifact = checkpoint.seal(staging, run.settings.keep_checkpoints, _facts(run))
+    artifact = checkpoint.seal(staging, run.settings.keep_checkpoints, _facts(run, staging))
     run.output.publish(artifact)
     return artifact
 
 
 def learns_by_gradient(name: str) -> bool:
     """Whether model `name` learns by gradient (else it is solved in closed form)."""
-    kind = MODELS[name].model
-    return isinstance(kind, type) and issubclass(kind, Model)
+    return issubclass(MODELS[name].model, Model)
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _facts(run: Run, staging: Staging) -> dict[str, Any]:
     """What a reader of the checkpoint needs to know beyond its config."""
     model = build(run.model, run.options, run.inputs)
-    return {"metric": model.metric, "dim": model.dim, "saw": sorted(run.split.training + run.split.validation)}
+    chosen = {} if learns_by_gradient(run.model) else json.loads(staging.read("tried.json"))["options"]
+    saw = sorted(run.split.training + run.split.validation)
+    facts = {"metric": model.metric, "dim": model.dim, "saw": saw, "chosen_options": chosen}
+    return facts | ({"validation_map_all": run.chosen.facts["validation_map_all"]} if run.chosen else {})
 
 
 def _fit(run: Run, staging: Staging) -> None:
@@ -211,97 +285,156 @@ def _train(run: Run, staging: Staging, place: Place) -> None:
     model, words = _new_model(run, place)
     if not isinstance(model, Model):
         raise ConfigError(f"model {run.model} is solved in closed form, not trained")
-    pools = {m: _pool(run, model, m, place) for m in ("sketch", "photo")}
+    if run.settings.augment and run.inputs.tower is None:
+        raise ConfigError("--augment is for pictures; train with --tower, or leave it out")
+    query, photo = (_pool(run, model, side, place) for side in ("sketch", "photo"))
     sampler = Sampler(
-        pools["sketch"],
-        pools["photo"],
+        query,
+        photo,
         words,
         seed_of(run.settings.seed, 1),
-        paired=run.settings.paired,
+        paired=model.paired and query.has_pairs if run.settings.paired is None else run.settings.paired,
         triplets=model.eats == "triplets",
         negatives=model.negatives(words),
     )
+    model.begin(words)
     log = Log(run.output.root / "logs" / staging.plan.digest[:12] / "metrics.jsonl" if place.rank == 0 else None)
-    train(model, sampler, _validation(run), run.settings, run.deepspeed, staging, log, place, ray.train.report)
+    validation = _validation(run)
+    train(
+        model,
+        sampler,
+        validation,
+        run.settings,
+        run.last_step,
+        run.deepspeed,
+        staging,
+        log,
+        place,
+        ray.train.report,
+    )
 
 
 def _solve(run: Run, staging: Staging, place: Place) -> None:
     model, words = _new_model(run, place)
     if not isinstance(model, ClosedForm):
         raise ConfigError(f"model {run.model} is trained, not solved in closed form")
-    if model.standardises:
-        for modality in ("sketch", "photo"):
-            _fit_scale(run, model, modality)
+    if model.inputs.tower is not None:
+        raise ConfigError(f"model {run.model} is solved in closed form and trains no tower; run jobs.features")
+    if model.scaling != "none":
+        for side in ("sketch", "photo"):
+            sums = Sums()
+            for block in stream(run.data, run.source, _modality(run, side), run.classes):
+                sums.add(block.features)
+            cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))
     validation = _validation(run)
-    scores = model.fit(_fit_rows(run, place), words, lambda: validation.of(model, place.device))
+    score = None if validation is None else lambda: validation.of(model, place.device)
+    choice = model.fit(_fit_rows(run, place), words, score)
     if place.rank == 0:
-        progress = checkpoint.Progress().after(1, validation.of(model, place.device))
+        progress = checkpoint.Progress().after(1, None if score is None else score())
         weights = checkpoint.tensors(model)
-        staging.write("tried.json", canonical(dict(scores)))
+        staging.write("tried.json", canonical({"scores": dict(choice.scores), "options": dict(choice.options)}))
         checkpoint.save_progress(staging, progress, weights, {}, run.settings.keep_checkpoints)
 
 
 def _new_model(run: Run, place: Place) -> tuple[Embedder, torch.Tensor]:
     """The model with its seeded initial weights, equal on all ranks, and the class vectors."""
     torch.manual_seed(seed_of(run.settings.seed, 0))
-    model = build(run.model, run.options, run.inputs).to(place.device)
-    words = torch.from_numpy(class_vectors(run.semantics, run.split.training)).to(place.device)
-    return model, words
+    model = build(run.model, run.options, run.inputs)
+    if isinstance(run.features, TowerStart) and run.features.weights is not None:
+        _load_towers(model, run.features)
+    return model.to(place.device), torch.from_numpy(run.words).to(place.device)
 
 
-def _pool(run: Run, model: Model, modality: str, place: Place) -> Pool:
-    """The training rows of one modality on the device, and the model's scale fitted on all of them in the same pass."""
-    held = Reservoir(len(run.split.training), run.settings.rows_per_class, seed_of(run.settings.seed, 2))
+def _load_towers(model: Embedder, start: TowerStart) -> None:
+    """The weights that training starts from. Raises DamagedArtifact if the file is not the one of the plan."""
+    path = cast(Path, start.weights)
+    if (found := backbones.digest(path)) != start.tower.weights:
+        raise DamagedArtifact(f"{path}: digest {found[:12]}, expected {start.tower.weights[:12]} on every node")
+    for tower in model.towers.values():
+        backbones.load_weights(cast(backbones.Backbone, tower), path)
+
+
+def _modality(run: Run, side: str) -> str:
+    """The modality of a model's side."""
+    return run.query if side == "sketch" else "photo"
+
+
+def _pool(run: Run, model: Model, side: str, place: Place) -> Pool:
+    """The training rows of one side on the device, and the model's scale fitted in the same pass.
+
+    Features give their own scale, all of them; pictures that of the tower's first features, of an even sample.
+    """
+    held = Reservoir(len(run.classes), run.settings.rows_per_class, seed_of(run.settings.seed, 2))
     sums = Sums()
-    for block in stream(run.data, run.features, modality, run.split.training):
+    for block in stream(run.data, run.source, _modality(run, side), run.classes):
         held.add(block)
-        sums.add(block.features)
-    if model.standardises:
-        cast(Scale, model.scale[modality]).fit(*sums.moments(modality))
-    return held.finish(place.device)
+        if run.inputs.tower is None:
+            sums.add(block.features)
+    pool = held.finish(place.device)
+    if model.scaling != "none":
+        if run.inputs.tower is not None:
+            sums.add(_first_features(model, side, pool))
+        cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))
+    return pool
 
 
-def _fit_scale(run: Run, model: Embedder, modality: str) -> None:
-    sums = Sums()
-    for block in stream(run.data, run.features, modality, run.split.training):
-        sums.add(block.features)
-    cast(Scale, model.scale[modality]).fit(*sums.moments(modality))
+@torch.no_grad()
+def _first_features(model: Model, side: str, pool: Pool) -> np.ndarray:
+    """What the untrained model's tower makes of an even sample of a pool, unscaled: (at most SCALED, F)."""
+    model.eval()
+    tower = cast(torch.nn.Module, model.tower(side))
+    rows = torch.arange(0, len(pool.features), max(1, len(pool.features) // SCALED))[:SCALED]
+    blocks = torch.split(pool.features[rows.to(pool.features.device)], PICTURES)
+    return np.asarray(torch.cat([tower(block) for block in blocks]).cpu().numpy())
 
 
 class Sums:
-    """Mean and deviation of the columns of a stream, in float64."""
+    """Mean, deviation and range of the columns of a stream, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
         self.total = np.zeros(0)
         self.square = np.zeros(0)
+        self.least = np.zeros(0)
+        self.most = np.zeros(0)
 
     def add(self, features: np.ndarray) -> None:
         """Take in (N, F)."""
+        if not len(features):
+            return
         wide = features.astype(np.float64)
         self.total = wide.sum(0) + (self.total if self.count else 0.0)
         self.square = np.square(wide).sum(0) + (self.square if self.count else 0.0)
+        self.least = np.minimum(wide.min(0), self.least if self.count else np.inf)
+        self.most = np.maximum(wide.max(0), self.most if self.count else -np.inf)
         self.count += len(features)
 
-    def moments(self, modality: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and population deviation, (F,) float32 each. Raises ConfigError if no row came."""
+    def constants(self, scaling: Scaling, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Scale.fit` takes, (F,) float32 each: mean and population deviation, or least value and range.
+
+        Raises:
+            ConfigError: no row came.
+        """
         if self.count == 0:
-            raise ConfigError(f"no {modality} row of a training class has a feature; check the split and the features")
+            raise ConfigError(f"no {side} row of a training class has a feature; check the split and the features")
+        if scaling == "unit":
+            return torch.from_numpy(self.least).float(), torch.from_numpy(self.most - self.least).float()
         mean = self.total / self.count
         variance = np.maximum(self.square / self.count - np.square(mean), 0.0)
         return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(variance)).float()
 
 
 def _fit_rows(run: Run, place: Place) -> Iterator[FitRows]:
-    """The training rows whose home is this rank, modality after modality."""
-    for modality in ("sketch", "photo"):
-        for block in stream(run.data, run.features, modality, run.split.training):
+    """The training rows whose home is this rank, side after side."""
+    for side in ("sketch", "photo"):
+        for block in stream(run.data, run.source, _modality(run, side), run.classes):
             mine = home_rank(block.ids, place.world) == place.rank
             features = torch.from_numpy(block.features[mine]).to(place.device)
-            yield FitRows(modality, features, torch.from_numpy(block.labels[mine]).to(place.device))
+            yield FitRows(side, features, torch.from_numpy(block.labels[mine]).to(place.device))
 
 
-def _validation(run: Run) -> Validation:
-    classes = run.split.validation
-    parts = [collect(run.data, run.features, modality, classes) for modality in ("sketch", "photo")]
+def _validation(run: Run) -> Validation | None:
+    if not run.held_out:
+        return None
+    parts = [collect(run.data, run.source, modality, run.held_out) for modality in (run.query, "photo")]
     return Validation(parts[0], parts[1], run.score)

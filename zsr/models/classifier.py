@@ -1,0 +1,67 @@
+"""Classification of the seen classes: the fine-tuning of a backbone that SEM-PCYC and others start from.
+
+A linear layer a modality stands on the features, and cross entropy trains it together with the image tower in front. An
+embedding is the feature itself, so a checkpoint serves as a fine-tuned backbone (`jobs.features --finetune-on-seen`) and,
+compared by cosine, as one more floor. Without a tower only the linear layers learn, and embeddings stay as they are.
+
+The specifications say that such a fine-tuning was done, not how: optimizer, rates and smoothing are ours.
+
+Shapes: B batch, F feature, N seen classes.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zsr.batch import Batch
+from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Scaling, Shared, Terms
+
+
+class Config(ModelConfig):
+    """Options.
+
+    Attributes:
+        smoothing: share of the target that is spread over all classes.
+        lr: of Adam, on the linear layers; a tower's is `--tower-rate` times that.
+    """
+
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    lr: PositiveFloat = 1e-3
+
+
+class Classifier(Model):
+    """Linear classifiers on features (B, F); embeddings (B, 1, F) are the features. All terms are per sample."""
+
+    scaling: Scaling = "none"
+    wants_words = False
+
+    def __init__(self, config: Config, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self.config = config
+        widths = {"sketch": inputs.sketch_dim, "photo": inputs.photo_dim}
+        self.heads = nn.ModuleDict({side: nn.Linear(width, len(inputs.classes)) for side, width in widths.items()})
+
+    @property
+    def dim(self) -> int:
+        return self.inputs.photo_dim
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        return {"all": Group(self.heads, Optimizer("adam", self.config.lr, schedule="cosine"))}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("all", "all", self.terms),)
+
+    def terms(self, batch: Batch, _: Shared) -> Terms:
+        """Cross entropy of each side's classifier."""
+        return {
+            side: functional.cross_entropy(self.heads[side](rows), batch.label, label_smoothing=self.config.smoothing)
+            for side, rows in (("sketch", batch.sketch), ("photo", batch.photo))
+        }
+
+    def embed(self, modality: str, features: Tensor) -> Tensor:
+        return features.unsqueeze(1)

@@ -1,0 +1,249 @@
+"""Image towers of the library `transformers`: ResNet, ViT, DINOv2 and CLIP, from a local directory.
+
+A directory is what `save_pretrained` writes and what hubs offer for download: config.json, weights as safetensors (one
+file, or shards with an index), perhaps preprocessor_config.json. config.json says the sizes. Nothing is ever fetched,
+no code of the directory runs, and nothing is unpickled.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from zsr.errors import ConfigError, DamagedArtifact
+
+CONFIG: Final = "config.json"
+PREPROCESSING: Final = "preprocessor_config.json"
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+DERIVED: Final = {"stage_names", "out_features", "out_indices"}  # of transformers' own use as a detector's backbone
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A family of towers.
+
+    Attributes:
+        types: what `model_type` may be in its config.json.
+        config, network: classes of transformers, by name.
+        outputs: by layer, what of the network's output is the feature.
+        width: by layer, the entry of the configuration that says how wide it is.
+        options: by layer, for the network's constructor.
+        fixed: entries of the configuration that are not the directory's to say.
+    """
+
+    types: tuple[str, ...]
+    config: str
+    network: str
+    outputs: Mapping[str, Callable[[Any], Tensor]]
+    width: Mapping[str, str]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+KINDS: Final[Mapping[str, Kind]] = {
+    "resnet": Kind(
+        ("resnet",),
+        "ResNetConfig",
+        "ResNetModel",
+        {"pooled": lambda output: output.pooler_output.flatten(1)},
+        {"pooled": "hidden_sizes"},
+    ),
+    "vit": Kind(
+        ("vit",),
+        "ViTConfig",
+        "ViTModel",
+        {"cls": lambda output: output.last_hidden_state[:, 0], "pooled": lambda output: output.pooler_output},
+        {"cls": "hidden_size", "pooled": "pooler_output_size"},
+        {"cls": {"add_pooling_layer": False}},  # weights tuned to classify have no such layer
+    ),
+    "dinov2": Kind(
+        ("dinov2",),
+        "Dinov2Config",
+        "Dinov2Model",
+        {"cls": lambda output: output.last_hidden_state[:, 0]},
+        {"cls": "hidden_size"},
+        fixed={"use_mask_token": False},  # of its pretraining; a parameter without a gradient
+    ),
+    "clip": Kind(
+        ("clip", "clip_vision_model"),
+        "CLIPVisionConfig",
+        "CLIPVisionModelWithProjection",
+        {"projected": lambda output: output.image_embeds},
+        {"projected": "projection_dim"},
+    ),
+}
+
+
+class Pretrained(nn.Module):
+    """One tower, from its configuration alone; its parameters are random until `load`.
+
+    Args:
+        name: key of `KINDS`.
+        layer: key of its outputs.
+        config: as `read_config` gives it.
+
+    Raises:
+        ConfigError: sizes that make no network, or transformers is not installed.
+    """
+
+    def __init__(self, name: str, layer: str, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        library, kind = _library(), KINDS[name]
+        self.name, self.layer = name, layer
+        self.options = dict(kind.options.get(layer, {}))
+        try:
+            self.network: Any = getattr(library, kind.network)(_settings(name, config), **self.options)
+        except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+            raise ConfigError(f"backbone {name}: its configuration makes no network: {error!r}") from error
+        width = config[kind.width[layer]]
+        self.dim = int(width if isinstance(width, int) else width[-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> features (B, F)."""
+        return KINDS[self.name].outputs[self.layer](self.network(pixel_values=images))
+
+    def load(self, directory: Path) -> None:
+        """Take the weights of a directory, as float32, through transformers, which knows the names of old files.
+
+        Weights of other parts (a classifier, CLIP's text tower) are left aside.
+
+        Raises:
+            ConfigError: no such files.
+            DamagedArtifact: weights that do not fit, or lack some that the network has.
+        """
+        weights_files(directory)
+        try:
+            loaded, found = type(self.network).from_pretrained(
+                directory,
+                config=self.network.config,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **self.options,
+            )
+        except Exception as error:  # safetensors and transformers have no common base of errors
+            raise DamagedArtifact(f"{directory}: does not fit backbone {self.name}: {error}") from error
+        if found["missing_keys"]:
+            raise DamagedArtifact(
+                f"{directory}: lacks {len(found['missing_keys'])} weights of backbone {self.name} with layer "
+                f"{self.layer}, such as {min(found['missing_keys'])!r}; take weights that were saved with it"
+            )
+        self.network.load_state_dict(loaded.state_dict())
+
+
+def weights_files(directory: Path) -> tuple[Path, ...]:
+    """The files of a directory that shape features, sorted by name.
+
+    Raises:
+        ConfigError: not such a directory, or weights that would not be loaded as they are.
+    """
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(f"{directory}: found no {CONFIG}; expected a directory with it and {WEIGHTS}")
+    if (directory / "adapter_config.json").exists():
+        raise ConfigError(f"{directory}: found an adapter; merge it into its network and save that")
+    files = [directory / CONFIG, *_safetensors(directory)]
+    if (directory / PREPROCESSING).is_file():
+        files.append(directory / PREPROCESSING)
+    return tuple(sorted(files, key=lambda file: file.name))
+
+
+def _safetensors(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if not (directory / INDEX).is_file():
+        raise ConfigError(f"{directory}: found neither {WEIGHTS} nor {INDEX}; only safetensors are read, save as such")
+    shards = _json(directory / INDEX).get("weight_map", {})
+    names = sorted({str(name) for name in shards.values()})
+    if bad := [name for name in names if Path(name).name != name or not (directory / name).is_file()]:
+        raise ConfigError(f"{directory / INDEX}: names {bad[0]!r}; expected a file beside it")
+    return [directory / INDEX, *(directory / name for name in names)]
+
+
+def read_config(name: str, directory: Path) -> dict[str, Any]:
+    """What shapes backbone `name`, from config.json, with the library's default for what that leaves out. JSON-able.
+
+    Of a whole CLIP model it is the image tower's part.
+
+    Raises:
+        ConfigError: no such file, or of another kind of model, or quantised.
+    """
+    path = directory / CONFIG
+    raw = _json(path)
+    if (found := raw.get("model_type")) not in KINDS[name].types:
+        raise ConfigError(f"{path}: model_type {found!r}, expected {' or '.join(KINDS[name].types)} for {name}")
+    if "quantization_config" in raw:
+        raise ConfigError(f"{path}: quantised weights; take those in 16 or 32 bits")
+    if "vision_config" in raw:
+        above = {"projection_dim": raw["projection_dim"]} if "projection_dim" in raw else {}
+        raw = {**raw["vision_config"], **above}
+    try:
+        full: dict[str, Any] = _settings(name, raw).to_dict()
+    except Exception as error:  # the library validates with errors of its own
+        raise ConfigError(f"{path}: {error}") from error
+    return {**{key: value for key, value in full.items() if key in _known(name)}, **KINDS[name].fixed}
+
+
+def read_preprocessing(directory: Path) -> dict[str, Any]:
+    """`shift`, `divisor` and `interpolation` where preprocessor_config.json says them; else without.
+
+    (pixel * rescale - mean) / std is (pixel - mean / rescale) / (std / rescale).
+
+    Raises:
+        ConfigError: an interpolation that is neither bilinear nor bicubic, or no number a channel.
+    """
+    path = directory / PREPROCESSING
+    raw = _json(path) if path.is_file() else {}
+    found: dict[str, Any] = {}
+    try:
+        rescale = float(raw.get("rescale_factor", 1 / 255))
+        if "image_mean" in raw and "image_std" in raw:
+            found["shift"] = tuple(float(mean) / rescale for mean in raw["image_mean"])
+            found["divisor"] = tuple(float(std) / rescale for std in raw["image_std"])
+        if "resample" in raw:
+            found["interpolation"] = {2: "bilinear", 3: "bicubic"}[raw["resample"]]
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path}: {error!r}; expected 3 means, 3 deviations, and resample 2 or 3") from error
+    return found
+
+
+def _known(name: str) -> set[str]:
+    """Entries of a configuration that shape the network: not labels, code, kernels or bookkeeping."""
+    library = _library()
+    return set(_class(name)().to_dict()) - set(library.PretrainedConfig().to_dict()) - DERIVED
+
+
+def _settings(name: str, config: Mapping[str, Any]) -> Any:
+    known = _known(name)
+    return _class(name)(**{key: value for key, value in config.items() if key in known})
+
+
+def _class(name: str) -> Any:
+    return getattr(_library(), KINDS[name].config)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: found a {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def _library() -> ModuleType:
+    """transformers, imported only here since that takes seconds."""
+    try:
+        import transformers  # the extra `towers`
+    except ImportError:
+        raise ConfigError("this backbone wants transformers; install zsr with the extra 'towers'") from None
+    transformers.logging.set_verbosity_error()  # what is missing is raised; a report of what is unused is noise
+    transformers.logging.disable_progress_bar()
+    return transformers
