@@ -4,11 +4,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from jobs._job import JobConfig, Results, main
-from zsr.artifact import Store, open_artifact
+from zsr.artifact import Artifact, Store, open_artifact
 from zsr.embedding.backbone import BackboneSettings, extract
 from zsr.embedding.backbone import plan as plan_features
+from zsr.embedding.finetune import Finetune, finetune
+from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import backbones
 
 
@@ -18,10 +21,17 @@ class Config(JobConfig):
     Attributes:
         data: DATA with pictures.
         output: ROOT of the FEATURES artifact.
-        backbone: name of the backbone.
-        weights: a local weights file (safetensors, or torch's format read with weights_only); none takes the package's.
-        size: side in pixels that pictures are resized to.
+        backbone: lite0, vgg16, vgg16-bn, vgg19, resnet, vit, dinov2 or clip.
+        weights: a local file (safetensors, or torch's format read with weights_only), or for resnet, vit, dinov2 and
+            clip a directory with config.json and model.safetensors; none takes the package's, which lite0 has.
+        layer: which output of the backbone: of VGG fc7, fc6, conv or logits, of ViT cls or pooled.
+        size: side in pixels that pictures are resized to; none takes the backbone's own.
+        fit: resize the whole picture, or cut out the middle as the backbone's publishers do.
+        scaling: of pixels, as the backbone's publishers do, or to 0..1 and nothing else.
         invert_sketches: white strokes on black.
+        texts: the sentence encoder that text rows go through, or none.
+        finetune_on_seen: a split, as jobs.train takes it; the backbone is first tuned to classify its seen classes.
+        finetune: how.
         batch_size: pictures in one forward pass.
         actors: processes that hold the backbone.
     """
@@ -30,27 +40,39 @@ class Config(JobConfig):
     output: Path
     backbone: str = "lite0"
     weights: Path | None = None
-    size: int = 224
+    layer: str | None = None
+    size: int | None = None
+    fit: backbones.Fit = "stretch"
+    scaling: backbones.Scaling = "published"
     invert_sketches: bool = False
+    texts: Literal["minilm", "none"] = "minilm"
+    finetune_on_seen: str | None = None
+    finetune: Finetune = Finetune()
     batch_size: int = 32
     actors: int = max(1, os.cpu_count() or 1)
 
     def settings(self) -> BackboneSettings:
-        return BackboneSettings(backbone=self.backbone, size=self.size, invert_sketches=self.invert_sketches)
+        return BackboneSettings(**{name: getattr(self, name) for name in BackboneSettings.model_fields})
 
 
 def plan(config: Config) -> Results:
     data = open_artifact(config.data, "data")
     weights = backbones.weights_path(config.backbone, config.weights)
-    rows = {m: n for m, n in data.facts["rows"].items() if m != "text"}
+    rows = {m: n for m, n in data.facts["rows"].items() if m != "text" or config.texts != "none"}
     digest = plan_features(data, config.settings(), weights).digest
-    return {"plan": digest, "pictures": rows, "actors": config.actors, "weights": str(weights)}
+    return {"plan": digest, "rows": rows, "actors": config.actors, "weights": str(weights)}
 
 
 def work(config: Config) -> Results:
     data = open_artifact(config.data, "data")
+    settings = config.settings()
+    published = backbones.weights_path(config.backbone, config.weights)
+    weights: Path | Artifact = published
+    if (split := config.finetune_on_seen) is not None:
+        tuned = Store.at(config.output / "backbone")
+        weights = finetune(data, settings, published, split, config.finetune, tuned, mean_average_precision)
     store = Store.at(config.output)
-    features = extract(data, config.settings(), config.weights, store, batch=config.batch_size, actors=config.actors)
+    features = extract(data, settings, weights, store, batch=config.batch_size, actors=config.actors)
     return {"features": features.digest, **features.facts}
 
 

@@ -1,9 +1,9 @@
 """Raw folders, fonts or parquet to DATA shards (and FEATURES, where the source brings them)."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Store
@@ -11,25 +11,30 @@ from zsr.data import prepare as rows
 from zsr.data.features import import_features
 from zsr.data.sources import Source, directory
 from zsr.data.sources.emoji import Emoji
+from zsr.data.sources.pairs import Pairs
 from zsr.data.sources.parquet import Columns, Parquet
 from zsr.data.sources.sketchy import Sketchy
+from zsr.data.sources.wikipedia import Wikipedia
+
+FOLDERS: Final[dict[str, Callable[[Path], Source]]] = {"sketchy": Sketchy, "pairs": Pairs, "wikipedia": Wikipedia}
 
 
 class Config(JobConfig):
     """Flags of jobs.prepare.
 
     Attributes:
-        source: emoji (embedded, needs no input), sketchy (photo/CLASS, sketch/CLASS) or parquet.
+        source: emoji (embedded, needs no input), sketchy (photo/CLASS, sketch/CLASS), pairs (tables of images and
+            texts), wikipedia (its lists and raw features) or parquet.
         output: ROOT of the DATA artifact.
         input: directory of the raw data.
-        features_output: ROOT of a FEATURES artifact; for parquet that has a feature column.
+        features_output: ROOT of a FEATURES artifact; for wikipedia, and parquet that has a feature column.
         columns: what the parquet columns are called.
         rows_per_shard: rows a parquet file holds at most.
         max_bad_rows: a count or a share beyond which the job stops with exit 3.
         seed: of the order of rows.
     """
 
-    source: Literal["emoji", "sketchy", "parquet"]
+    source: Literal["emoji", "sketchy", "pairs", "wikipedia", "parquet"]
     output: Path
     input: Path | None = None
     features_output: Path | None = None
@@ -45,7 +50,9 @@ class Config(JobConfig):
         if self.source == "emoji":
             return Emoji()
         root = directory(self.input, self.source)
-        return Sketchy(root) if self.source == "sketchy" else Parquet(root, self.columns)
+        if self.source == "parquet":
+            return Parquet(root, self.columns)
+        return FOLDERS[self.source](root)
 
 
 def plan(config: Config) -> Results:

@@ -26,13 +26,16 @@ class Config(TrainSettings, JobConfig):
         features: FEATURES of that data; or leave it out and give a tower.
         tower: a backbone that is trained along, on the pictures themselves.
         weights: a local file or directory of the tower's first weights; none takes those that its package brings.
-        random_weights: begin at random weights instead.
+        random_weights: begin at random weights instead; --weights then tells sizes alone.
         layer: which of the tower's outputs; by default its first.
-        pixels: the tower's published preprocessing, or pixels / 255 alone as the released Doodle2Search does.
+        scaling: of pixels: the tower's published one, or pixels / 255 alone as the released Doodle2Search does.
+        fit: resize the whole picture, or cut out the middle as the tower's publishers do.
         attention: Doodle2Search's attention over positions, in a VGG.
+        prompts: learned tokens that join those of a picture, in ViT, DINOv2 or CLIP.
         size: side in pixels that pictures are resized to; by default what the tower was trained at.
         towers: one tower for both modalities, or one each.
         tower_rate: the tower's learning rate as a multiple of the model's; 0 keeps it frozen.
+        tower_tune: which of its parameters train: all, norms (and prompts), or a regular expression of their names.
         invert_sketches: white strokes on black.
         query: what the queries are.
         semantics: SEMANTICS with a vector for every class; only models that learn from none can do without.
@@ -52,11 +55,14 @@ class Config(TrainSettings, JobConfig):
     weights: Path | None = None
     random_weights: bool = False
     layer: str | None = None
-    pixels: backbones.Scaling = "published"
+    scaling: backbones.Scaling = "published"
+    fit: backbones.Fit = "stretch"
     attention: bool = False
+    prompts: int = 0
     size: int | None = None
     towers: Literal["shared", "separate"] = "shared"
     tower_rate: float = 0.1
+    tower_tune: str = "all"
     invert_sketches: bool = False
     query: Query = "sketch"
     model: str = "sem-pcyc"
@@ -72,14 +78,21 @@ class Config(TrainSettings, JobConfig):
         name = str(self.tower)
         path = None if self.random_weights else backbones.weights_path(name, self.weights)
         architecture = backbones.architecture(
-            name, path, layer=self.layer, scaling=self.pixels, attention=self.attention
+            name,
+            path or self.weights,
+            layer=self.layer,
+            scaling=self.scaling,
+            attention=self.attention,
+            prompts=self.prompts,
         )
         tower = Tower(
             architecture=architecture,
             size=backbones.side(architecture, self.size),
+            fit=self.fit,
             invert_sketches=self.invert_sketches,
             shared=self.towers == "shared",
             rate=self.tower_rate,
+            tune=self.tower_tune,
             weights="" if path is None else backbones.digest(path),
         )
         return TowerStart(tower, path)

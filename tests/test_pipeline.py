@@ -16,6 +16,9 @@ import pytest
 from tests import toy
 from tests.pipeline import features_only, job, ok
 from zsr.artifact import open_artifact
+from zsr.models import build
+from zsr.models.protocol import Inputs
+from zsr.training.checkpoint import open_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -52,6 +55,32 @@ def test_pictures_to_report(tmp_path: Path) -> None:
     trained = ok("train", *inputs, "--output", tmp_path / "checkpoint", *SHORT, "--num-workers", 2)
     assert trained["steps"] == 10
     search_and_report(tmp_path, inputs, tmp_path / "checkpoint")
+    pictures_end_to_end(tmp_path, data, semantics)
+
+
+def pictures_end_to_end(root: Path, data: Path, semantics: Path) -> None:
+    """An image tower trained along on the pictures, then again with the validation classes."""
+    tower = ("--tower", "tiny", "--random-weights", "--size", 16, "--model", "doodle2search", "--augment", "--refit")
+    flags = (*tower, "--data", data, "--semantics", semantics, *SHORT, "--num-workers", 1)
+    refitted = ok("train", *flags, "--output", root / "tower")
+    final, chosen = (open_artifact(root / "tower" / "objects" / d, "checkpoint") for d in _versions(root / "tower"))
+    assert (final.digest, final.parents["chosen"]) == (refitted["checkpoint"], chosen.digest)
+    assert refitted["steps"] == chosen.facts["best_step"]
+    assert refitted["validation_map_all"] == chosen.facts["validation_map_all"]
+    assert len(final.config["inputs"]["classes"]) == len(chosen.config["inputs"]["classes"]) + 2
+    before = build("doodle2search", {}, Inputs.model_validate(final.config["inputs"])).towers.state_dict()
+    after = open_model(final).towers.state_dict()
+    assert any(not value.equal(before[name]) for name, value in after.items())
+    embedded = ok(
+        "embed", "--data", data, "--checkpoint", root / "tower", "--modality", "sketch", "--output", root / "e"
+    )
+    assert embedded["rows"] == 80
+
+
+def _versions(root: Path) -> list[str]:
+    """Digests that were published, newest first."""
+    numbers = sorted((int(path.name) for path in (root / "versions").iterdir()), reverse=True)
+    return [json.loads((root / "versions" / str(number)).read_text())["digest"] for number in numbers]
 
 
 def test_features_alone_to_report(tmp_path: Path, featured: list[object], trained: Path) -> None:
@@ -122,6 +151,35 @@ def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
     assert list((tmp_path / "killed").rglob("state/00000005.safetensors"))
     resumed = ok("train", *flags)
     assert resumed["checkpoint"] == open_checkpoint(trained).digest
+
+
+def test_ridge_is_refitted_with_the_penalty_that_validation_chose(tmp_path: Path, featured: list[object]) -> None:
+    flags = (*featured, *SHORT, "--model", "ridge", "--num-workers", 1)
+    ok("train", *flags, "--refit", "--output", tmp_path / "refit")
+    final, chosen = (open_checkpoint(tmp_path / "refit" / "objects" / d) for d in _versions(tmp_path / "refit"))
+    assert final.config["options"]["penalties"] == chosen.facts["chosen_options"]["penalties"]
+    assert sorted(final.config["inputs"]["classes"]) == final.facts["saw"] == chosen.facts["saw"]
+
+
+def test_without_validation_classes_the_last_step_is_kept(tmp_path: Path, featured: list[object]) -> None:
+    flags = (*featured, *SHORT, "--num-workers", 1, "--validation-classes", 0)
+    done = ok("train", *flags, "--output", tmp_path / "all")
+    assert (done["best_step"], done["steps"], done["validation_map_all"]) == (10, 10, None)
+    refused = job("train", *flags, "--refit", "--output", tmp_path / "x")
+    assert refused["exit_code"] == 2
+    assert "--refit wants validation classes" in refused["error"]
+    one = job("train", *featured, "--split", "random:3:0", "--validation-classes", 1, "--output", tmp_path / "x")
+    assert one["exit_code"] == 2
+    assert "cannot be ranked wrong" in one["error"]
+
+
+def test_class_vectors_are_asked_for_where_a_model_learns_from_them(tmp_path: Path, featured: list[object]) -> None:
+    flags = (*featured[:4], *SHORT, "--output", tmp_path / "x")
+    refused = job("train", *flags, "--model", "sem-pcyc")
+    assert "sem-pcyc learns from class vectors; give --semantics" in refused["error"]
+    assert ok("train", *flags, "--model", "cvae", "--plan")["classes"]["training"] == 5
+    refused = job("train", "--data", featured[1], *SHORT, "--output", tmp_path / "x", "--model", "cvae")
+    assert "give either --features, or a --tower" in refused["error"]
 
 
 def test_plan_trains_nothing(tmp_path: Path, featured: list[object]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsr.data.decode import BadImage, Limits, check_header, decode
+from zsr.data.decode import BadImage, Interpolation, Limits, Resize, check_header, decode
 
 
 def encoded(kind: str, size: tuple[int, int] = (40, 30), mode: str = "RGB", colour: object = (200, 30, 30)) -> bytes:
@@ -32,6 +32,26 @@ def test_transparency_becomes_white() -> None:
 
 def test_cmyk_goes_through_pillow() -> None:
     assert decode(encoded("JPEG", mode="CMYK", colour=(0, 0, 0, 0)), 8, Limits()).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(("crop", "columns"), [(None, [0, 100, 200]), (1.0, [100, 100, 100])])
+def test_a_crop_keeps_the_middle_and_no_crop_keeps_all(crop: float | None, columns: list[int]) -> None:
+    buffer = io.BytesIO()
+    thirds = np.repeat(np.array([0, 100, 200], np.uint8), 30)
+    Image.fromarray(np.broadcast_to(thirds[None, :, None], (30, 90, 3)).copy()).save(buffer, "PNG")
+    pixels = decode(buffer.getvalue(), Resize(3, crop=crop), Limits())
+    assert pixels[1, :, 0].tolist() == pytest.approx(columns, abs=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)]
+)
+def test_the_interpolation_is_the_one_asked_for(name: Interpolation, kind: Image.Resampling) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    expected = np.asarray(Image.fromarray(noise).resize((16, 16), kind))
+    assert np.array_equal(decode(buffer.getvalue(), Resize(16, name), Limits()), expected)
 
 
 def bomb(side: int) -> bytes:

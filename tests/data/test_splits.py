@@ -79,6 +79,16 @@ def test_a_bad_name_is_explained(name: str) -> None:
         choose(name, LABELS, 2, 0)
 
 
-def test_too_few_classes_to_train_on() -> None:
-    with pytest.raises(ConfigError, match="leaves 1 classes"):
-        choose("random:7:0", LABELS, 2, 0)
+def test_half_of_ten_classes_leave_all_others_to_train_on_without_validation() -> None:
+    split = choose("random:5:0", LABELS, 0, 0)
+    assert split.validation == ()
+    assert sorted(split.unseen + split.training) == list(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "held_out", "message"),
+    [("random:7:0", 2, "leaves 1 classes .* may hold out 1"), ("random:5:0", 8, "leaves 0 classes .* may hold out 3")],
+)
+def test_too_few_classes_to_train_on(name: str, held_out: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(name, LABELS, held_out, 0)

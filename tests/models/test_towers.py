@@ -10,9 +10,9 @@ from zsr.models import backbones, build
 from zsr.models.protocol import Inputs, Model, Tower
 
 
-def inputs(*, rate: float = 0.5, shared: bool = True) -> Inputs:
+def inputs(*, rate: float = 0.5, shared: bool = True, tune: str = "all") -> Inputs:
     """Inputs of a model behind the `tiny` backbone at 16 pixels."""
-    tower = Tower(architecture=backbones.architecture("tiny"), size=16, shared=shared, rate=rate)
+    tower = Tower(architecture=backbones.architecture("tiny"), size=16, shared=shared, rate=rate, tune=tune)
     return Inputs(sketch_dim=64, photo_dim=64, semantic_dim=7, classes=CLASSES, tower=tower)
 
 
@@ -28,18 +28,23 @@ def pictures(rows: int = 8) -> Batch:
     return Batch(pixels(), pixels(), label, word, negative=pixels(), negative_label=(label + 1) % len(CLASSES))
 
 
-def model(name: str = "doodle2search", *, rate: float = 0.5, shared: bool = True) -> Model:
+def model(name: str = "doodle2search", *, rate: float = 0.5, shared: bool = True, tune: str = "all") -> Model:
     torch.manual_seed(0)
-    made = build(name, {}, inputs(rate=rate, shared=shared))
+    made = build(name, {}, inputs(rate=rate, shared=shared, tune=tune))
     assert isinstance(made, Model)
     return made.train()
 
 
 def moved(made: Model) -> set[str]:
     """The first parts of the names of the parameters that a step changed."""
+    return {".".join(name.split(".")[:2]) for name in changed(made)}
+
+
+def changed(made: Model) -> list[str]:
+    """The names of the parameters that a step changed."""
     before = {name: value.clone() for name, value in made.state_dict().items()}
     step(made, optimizers(made), pictures())
-    return {".".join(n.split(".")[:2]) for n, value in made.state_dict().items() if not value.equal(before[n])}
+    return [name for name, value in made.state_dict().items() if not value.equal(before[name])]
 
 
 def test_one_tower_for_both_or_one_each() -> None:
@@ -49,6 +54,15 @@ def test_one_tower_for_both_or_one_each() -> None:
 
 def test_a_rate_of_zero_freezes_the_tower() -> None:
     assert not {name for name in moved(model(rate=0.0)) if name.startswith("towers")}
+
+
+def test_parts_of_a_tower_are_named_by_kind_or_by_pattern() -> None:
+    norms = [name for name in changed(model(tune="norms")) if name.startswith("towers")]
+    assert {name.rsplit(".", 2)[-2] for name in norms} == {"1", "4", "7"}
+    last = [name for name in changed(model(tune=r"network\.6\.")) if name.startswith("towers")]
+    assert {name.rsplit(".", 2)[-2] for name in last} == {"6"}
+    with pytest.raises(ConfigError, match="names no parameter of the tower"):
+        assert model(tune="layer9").trained
 
 
 def test_the_tower_has_its_share_of_the_rate() -> None:

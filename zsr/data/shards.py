@@ -16,7 +16,7 @@ from ray.data import Dataset
 
 from zsr.artifact import Artifact
 from zsr.cluster import connect
-from zsr.data.decode import BadImage, Limits, decode
+from zsr.data.decode import BadImage, Limits, Resize, decode
 from zsr.data.features import vectors
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError
@@ -28,13 +28,13 @@ DECODED: Final = 128  # pictures in one block of a stream: a shard's worth of th
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """What a stream is asked for in place of FEATURES: decoded pictures of `size` x `size` pixels.
+    """What a stream is asked for in place of FEATURES: decoded pictures.
 
     Attributes:
         invert_sketches: white strokes on black.
     """
 
-    size: int
+    resize: Resize
     invert_sketches: bool = False
 
 
@@ -83,7 +83,7 @@ def stream(
         batch_size=1,
         batch_format="numpy",
     )
-    yield from _blocks(dataset, None if isinstance(source, Artifact) else source.size)
+    yield from _blocks(dataset, None if isinstance(source, Artifact) else source.resize.size)
 
 
 def _features_of(data: Artifact, features: Artifact, modality: str) -> list[str]:
@@ -162,10 +162,10 @@ def pictured_rows(
     for start in range(0, max(1, len(rows)), DECODED):
         part = rows[start : start + DECODED]
         kept: list[int] = []
-        pixels = [np.zeros((0, pictures.size, pictures.size, 3), np.uint8)]
+        pixels = [np.zeros((0, pictures.resize.size, pictures.resize.size, 3), np.uint8)]
         for row, image in enumerate(part.column("image").to_pylist()):
             try:
-                pixels.append(decode(image or b"", pictures.size, Limits())[None])
+                pixels.append(decode(image or b"", pictures.resize, Limits())[None])
                 kept.append(row)
             except BadImage as error:
                 logger.warning("%s: row %s is left out: %s", name, part.column("key")[row], error)

@@ -45,7 +45,8 @@ class Split:
 
         Args:
             labels: every class in the data.
-            validation_classes: how many seen classes to hold out if the split names none.
+            validation_classes: how many seen classes to hold out if the split names none; 0 holds out none, as the
+                5/5 splits of sets with ten classes want.
             seed: of that draw.
 
         Raises:
@@ -59,11 +60,13 @@ class Split:
             )
         seen = self.seen or tuple(label for label in present if label not in self.unseen)
         pool = self.training or seen
-        validation = self.validation or draw(pool, validation_classes, seed)
+        validation = self.validation or draw(pool, min(validation_classes, len(pool)), seed)
         training = tuple(label for label in pool if label not in validation)
         if len(training) < 2:
             raise ConfigError(
-                f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed"
+                f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed. Of its "
+                f"{len(pool)} seen ones, --validation-classes may hold out {max(0, len(pool) - 2)} at most; with 0 the "
+                "last checkpoint counts"
             )
         return Split(self.unseen, tuple(sorted(validation)), self.source, tuple(sorted(training)))
 

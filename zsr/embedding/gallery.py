@@ -15,11 +15,12 @@ from torch.nn import functional
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces, own_device
-from zsr.data.shards import Pictures, Source, featured_rows, pictured_rows
+from zsr.data.shards import Source, featured_rows, pictured_rows
 from zsr.embedding.backbone import pool
 from zsr.errors import ConfigError
 from zsr.models.protocol import Embedder, Inputs
 from zsr.training.checkpoint import open_model
+from zsr.training.source import pictures_of
 
 Classes = Literal["all", "unseen", "validation", "training"]
 
@@ -90,7 +91,7 @@ def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, m
             raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds pictures; leave --features out")
         if modality not in (inputs.query, "photo"):
             raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds {inputs.query} and photo, not {modality}")
-        return Pictures(inputs.tower.size, inputs.tower.invert_sketches)
+        return pictures_of(inputs.tower)
     if features is None:
         raise ConfigError(f"checkpoint {checkpoint.digest[:12]} was trained on features; give --features")
     check_features(data, features, checkpoint, modality, inputs)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,11 +39,14 @@ class Input(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shift: Triple
-    divisor: Triple
+    divisor: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     size: int
     interpolation: Interpolation
     crop: float | None
     resizable: bool = True
+
+
+Fit = Literal["stretch", "published"]
 
 
 class Architecture(Input):
@@ -172,7 +175,7 @@ def _tiny() -> nn.Sequential:
     """Ours: three strided convolutions, images (B, 3, H, W) -> (B, 64). For trying things out; no weights exist."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(4, outputs), nn.ReLU()]
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -211,6 +214,7 @@ def architecture(
     layer: str | None = None,
     scaling: Scaling = "published",
     attention: bool = False,
+    prompts: int = 0,
 ) -> dict[str, Any]:
     """What `build` makes backbone `name` of, JSON-able, so that it is rebuilt without the weights.
 
@@ -219,6 +223,7 @@ def architecture(
         layer: which output; None takes the backbone's first.
         scaling: `unit` takes pixels / 255 and nothing else, as the released Doodle2Search and SEM-PCYC do.
         attention: Doodle2Search's attention over positions; VGG only.
+        prompts: learned tokens that join those of a picture; ViT, DINOv2 and CLIP only.
 
     Raises:
         ConfigError: unknown backbone or layer, a directory that does not fit, or attention where there is none.
@@ -233,6 +238,10 @@ def architecture(
     found["config"] = {"attention": True} if attention else {}
     if name in pretrained.KINDS:
         found |= _from_directory(name, weights_path(name, weights))
+    elif prompts:
+        raise ConfigError(f"backbone {name} has no tokens that prompts could join; ViT, DINOv2 and CLIP have")
+    if prompts:
+        found["config"] = {**found["config"], "prompts": prompts}
     if scaling == "unit":
         found |= {"shift": (0.0,) * 3, "divisor": (255.0,) * 3}
     return _described(found).model_dump(mode="json")

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -35,6 +34,7 @@ class Kind:
         width: by layer, the entry of the configuration that says how wide it is.
         options: by layer, for the network's constructor.
         fixed: entries of the configuration that are not the directory's to say.
+        tokens: the module that makes tokens (B, 1 + positions, H) of images, the class token first; prompts go behind it.
     """
 
     types: tuple[str, ...]
@@ -44,6 +44,7 @@ class Kind:
     width: Mapping[str, str]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    tokens: str = ""
 
 
 KINDS: Final[Mapping[str, Kind]] = {
@@ -61,6 +62,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         {"cls": lambda output: output.last_hidden_state[:, 0], "pooled": lambda output: output.pooler_output},
         {"cls": "hidden_size", "pooled": "pooler_output_size"},
         {"cls": {"add_pooling_layer": False}},  # weights tuned to classify have no such layer
+        tokens="embeddings",
     ),
     "dinov2": Kind(
         ("dinov2",),
@@ -69,6 +71,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         {"cls": lambda output: output.last_hidden_state[:, 0]},
         {"cls": "hidden_size"},
         fixed={"use_mask_token": False},  # of its pretraining; a parameter without a gradient
+        tokens="embeddings",
     ),
     "clip": Kind(
         ("clip", "clip_vision_model"),
@@ -76,6 +79,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         "CLIPVisionModelWithProjection",
         {"projected": lambda output: output.image_embeds},
         {"projected": "projection_dim"},
+        tokens="vision_model.embeddings",
     ),
 }
 
@@ -86,10 +90,11 @@ class Pretrained(nn.Module):
     Args:
         name: key of `KINDS`.
         layer: key of its outputs.
-        config: as `read_config` gives it.
+        config: as `read_config` gives it, and perhaps `prompts`: how many learned tokens join those of an image (visual
+            prompts, as CLIP-AT tunes them; recalled). They are no part of any weights file.
 
     Raises:
-        ConfigError: sizes that make no network, or transformers is not installed.
+        ConfigError: sizes that make no network, prompts for one without tokens, or transformers is not installed.
     """
 
     def __init__(self, name: str, layer: str, config: Mapping[str, Any]) -> None:
@@ -103,6 +108,19 @@ class Pretrained(nn.Module):
             raise ConfigError(f"backbone {name}: its configuration makes no network: {error!r}") from error
         width = config[kind.width[layer]]
         self.dim = int(width if isinstance(width, int) else width[-1])
+        if count := int(config.get("prompts", 0)):
+            self._prompt(count, kind)
+
+    def _prompt(self, count: int, kind: Kind) -> None:
+        if not kind.tokens:
+            raise ConfigError(f"backbone {self.name} has no tokens that prompts could join; ViT, DINOv2 and CLIP have")
+        self.prompts = nn.Parameter(0.02 * torch.randn(count, self.network.config.hidden_size))
+
+        def join(_module: nn.Module, _inputs: Any, tokens: Tensor) -> Tensor:
+            prompts = self.prompts.expand(len(tokens), -1, -1)
+            return torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)
+
+        self.network.get_submodule(kind.tokens).register_forward_hook(join)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> features (B, F)."""
@@ -196,10 +214,12 @@ def read_preprocessing(directory: Path) -> dict[str, Any]:
     (pixel * rescale - mean) / std is (pixel - mean / rescale) / (std / rescale).
 
     Raises:
-        ConfigError: an interpolation that is neither bilinear nor bicubic, or no number a channel.
+        ConfigError: an interpolation that is neither bilinear nor bicubic, no number a channel, or pixels as they are.
     """
     path = directory / PREPROCESSING
     raw = _json(path) if path.is_file() else {}
+    if off := [key for key in ("do_rescale", "do_normalize") if raw.get(key) is False]:
+        raise ConfigError(f"{path}: {off[0]} is false; expected pixels that are rescaled and normalised")
     found: dict[str, Any] = {}
     try:
         rescale = float(raw.get("rescale_factor", 1 / 255))
@@ -238,12 +258,13 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _library() -> ModuleType:
+def _library() -> Any:
     """transformers, imported only here since that takes seconds."""
     try:
         import transformers  # the extra `towers`
     except ImportError:
         raise ConfigError("this backbone wants transformers; install zsr with the extra 'towers'") from None
-    transformers.logging.set_verbosity_error()  # what is missing is raised; a report of what is unused is noise
-    transformers.logging.disable_progress_bar()
-    return transformers
+    library: Any = transformers  # typed in part only
+    library.logging.set_verbosity_error()  # what is missing is raised; a report of what is unused is noise
+    library.logging.disable_progress_bar()
+    return library

@@ -10,6 +10,7 @@ No Ray, no DeepSpeed, no I/O: a model file runs in a notebook.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -123,9 +124,12 @@ class Tower(BaseModel):
     Attributes:
         architecture: what `backbones.build` makes it of.
         size: side in pixels that pictures are resized to.
+        fit: the whole picture, or its middle as the backbone's publishers have it.
         invert_sketches: white strokes on black.
         shared: one tower for both modalities, or one each.
-        rate: its learning rate, as a multiple of the model's.
+        rate: its learning rate, as a multiple of the model's; 0 keeps it frozen.
+        tune: which of its parameters train: `all`; `norms`, those of its normalisations and its prompts; or those whose
+            name holds a match of this regular expression.
         weights: SHA-256 of the weights that training starts from.
     """
 
@@ -133,9 +137,11 @@ class Tower(BaseModel):
 
     architecture: dict[str, Any]
     size: int
+    fit: backbones.Fit = "stretch"
     invert_sketches: bool = False
     shared: bool = True
     rate: float = 0.1
+    tune: str = "all"
     weights: str = ""
 
 
@@ -183,7 +189,7 @@ class Embedder(nn.Module, ABC):
         self.towers = nn.ModuleDict()
         if inputs.tower is not None:
             for name in ("both",) if inputs.tower.shared else ("sketch", "photo"):
-                self.towers[name] = backbones.build(inputs.tower.architecture)
+                self.towers[name] = backbones.build(inputs.tower.architecture).requires_grad_(False)
 
     @property
     @abstractmethod
@@ -270,8 +276,8 @@ class Model(Embedder):
                 "train it on the features of jobs.features, or take --tower-rate 0"
             )
         ((name, group),) = self.groups.items()
-        both = nn.ModuleList([group.module, self.towers])
-        return {name: Group(both, group.optimizer, self.towers, tower.rate)}
+        slow = nn.ParameterList(tuned(self.towers, tower.tune))
+        return {name: Group(nn.ModuleList([group.module, slow]), group.optimizer, slow, tower.rate)}
 
     def begin(self, word: Tensor) -> None:
         """Called once before training with the class vectors (N, S), row i for label i. Default: nothing."""
@@ -296,6 +302,28 @@ class Model(Embedder):
             if batch.negative is not None:
                 changes["negative"] = self.features("photo", batch.negative)
         return batch.map(**changes)
+
+
+def tuned(towers: nn.Module, tune: str) -> list[nn.Parameter]:
+    """The parameters of `towers` that `Tower.tune` names.
+
+    Raises:
+        ConfigError: no regular expression, or one that names none.
+    """
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+    held = {id(p) for module in towers.modules() if isinstance(module, norms) for p in module.parameters()}
+    named = dict(towers.named_parameters())
+    try:
+        wanted = {name for name, p in named.items() if id(p) in held or "prompt" in name}
+        if tune != "norms":
+            wanted = {name for name in named if tune == "all" or re.search(tune, name)}
+    except re.error as error:
+        raise ConfigError(f"--tower-tune {tune!r} is no regular expression: {error}") from error
+    if not wanted:
+        raise ConfigError(
+            f"--tower-tune {tune!r} names no parameter of the tower; its names are like {list(named)[-3:]}"
+        )
+    return [p for name, p in named.items() if name in wanted]
 
 
 class Rows(NamedTuple):

@@ -26,9 +26,9 @@ from zsr.cluster import connect, gpus, require_workers, set_data_context
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
 from zsr.data.semantics import class_vectors
-from zsr.data.shards import Pictures, Source, collect, stream
+from zsr.data.shards import Source, collect, stream
 from zsr.data.splits import Split
-from zsr.errors import ConfigError, DamagedArtifact
+from zsr.errors import ConfigError, DamagedArtifact, Leakage
 from zsr.models import MODELS, backbones, build
 from zsr.models.layers import Scale
 from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Scaling, Tower
@@ -37,6 +37,7 @@ from zsr.training import checkpoint
 from zsr.training.config import TrainSettings
 from zsr.training.engines import deepspeed_config, init_distributed
 from zsr.training.loop import PICTURES, Log, Place, Score, Validation, train
+from zsr.training.source import pictures_of
 
 logger = logging.getLogger("zsr")
 
@@ -83,7 +84,7 @@ class Run:
         """What rows are streamed with."""
         if isinstance(self.features, Artifact):
             return self.features
-        return Pictures(self.features.tower.size, self.features.tower.invert_sketches)
+        return pictures_of(self.features.tower)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -191,6 +192,7 @@ def train_model(run: Run) -> Artifact:
             raise ConfigError("--refit wants validation classes to choose the step on; give some, or leave it out")
         first = train_model(replace(run, settings=run.settings.model_copy(update={"refit": False})))
         run = replace(run, chosen=first, options={**run.options, **first.facts["chosen_options"]})
+    _refuse_leaks(run)
     plan = run.plan()
     if done := run.output.made(plan):
         return done
@@ -204,6 +206,17 @@ def train_model(run: Run) -> Artifact:
     artifact = checkpoint.seal(staging, run.settings.keep_checkpoints, _facts(run, staging))
     run.output.publish(artifact)
     return artifact
+
+
+def _refuse_leaks(run: Run) -> None:
+    """Raise Leakage where the features' backbone was fine-tuned on an unseen class of the split."""
+    if not isinstance(run.features, Artifact):
+        return
+    if leaked := sorted(set(run.features.config.get("saw", ())) & set(run.split.unseen)):
+        raise Leakage(
+            f"the backbone of features {run.features.digest[:12]} was fine-tuned on {leaked[:5]}, which split "
+            f"{run.split.source!r} evaluates as unseen; fine-tune it on the seen classes of this split"
+        )
 
 
 def learns_by_gradient(name: str) -> bool:

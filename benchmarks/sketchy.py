@@ -1,0 +1,124 @@
+"""Every sketch model on Sketchy, from raw folders to a table: mean and spread over seeds beside the floors.
+
+    python -m benchmarks.sketchy --input FOLDER --split SPLIT --output OUT
+
+FOLDER holds photo/CLASS and sketch/CLASS; SPLIT is a JSON file or the name of a published split. Each model is trained
+once a seed and kind of class vectors by the jobs that users run, in one process and so on one Ray cluster. The step is
+chosen on validation classes, which depend on the seed; then all seen classes are trained to that step (`--no-refit`
+leaves that out). A killed run, started again, goes on where it was.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import tyro
+from pydantic import BaseModel, ConfigDict
+
+from jobs import evaluate, features, prepare, semantics, train
+from zsr.models import configure
+
+# what differs from the defaults of jobs.train: short epochs, since small sets peak early
+BRIEF: Final[Mapping[str, Any]] = {"steps_per_epoch": 20, "epochs": 8, "patience": 4}
+LONG: Final[Mapping[str, Any]] = {"steps_per_epoch": 50, "epochs": 20, "patience": 6}
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "raw": {},
+    "ridge": {},
+    "cvae": LONG,
+    "caae": LONG,
+    "sem-pcyc": BRIEF,
+    "doodle2search": LONG,
+    "sketch-gcn": LONG,
+    "lcale": LONG,
+    "cfsa": LONG,
+    "contrastive": LONG,
+}
+
+
+class Config(BaseModel):
+    """Flags.
+
+    Attributes:
+        input: folder with photo/CLASS and sketch/CLASS.
+        split: a JSON file, or the name of a published split.
+        output: takes every artifact and a report for each kind of class vectors.
+        seeds: of the validation draw, the initial weights and the batches.
+        kinds: of class vectors, one table each.
+        models: which rows.
+        refit: train again on all seen classes for the chosen number of steps.
+        batch: rows a step; one worker.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input: Path
+    split: str
+    output: Path
+    seeds: tuple[int, ...] = (0, 1, 2)
+    kinds: tuple[str, ...] = ("glove", "minilm")
+    models: tuple[str, ...] = tuple(RECIPES)
+    refit: bool = True
+    batch: int = 128
+
+
+def main(config: Config) -> None:
+    """Prepare once, then a table for each kind of class vectors."""
+    at = {"data": config.output / "data", "features": config.output / "features"}
+    prepare.work(prepare.Config(source="sketchy", input=config.input, output=at["data"], rows_per_shard=500))
+    features.work(features.Config(data=at["data"], output=at["features"]))
+    for kind in config.kinds:
+        at["semantics"] = config.output / f"semantics-{kind}"
+        semantics.work(semantics.Config(data=at["data"], kinds=(kind,), output=at["semantics"]))
+        for name in config.models:
+            for seed in config.seeds:
+                fit(config, at, name, kind, seed)
+        report = config.output / f"report-{kind}"
+        checkpoints = tuple(where(config, name, kind, seed) for name in config.models for seed in config.seeds)
+        evaluate.work(evaluate.Config(**at, checkpoint=checkpoints, output=report, title=f"Sketchy, {kind}"))
+        show(kind, json.loads((report / "report.json").read_text()))
+
+
+def where(config: Config, name: str, kind: str, seed: int) -> Path:
+    """ROOT of one checkpoint."""
+    return config.output / f"{name}-{kind}-{seed}"
+
+
+def fit(config: Config, at: Mapping[str, Path], name: str, kind: str, seed: int) -> None:
+    """One training run, or what an earlier one left."""
+    flags = train.config_for(["--model", name])(
+        **at,
+        split=config.split,
+        output=where(config, name, kind, seed),
+        model=name,
+        options=configure(name, {}),
+        seed=seed,
+        refit=config.refit and name != "raw",
+        num_workers=1,
+        batch_size=config.batch,
+        **RECIPES[name],
+    )
+    done = train.work(flags)
+    score = done["validation_map_all"]
+    print(f"{name} {kind} seed {seed}: step {done['best_step']}, validation {score:.3f}", file=sys.stderr, flush=True)
+
+
+def show(kind: str, report: Mapping[str, Any]) -> None:
+    """The table: a line a model, the mean, spread and single seeds of mAP@all over the unseen classes."""
+    print(f"\nclass vectors: {kind}\n\n| model | mean | spread | seeds |\n|---|---|---|---|")
+    lines = {row["name"]: [row["scores"]["mAP@all"]] for row in report["rows"] if row["search"] is None}
+    lines |= {seeds["model"]: list(seeds["scores"].values()) for seeds in report["seeds"]}
+    for name, scores in sorted(lines.items(), key=lambda item: statistics.fmean(item[1])):
+        spread = f"{statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+        print(f"| {name} | {statistics.fmean(scores):.3f} | {spread} | {' '.join(f'{s:.3f}' for s in scores)} |")
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Parse and go."""
+    main(tyro.cli(Config, args=argv))
+
+
+if __name__ == "__main__":
+    run()

