@@ -34,7 +34,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "sketch-gcn": LONG,
     "lcale": LONG,
     "cfsa": LONG,
-    "contrastive": LONG,
+    "contrastive": {"steps_per_epoch": 10, "epochs": 12, "patience": 4},
 }
 
 

@@ -15,7 +15,7 @@ from zsr.models.protocol import Inputs, Model
 from zsr.models.sem_pcyc import RELEASED
 
 SQUARE = Inputs(sketch_dim=12, photo_dim=12, semantic_dim=7, classes=INPUTS.classes)
-STEPPED = ["sem-pcyc", "cvae", "caae", "doodle2search", "sketch-gcn", "lcale", "cfsa"]
+STEPPED = ["sem-pcyc", "cvae", "caae", "doodle2search", "sketch-gcn", "lcale", "cfsa", "contrastive", "classifier"]
 # options of models whose published size would take seconds to build
 SMALL: dict[str, dict[str, Any]] = {
     "cvae": {"latent": 4, "hidden": 8, "samples": 6},
@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sketch-gcn": {"dim": 6, "hidden": 8, "latent": 4, "latent_hidden": 8},
     "lcale": {"dim": 6, "photo_hidden": (8, 8), "sketch_hidden": (8, 8), "word_hidden": (8, 8)},
     "cfsa": {"hidden": 8, "noise": 4},
+    "contrastive": {},
 }
 
 

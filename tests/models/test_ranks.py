@@ -1,6 +1,7 @@
 """Two ranks of B rows are one rank of 2B: normalisation, gathering, all phases of a model, and ridge's sums."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +14,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.testing import assert_close
 
-from tests.models.helpers import INPUTS, batch, cut, sem_pcyc, total
+from tests.models.helpers import INPUTS, batch, cut, sem_pcyc, total, triplets
 from tests.models.test_models import SMALL
-from zsr.models import build, lcale, sketch_gcn
+from zsr.models import build, cvae, lcale, sketch_gcn
 from zsr.models.layers import BatchNorm, gather_over_ranks
 from zsr.models.protocol import Model, Rows
 from zsr.models.ridge import Config, Ridge
@@ -64,8 +65,10 @@ def gathered(start: int, stop: int) -> Result:
 def gradients(model: Model, start: int, stop: int) -> Result:
     """Gradients of all phases, in float64; the late epoch is past every warm-up."""
     model = model.double()
-    data = cut(batch(rows=ROWS), start, stop)
-    data = data.map(sketch=data.sketch.double(), photo=data.photo.double(), word=data.word.double(), epoch=LATE)
+    data = cut((triplets if model.eats == "triplets" else batch)(rows=ROWS), start, stop)
+    held = {f.name: getattr(data, f.name) for f in fields(data)}
+    wide = {name: v.double() for name, v in held.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    data = data.map(**wide, epoch=LATE)
     shared = model.shared(data)
     result: Result = {}
     for phase in model.phases:
@@ -94,6 +97,24 @@ def aligned(start: int, stop: int) -> Result:
         return gradients(small("lcale"), start, stop)
 
 
+def imagined(start: int, stop: int, prior: str) -> Result:
+    """CVAE with its latents at their means."""
+    with patch.object(cvae, "reparameterise", lambda mean, _: mean):
+        return gradients(small("cvae", dropout=0.0, prior=prior), start, stop)
+
+
+def judged(start: int, stop: int) -> Result:
+    """CAAE with the same draw of the prior for a row wherever it is."""
+    draws = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2)).double()[start:stop]
+    with patch.object(torch, "randn_like", lambda _: draws):
+        return gradients(small("caae", dropout=0.0, encoder_input="image+sketch"), start, stop)
+
+
+def searched(start: int, stop: int) -> Result:
+    """Doodle2Search, past the warm-up of its reversal."""
+    return gradients(small("doodle2search", dropout=0.0), start, stop)
+
+
 def synthesised(start: int, stop: int, alignment: str) -> Result:
     """CFSA with the same noise for a row wherever it is, and interpolates in the middle."""
     noise = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(2)).double()[start:stop]
@@ -103,6 +124,11 @@ def synthesised(start: int, stop: int, alignment: str) -> Result:
         patch.object(torch, "rand", lambda *size, **kind: torch.full(size, 0.5, **kind)),
     ):
         return gradients(model, start, stop)
+
+
+def contrasted(start: int, stop: int) -> Result:
+    """Contrastive with the rows of all ranks."""
+    return gradients(small("contrastive"), start, stop)
 
 
 def solved(start: int, stop: int) -> Result:
@@ -120,7 +146,11 @@ PARTS: dict[str, Callable[[int, int], Result]] = {
     "stepped": stepped,
     "related": related,
     "aligned": aligned,
+    **{f"imagined {prior}": partial(imagined, prior=prior) for prior in ("standard", "conditional")},
+    "judged": judged,
+    "searched": searched,
     **{f"synthesised {kind}": partial(synthesised, alignment=kind) for kind in ("cmpm", "coral", "mmd")},
+    "contrasted": contrasted,
     "solved": solved,
 }
 

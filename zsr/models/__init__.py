@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 from pydantic import ValidationError
 
 from zsr.errors import ConfigError
-from zsr.models import caae, cfsa, classifier, cvae, doodle2search, lcale, raw, ridge, sem_pcyc, sketch_gcn
+from zsr.models import caae, cfsa, classifier, contrastive, cvae, doodle2search, lcale, raw, ridge, sem_pcyc, sketch_gcn
 from zsr.models.protocol import Embedder, Inputs, ModelConfig
 
 __all__ = ["MODELS", "Entry", "build", "configure"]
@@ -35,6 +35,7 @@ MODELS: Final[Mapping[str, Entry]] = MappingProxyType(
         "sketch-gcn": Entry(sketch_gcn.Config, sketch_gcn.SketchGcn, sketch_gcn.PRESETS),
         "lcale": Entry(lcale.Config, lcale.Lcale, lcale.PRESETS),
         "cfsa": Entry(cfsa.Config, cfsa.Cfsa, cfsa.PRESETS),
+        "contrastive": Entry(contrastive.Config, contrastive.Contrastive),
     }
 )
 

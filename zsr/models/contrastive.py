@@ -1,0 +1,150 @@
+"""Contrastive: supervised contrastive learning across modalities, from the backbone's own space. Ours; no paper.
+
+What a backbone knows of classes that training never shows lies in the relations of its features. So the head is linear
+and starts as the identity: at step 0 rows are compared as the backbone has them, and training only tilts that space. In
+trials any full-width start that keeps distances did as well, and narrow or other random ones did worse. With z the
+standardised features of modality m,
+
+    embedding e = W_m asinh(z) / |W_m asinh(z)|, compared by cosine        W_m = I before training
+
+asinh is the identity near 0 and a logarithm far out: it tames the long tails of features that were averaged after a
+ReLU. The loss asks every row i of a batch, sketch or photo, to be near the rows j of its class:
+
+    across = -mean_i sum_j t_ij log softmax_j(e_i e_j / temperature)        j: the rows of the other modality
+    within = the same                                                       j: the other rows of i's own modality
+
+with targets t_ij proportional to 1 for one class and else exp((cos(s_i, s_j) - 1) / softness), s the class vectors, and
+summing to 1 over j. Supervised contrastive learning is that of P. Khosla et al., "Supervised Contrastive Learning",
+NeurIPS 2020, as recalled; the split by modality, the soft targets, the start and the asinh are ours.
+
+Shapes: B batch, F feature, D embedding, S class vector, G rows of all ranks, R = 2G those of both modalities.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zsr.batch import Batch
+from zsr.models.layers import gather_over_ranks
+from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Shared, Terms
+
+MODALITIES: Final = ("sketch", "photo")
+
+
+class Config(ModelConfig):
+    """Options.
+
+    Attributes:
+        dim: D, width of an embedding; None keeps the photos' F. A smaller one starts as a random rotation, of which D
+            directions are kept, the same for both modalities.
+        temperature: of the similarities of embeddings.
+        softness: temperature of the targets, in cosines of class vectors. 0 asks for rows of the same class only.
+        across_weight, within_weight: of the two terms.
+        lr, weight_decay: AdamW's.
+    """
+
+    dim: PositiveInt | None = None
+    temperature: PositiveFloat = 0.1
+    softness: NonNegativeFloat = 0.1
+    across_weight: NonNegativeFloat = 1.0
+    within_weight: NonNegativeFloat = 1.0
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.0
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+def starts(widths: Mapping[str, int], dim: int) -> dict[str, Tensor]:
+    """A first map (D, F) a modality. Equal widths get equal maps: the identity, or D rows of a random rotation.
+
+    Modalities of different widths have no space in common, so each gets a random map of its own, with orthonormal rows
+    or columns.
+    """
+    maps = {m: nn.init.orthogonal_(torch.empty(dim, width)) for m, width in widths.items()}
+    if len(set(widths.values())) > 1:
+        return maps
+    common = maps["photo"]
+    return {m: torch.eye(dim) if common.shape == (dim, dim) else common.clone() for m in widths}
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def class_targets(label_R: Tensor, word_RS: Tensor, softness: float) -> Tensor:
+    """How much row i is to be like row j, (R, R): 1 within a class, else exp((cos(s_i, s_j) - 1) / softness)."""
+    same_RR = label_R.unsqueeze(1) == label_R
+    if not softness:
+        return same_RR.to(word_RS)
+    unit_RS = functional.normalize(word_RS)
+    return torch.where(same_RR, 1.0, ((unit_RS @ unit_RS.T - 1.0) / softness).exp())
+
+
+def contrast(logits_RR: Tensor, target_RR: Tensor, among_RR: Tensor) -> Tensor:
+    """-mean_i sum_j t_ij log softmax_j(logits_ij), with j running over the rows that `among` names for i.
+
+    `target` is first brought to sum 1 over those j; a row without any target counts as 0.
+    """
+    logits_RR = logits_RR.masked_fill(~among_RR, torch.finfo(logits_RR.dtype).min)
+    share_RR = functional.normalize(target_RR * among_RR, p=1.0)
+    return -(share_RR * logits_RR.log_softmax(1)).masked_fill(~among_RR, 0.0).sum(1).mean()
+
+
+# -- model -----------------------------------------------------------------------------------------------------------
+
+
+class Contrastive(Model):
+    """A linear head a modality on standardised features; embeddings are (B, 1, D), of unit length.
+
+    Both terms are batch-coupled and take the rows of all ranks: 2 ranks of B rows equal 1 of 2B. The batch size is part
+    of the model.
+    """
+
+    def __init__(self, config: Config, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self.config = config
+        widths = {"sketch": inputs.sketch_dim, "photo": inputs.photo_dim}
+        self.heads = nn.ModuleDict({m: nn.Linear(width, self.dim, bias=False) for m, width in widths.items()})
+        for modality, start in starts(widths, self.dim).items():
+            self.heads.get_parameter(f"{modality}.weight").data.copy_(start)
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim or self.inputs.photo_dim
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        c = self.config
+        return {"heads": Group(self.heads, Optimizer("adamw", c.lr, weight_decay=c.weight_decay))}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("heads", "heads", self.terms),)
+
+    def terms(self, batch: Batch, _: Shared) -> Terms:
+        """across_weight across + within_weight within, over the rows of all ranks."""
+        c = self.config
+        columns = {"sketch": batch.sketch, "photo": batch.photo}
+        rows_RD = torch.cat([gather_over_ranks(self.project(m, columns[m])) for m in MODALITIES])
+        label_R, word_RS = (
+            gather_over_ranks(values).repeat(2, *[1] * (values.dim() - 1)) for values in (batch.label, batch.word)
+        )
+        logits_RR = rows_RD @ rows_RD.T / c.temperature
+        target_RR = class_targets(label_R, word_RS, c.softness)
+        photo_R = torch.arange(len(rows_RD), device=rows_RD.device) >= len(rows_RD) // 2
+        alike_RR = photo_R.unsqueeze(1) == photo_R
+        return {
+            "across": c.across_weight * contrast(logits_RR, target_RR, ~alike_RR),
+            "within": c.within_weight * contrast(logits_RR, target_RR, alike_RR.clone().fill_diagonal_(False)),
+        }
+
+    def project(self, modality: str, features: Tensor) -> Tensor:
+        """Unit embeddings (B, D) of standardised features (B, F)."""
+        return functional.normalize(self.heads[modality](features.asinh()))
+
+    def embed(self, modality: str, features: Tensor) -> Tensor:
+        return self.project(modality, features).unsqueeze(1)
