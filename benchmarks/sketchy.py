@@ -23,17 +23,17 @@ from zsr.models import configure
 
 # what differs from the defaults of jobs.train: short epochs, since small sets peak early
 BRIEF: Final[Mapping[str, Any]] = {"steps_per_epoch": 20, "epochs": 8, "patience": 4}
-LONG: Final[Mapping[str, Any]] = {"steps_per_epoch": 50, "epochs": 20, "patience": 6}
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "raw": {},
+    "raw standardised": {"preset": "standardised"},
     "ridge": {},
-    "cvae": LONG,
-    "caae": LONG,
+    "cvae": BRIEF,
+    "caae": BRIEF,
     "sem-pcyc": BRIEF,
-    "doodle2search": LONG,
-    "sketch-gcn": LONG,
-    "lcale": LONG,
-    "cfsa": LONG,
+    "doodle2search": BRIEF,
+    "sketch-gcn": BRIEF,
+    "lcale": BRIEF,
+    "cfsa": BRIEF,
     "contrastive": {"steps_per_epoch": 10, "epochs": 12, "patience": 4},
 }
 
@@ -83,22 +83,22 @@ def main(config: Config) -> None:
 
 def where(config: Config, name: str, kind: str, seed: int) -> Path:
     """ROOT of one checkpoint."""
-    return config.output / f"{name}-{kind}-{seed}"
+    return config.output / f"{name.replace(' ', '-')}-{kind}-{seed}"
 
 
 def fit(config: Config, at: Mapping[str, Path], name: str, kind: str, seed: int) -> None:
     """One training run, or what an earlier one left."""
-    flags = train.config_for(["--model", name])(
-        **at,
+    model, preset = name.partition(" ")[0], RECIPES[name].get("preset")
+    flags = train.config_for(["--model", model])(
+        **{**at, **RECIPES[name]},
         split=config.split,
         output=where(config, name, kind, seed),
-        model=name,
-        options=configure(name, {}),
+        model=model,
+        options=configure(model, {}, preset),
         seed=seed,
-        refit=config.refit and name != "raw",
+        refit=config.refit,
         num_workers=1,
         batch_size=config.batch,
-        **RECIPES[name],
     )
     done = train.work(flags)
     score = done["validation_map_all"]

@@ -11,16 +11,18 @@ from tests.models.helpers import INPUTS, batch, optimizers, reached, step
 from zsr.batch import Batch
 from zsr.errors import ConfigError
 from zsr.models import build, configure, cvae
-from zsr.models.cvae import CVAE, Decoder, Encoder, Gaussian, centres, divergence, squared_error
+from zsr.models.cvae import CVAE, Decoder, Encoder, Gaussian, centres, divergence, released_draw, squared_error
 from zsr.models.losses import reparameterise
 
 SMALL = {"latent": 6, "hidden": 8, "samples": 12}
+# the published terms and scale of the features, in a small network
+PUBLISHED = {**SMALL, "features": "raw", "sketch_weight": 10.0, "lr": 2e-4}
 SKETCH = torch.randn(9, INPUTS.sketch_dim, generator=torch.Generator().manual_seed(1))
 
 
 def model(**options: Any) -> CVAE:
     torch.manual_seed(0)
-    return cast(CVAE, build("cvae", {**SMALL, **options}, INPUTS).train())
+    return cast(CVAE, build("cvae", {**PUBLISHED, **options}, INPUTS).train())
 
 
 def pairs(rows: int = 16, seed: int = 0) -> Batch:
@@ -73,6 +75,16 @@ def test_a_mean_over_features_does_not_see_their_number_and_a_sum_does() -> None
     assert_close(squared_error(made_twice, wanted_twice, "mean"), squared_error(made, wanted, "mean"))
     assert_close(squared_error(made_twice, wanted_twice, "sum"), 2 * squared_error(made, wanted, "sum"))
     assert_close(squared_error(made, wanted, "sum"), (made - wanted).square().sum(1).mean())
+
+
+def test_the_released_noise_is_one_draw_for_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    draws = released_draw(torch.zeros(20_000, 2), torch.tensor([[0.0, 2.0]]).expand(20_000, 2))
+    assert draws.equal(draws[:1].expand(20_000, 2))
+    torch.manual_seed(5)
+    released = model(noise="released", dropout=0.0).terms(pairs(), None)["photo"]
+    torch.manual_seed(5)
+    assert not released.allclose(model(dropout=0.0).terms(pairs(), None)["photo"])
 
 
 def test_the_loss_is_photo_plus_divergence_plus_ten_sketch() -> None:
@@ -192,10 +204,12 @@ def test_photos_are_their_own_embedding() -> None:
     assert_close(model().encode("photo", photo), photo.unsqueeze(1))
 
 
+@pytest.mark.parametrize("features", ["raw", "standardised"])
 @pytest.mark.parametrize("prior", ["standard", "conditional"])
-def test_parts_of_a_sketch(prior: str) -> None:
+def test_parts_of_a_sketch(prior: str, features: str) -> None:
     def imagined(retrieval: str, **options: int) -> Tensor:
-        return model(prior=prior, retrieval=retrieval, **options).encode("sketch", SKETCH)
+        made = model(prior=prior, features=features, retrieval=retrieval, **options)
+        return made.encode("sketch", SKETCH)
 
     width = INPUTS.photo_dim
     assert imagined("mean").shape == (9, 1, width)
@@ -220,7 +234,7 @@ def test_the_seed_fixes_the_samples() -> None:
     before = made.encode("sketch", SKETCH)
     torch.manual_seed(123)
     assert made.encode("sketch", SKETCH).equal(before)
-    other = build("cvae", {**SMALL, "seed": 1}, INPUTS)
+    other = build("cvae", {**PUBLISHED, "seed": 1}, INPUTS)
     other.load_state_dict(made.state_dict())
     assert not torch.allclose(other.encode("sketch", SKETCH), before)
     assert "noise" not in made.state_dict()

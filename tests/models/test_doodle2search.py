@@ -27,7 +27,7 @@ PHI, PSI = "encoder.photo", "encoder.sketch"
 
 def model(**options: Any) -> Doodle2Search:
     torch.manual_seed(0)
-    return cast(Doodle2Search, build("doodle2search", {"dim": 6, "hidden": 16, **options}, INPUTS).train())
+    return cast(Doodle2Search, build("doodle2search", {"dim": 6, "layers": 2, "hidden": 16, **options}, INPUTS).train())
 
 
 def gradients(of: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -63,7 +63,22 @@ def test_published_sizes() -> None:
     assert count(semantic_decoder(256, 300, 0.5)) == 167_400
     with torch.device("meta"):
         # the published encoder less the convolutions of VGG-16 with batch norm, whose 512 maps of 7 x 7 the head takes
-        assert count(head(512 * 7 * 7, 4096, 256, 0.5)) == 135_317_824 - 14_723_136
+        assert count(head(512 * 7 * 7, 2, 4096, 256, 0.5)) == 135_317_824 - 14_723_136
+
+
+def test_without_hidden_layers_an_encoder_is_linear() -> None:
+    encoder = model(layers=0).eval().encoder["sketch"]
+    one, other = torch.randn(2, 3, INPUTS.sketch_dim)
+    offset = encoder(torch.zeros(1, INPUTS.sketch_dim))
+    assert_close(encoder(one + other) + offset, encoder(one) + encoder(other))
+
+
+@pytest.mark.parametrize("start", ["same", "apart"])
+def test_encoders_of_equal_width_begin_alike_if_they_are_to(start: str) -> None:
+    square = INPUTS.model_copy(update={"sketch_dim": INPUTS.photo_dim})
+    made = build("doodle2search", {"dim": 6, "start": start}, square)
+    features = torch.randn(4, INPUTS.photo_dim)
+    assert made.encode("sketch", features).equal(made.encode("photo", features)) == (start == "same")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +91,8 @@ def test_the_schedule_of_the_reversal_on_either_clock(clock: Literal["epoch", "b
 
 
 def test_the_released_preset_has_the_released_numbers() -> None:
-    assert (RELEASED.dim, RELEASED.hidden, RELEASED.margin, RELEASED.semantic_reversal) == (256, 4096, 1.0, 0.5)
+    assert (RELEASED.dim, RELEASED.layers, RELEASED.dropout, RELEASED.start) == (256, 0, 0.5, "apart")
+    assert (RELEASED.margin, RELEASED.semantic_reversal, RELEASED.metric) == (1.0, 0.5, "l2")
     assert (RELEASED.triplet_weight, RELEASED.domain_weight, RELEASED.semantic_weight) == (1.0, 1.0, 1.0)
     optimizer = model(lr=RELEASED.lr).groups["all"].optimizer
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.nesterov) == ("sgd", 1e-4, 0.9, True)

@@ -23,9 +23,11 @@ WORD = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
 
 
 def gcn(seed: int = 0, **options: Any) -> SketchGcn:
-    """A SketchGCN of 6-d embeddings in training mode, without dropout unless asked for."""
+    """A SketchGCN of 6-d embeddings in training mode, losses weighted alike, without dropout unless asked for."""
     torch.manual_seed(seed)
-    return cast(SketchGcn, build("sketch-gcn", {**SMALL, "dropout": 0.0, **options}, INPUTS).train())
+    return cast(
+        SketchGcn, build("sketch-gcn", {**SMALL, "dropout": 0.0, "feature_weight": 1.0, **options}, INPUTS).train()
+    )
 
 
 def terms(model: SketchGcn, data: Batch, seed: int = 1) -> dict[str, Tensor]:
@@ -135,6 +137,16 @@ def test_nodes_without_semantics_feel_the_class_through_the_graph_alone() -> Non
     with_words = gcn(temperature=1e-3)
     inside = embedded(with_words, data)
     assert not with_words.relate(inside, distinct).allclose(with_words.relate(inside, distinct.flip(0)), atol=1e-3)
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1e-3, "0.000"), (1e9, "0.667")])
+def test_training_begins_by_saying_how_far_the_graph_mixes_classes(
+    temperature: float, share: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three classes of which none, or all alike, are neighbours."""
+    with caplog.at_level("INFO", logger="zsr"):
+        gcn(temperature=temperature).begin(WORD)
+    assert f"{share} of a node's graph weights lie on other classes" in caplog.text
 
 
 def test_unit_words_make_the_terms_blind_to_the_length_of_class_vectors() -> None:

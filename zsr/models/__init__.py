@@ -25,7 +25,7 @@ class Entry:
 
 MODELS: Final[Mapping[str, Entry]] = MappingProxyType(
     {
-        "raw": Entry(raw.Config, raw.Raw),
+        "raw": Entry(raw.Config, raw.Raw, raw.PRESETS),
         "ridge": Entry(ridge.Config, ridge.Ridge),
         "classifier": Entry(classifier.Config, classifier.Classifier),
         "sem-pcyc": Entry(sem_pcyc.Config, sem_pcyc.SemPcyc, sem_pcyc.PRESETS),

@@ -7,7 +7,8 @@ CVAE's decoder, its way back to the sketch and its retrieval, but the encoder is
 Kullback-Leibler term a discriminator compares the codes of a batch with draws of the prior N(0, I).
 
 Its code was never released. The objective is as others quote the paper; the discriminator, the weight of the
-adversarial term, the optimizers and the order of the steps are ours. What CVAE has too is as released for CVAE.
+adversarial term, the optimizers and the order of the steps are ours. What CVAE has too is as CVAE has it: by default
+with our sizes and scale of the features, by the preset "paper" with those released for CVAE.
 
 Shapes: B batch, Y photo feature, Z latent.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zsr.batch import Batch
-from zsr.models.cvae import Options, SketchToPhoto, keras, trunk
+from zsr.models.cvae import RELEASED_OPTIONS, Options, SketchToPhoto, keras, trunk
 from zsr.models.protocol import Group, Inputs, Phase, Terms
 
 
@@ -43,9 +44,11 @@ class Config(Options):
     judge: tuple[PositiveInt, ...] = (512, 256)
 
 
+# the objective as written, with the sizes and features that were released for CVAE
+PAPER: Final = Config(**RELEASED_OPTIONS)
 # what we would take: the encoder of CVAE, and an adversarial term that trains from the start
 OURS: Final = Config(encoder_input="image+sketch", adversarial="non-saturating")
-PRESETS: Final[Mapping[str, Config]] = {"ours": OURS}
+PRESETS: Final[Mapping[str, Config]] = {"paper": PAPER, "ours": OURS}
 
 
 def discriminator(latent: int, hidden: tuple[int, ...]) -> nn.Sequential:

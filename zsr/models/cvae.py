@@ -9,14 +9,15 @@ with many z of the prior, and what comes out is compared with the features of th
 are. No class vectors are used. Sketches are to be paired with the very photo that they were drawn from.
 
 Where a number comes from is said in words: "released" is what the authors' published code does, "recalled" is the paper
-as others quote it, "ours" is a decision of this project. Defaults are as released, but for two slips of that code: one
-noise vector for a whole batch, where here each row has its own, and 100 decoded photos of all queries held at once.
+as others quote it, "ours" is a decision of this project. The networks' shapes, the losses and the retrieval are as
+released; the sizes and the scale of the features are ours, for backbone features of some 1,000 dimensions, and the
+preset "released" has those of the authors.
 
 Shapes: B batch, X sketch feature, Y photo feature, Z latent, H hidden, P samples a sketch, K clusters.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Final, Literal, NamedTuple, Self, cast
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -35,17 +36,22 @@ ROUNDS: Final = 20  # of Lloyd's algorithm; a hundred points in a handful of clu
 
 
 class Options(ModelConfig):
-    """Options of the networks and of retrieval, which CVAE and CAAE share. Defaults are as released.
+    """Options of the networks and of retrieval, which CVAE and CAAE share.
+
+    Defaults are ours for standardised backbone features. Released: `latent` 1024, `hidden` 2048, `features` raw,
+    `sketch_weight` 10, `lr` 2e-4; all others are as released.
 
     Attributes:
         latent: Z.
         hidden: H, width of the decoders' hidden layers; the encoder has one of 2 H and one of H.
         dropout: in the encoder.
         features: raw, for non-negative ones such as VGG-16's fc7 after its ReLU, which networks with a ReLU at their
-            output can make (released); or standardised, made by a linear output (ours).
+            output can make (released); or standardised, made by a linear output (ours). Retrieval compares in the same
+            space, and in every cosine of raw ones there is the mean that all photos share.
         reduction: squared errors are a mean over the features (released), or a sum over them, as the objective is
             written. The mean makes the prior's weight some thousand times heavier, and the latents nearly idle.
-        sketch_weight: of the error of the sketch made back from the photo.
+        sketch_weight: of the error of the sketch made back from the photo. At the released 10 the photo comes to hold
+            what makes the sketch, before it resembles the photo.
         retrieval: mean, of all samples (released); min, where the best sample counts; or kmeans, where the best of
             the samples' cluster centres counts (recalled as the paper's).
         samples: P, photos imagined a sketch.
@@ -54,17 +60,17 @@ class Options(ModelConfig):
         lr, betas: Adam.
     """
 
-    latent: PositiveInt = 1024
-    hidden: PositiveInt = 2048
+    latent: PositiveInt = 64
+    hidden: PositiveInt = 512
     dropout: Fraction = 0.3
-    features: Literal["raw", "standardised"] = "raw"
+    features: Literal["raw", "standardised"] = "standardised"
     reduction: Literal["mean", "sum"] = "mean"
-    sketch_weight: NonNegativeFloat = 10.0
+    sketch_weight: NonNegativeFloat = 1.0
     retrieval: Literal["mean", "min", "kmeans"] = "mean"
     samples: PositiveInt = 100
     clusters: PositiveInt = 5
     seed: int = 0
-    lr: PositiveFloat = 2e-4
+    lr: PositiveFloat = 1e-3
     betas: tuple[Fraction, Fraction] = (0.5, 0.999)
 
     @model_validator(mode="after")
@@ -81,15 +87,25 @@ class Config(Options):
         prior: standard, N(0, I) whatever the sketch (released); or conditional, a Gaussian that a network makes of the
             sketch, as the objective is written with p(z | sketch). That network is the encoder's (ours).
         kl_weight: of the Kullback-Leibler term, which is a sum over the latent either way.
+        noise: of a latent: each row its own, or one draw for all rows of a batch (released; a slip).
     """
 
     prior: Literal["standard", "conditional"] = "standard"
     kl_weight: NonNegativeFloat = 1.0
+    noise: Literal["corrected", "released"] = "corrected"
 
 
-RELEASED: Final = Config()
+# what the released code has, CAAE's share of it too
+RELEASED_OPTIONS: Final[Mapping[str, Any]] = {
+    "latent": 1024,
+    "hidden": 2048,
+    "features": "raw",
+    "sketch_weight": 10.0,
+    "lr": 2e-4,
+}
+RELEASED: Final = Config(**RELEASED_OPTIONS, noise="released")
 # objective and retrieval as the paper is recalled to write them
-PAPER: Final = Config(prior="conditional", reduction="sum", retrieval="kmeans")
+PAPER: Final = Config(**RELEASED_OPTIONS, prior="conditional", reduction="sum", retrieval="kmeans")
 PRESETS: Final[Mapping[str, Config]] = {"released": RELEASED, "paper": PAPER}
 
 # -- parts -----------------------------------------------------------------------------------------------------------
@@ -186,6 +202,11 @@ def squared_error(made: Tensor, wanted: Tensor, reduction: str) -> Tensor:
     """|made - wanted|^2 of rows (B, F), a mean or a sum over F, averaged over B."""
     error = functional.mse_loss(made, wanted)
     return error if reduction == "mean" else error * wanted.shape[1]
+
+
+def released_draw(mean_BZ: Tensor, log_var_BZ: Tensor) -> Tensor:
+    """A draw of N(mean, exp(log_var)) with the same noise (1, Z) in every row, as the released code draws."""
+    return mean_BZ + torch.exp(0.5 * log_var_BZ) * torch.randn_like(mean_BZ[:1])
 
 
 def divergence(posterior: Gaussian, prior: Gaussian) -> Tensor:
@@ -307,7 +328,8 @@ class CVAE(SketchToPhoto):
         """Reconstruction + kl_weight KL(q(z | photo, sketch) || prior). Per sample."""
         posterior = self.encoder(torch.cat([batch.photo, batch.sketch], 1))
         kl = divergence(posterior, self.prior_of(batch.sketch))
-        return {**self.reconstruction(reparameterise(*posterior), batch), "kl": self.config.kl_weight * kl}
+        draw = reparameterise if self.config.noise == "corrected" else released_draw
+        return {**self.reconstruction(draw(*posterior), batch), "kl": self.config.kl_weight * kl}
 
     def prior_of(self, sketch_BX: Tensor) -> Gaussian:
         """The Gaussian from which a sketch's latents come."""

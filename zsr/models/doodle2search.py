@@ -15,9 +15,10 @@ Shapes: B batch, F feature, D embedding, S class vector, N seen classes.
 """
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Annotated, Final, Literal, cast
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,13 +34,19 @@ REVERSAL_EPOCHS: Final = (5.0, 25.0)  # the domain's reversal grows from 0 to 1 
 class Config(ModelConfig):
     """Options. The defaults are ours for standardised backbone features of some 1,000 dimensions.
 
-    They are the released values but for `hidden` (4096), `lr` (1e-4, for a network that begins at ImageNet weights) and
-    `clock`; the preset "released" has those too.
+    They are the released values but for `start` (apart), `metric` (l2), `lr` (1e-4, for a network that begins at
+    ImageNet weights) and `clock`; the preset "released" has those too.
 
     Attributes:
         dim: D, width of an embedding.
-        hidden: width of the encoders' two hidden layers.
-        dropout: in the encoders' and in both heads' hidden layers.
+        layers: hidden layers of an encoder. The released one ends in VGG-16's two, at their ImageNet weights, and a
+            single new layer; features of a backbone, or of a tower cut at fc7, are past the two, so none is left here.
+            For features that are not, 2 is the released shape.
+        hidden: width of those hidden layers.
+        start: whether both encoders begin with the same weights, as can be where the features of both modalities are
+            of one width, or apart (released, for the layer that is new).
+        metric: how embeddings are compared: cosine, or l2 as in the triplets (released).
+        dropout: before each layer of an encoder but the first of several, and in both heads' hidden layers.
         margin: by which a photo of the sketch's class is to be nearer.
         triplet_weight, domain_weight, semantic_weight: alpha 1 to 3.
         semantic_reversal: share of the decoder's gradient that is turned against the photo encoder on the negative.
@@ -52,7 +59,10 @@ class Config(ModelConfig):
     """
 
     dim: Annotated[int, Field(ge=2)] = 256
-    hidden: PositiveInt = 1024
+    layers: NonNegativeInt = 0
+    hidden: PositiveInt = 4096
+    start: Literal["same", "apart"] = "same"
+    metric: Literal["cosine", "l2"] = "cosine"
     dropout: Fraction = 0.5
     margin: NonNegativeFloat = 1.0
     triplet_weight: NonNegativeFloat = 1.0
@@ -67,23 +77,22 @@ class Config(ModelConfig):
     weight_decay: NonNegativeFloat = 5e-4
 
 
-RELEASED: Final = Config(hidden=4096, lr=1e-4, clock="batch")
+RELEASED: Final = Config(start="apart", metric="l2", lr=1e-4, clock="batch")
 PRESETS: Final[Mapping[str, Config]] = {"released": RELEASED}
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def head(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
-    """(B, inputs) -> (B, outputs): two hidden layers, no activation at the end and no unit length. Released."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, outputs),
-    )
+def head(inputs: int, layers: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
+    """(B, inputs) -> (B, outputs): hidden layers, no activation at the end and no unit length.
+
+    Two hidden layers are the released encoder from VGG-16's flattened maps on; none is what it has after them.
+    """
+    if layers == 0:
+        return nn.Sequential(nn.Dropout(dropout), nn.Linear(inputs, outputs))
+    widths = [inputs] + layers * [hidden]
+    blocks = [part for i, o in pairwise(widths) for part in (nn.Linear(i, o), nn.ReLU(), nn.Dropout(dropout))]
+    return nn.Sequential(*blocks, nn.Linear(hidden, outputs))
 
 
 def domain_classifier(dim: int, dropout: float) -> nn.Sequential:
@@ -124,24 +133,26 @@ def cosine_loss(made_BS: Tensor, word_BS: Tensor) -> Tensor:
 
 
 class Doodle2Search(Model):
-    """Doodle2Search on extracted features; embeddings are (B, 1, D), compared by Euclidean distance.
+    """Doodle2Search on extracted features; embeddings are (B, 1, D).
 
     All terms are means over the batch: but for dropout, which each rank draws for itself, 2 ranks of B rows equal 1 of
     2B.
     """
 
     eats: Literal["pairs", "triplets"] = "triplets"
-    metric: Metric = "l2"
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         super().__init__(inputs)
-        self.config = config
+        self.config = c = config
+        self.metric: Metric = c.metric
         widths = {"sketch": inputs.sketch_dim, "photo": inputs.photo_dim}
         self.encoder = nn.ModuleDict(
-            {m: head(width, config.hidden, config.dim, config.dropout) for m, width in widths.items()}
+            {m: head(width, c.layers, c.hidden, c.dim, c.dropout) for m, width in widths.items()}
         )
-        self.domain = domain_classifier(config.dim, config.dropout)
-        self.semantic = semantic_decoder(config.dim, inputs.semantic_dim, config.dropout)
+        if c.start == "same" and inputs.sketch_dim == inputs.photo_dim:
+            self.encoder["photo"].load_state_dict(self.encoder["sketch"].state_dict())
+        self.domain = domain_classifier(c.dim, c.dropout)
+        self.semantic = semantic_decoder(c.dim, inputs.semantic_dim, c.dropout)
 
     @property
     def dim(self) -> int:

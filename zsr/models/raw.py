@@ -3,7 +3,8 @@
 Shapes: B batch, F feature.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, Literal
 
 from torch import Tensor
 
@@ -12,22 +13,32 @@ from zsr.models.protocol import Choice, ClosedForm, Inputs, ModelConfig, Rows, S
 
 
 class Config(ModelConfig):
-    """No options."""
+    """Options.
+
+    Attributes:
+        scaling: features as they are, or standardised a modality by the trained rows, which takes away the difference of
+            the modalities' means.
+    """
+
+    scaling: Literal["none", "standard"] = "none"
+
+
+PRESETS: Final[Mapping[str, Config]] = {"standardised": Config(scaling="standard")}
 
 
 class Raw(ClosedForm):
-    """The identity: embeddings (B, 1, F) are the features, not standardised.
+    """The identity: embeddings (B, 1, F) are the features.
 
     Raises:
         ConfigError: the modalities' features differ in width, so that they cannot be compared as they are.
     """
 
-    scaling: Scaling = "none"
     wants_words = False
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         super().__init__(inputs)
         self.config = config
+        self.scaling: Scaling = config.scaling
         if inputs.sketch_dim != inputs.photo_dim:
             raise ConfigError(
                 f"raw compares features as they are, but sketches have {inputs.sketch_dim} dimensions and photos "

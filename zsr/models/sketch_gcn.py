@@ -16,6 +16,7 @@ The sizes are ours. Features are extracted beforehand, in the place of the paper
 Shapes: B batch, F feature, D embedding, S class vector, Z latent, G rows of all ranks.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal, cast
 
@@ -29,6 +30,8 @@ from zsr.models.layers import gather_over_ranks, rank
 from zsr.models.losses import gaussian_kl, reparameterise, squared_distances, warm_up
 from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Shared, Terms
 
+logger = logging.getLogger("zsr")
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 MODALITIES: Final = ("sketch", "photo")
@@ -40,6 +43,8 @@ class Config(ModelConfig):
     Attributes:
         dim: D, width of an embedding. 300 in later papers' tables.
         hidden: width of the hidden layer of encoders and graph network.
+        start: whether both encoders begin with the same weights, as can be where the features of both modalities are
+            of one width, or apart. Ours.
         latent, latent_hidden: Z and the hidden width of the conditional autoencoder.
         dropout: in the hidden layers of encoders and graph network.
         words: class vectors scaled to unit length, or as given: in the graph, in its nodes and in the autoencoder. The
@@ -49,13 +54,15 @@ class Config(ModelConfig):
         node_semantics: whether a node holds the class vector beside both embeddings, or both embeddings only, the
             class then entering through the graph alone. Which one the paper has is not known.
         detach_target: hold the graph's outputs constant in the feature loss, as ZSIH does.
-        feature_weight, classification_weight, semantic_weight: of the three losses. Theirs are not known.
+        feature_weight, classification_weight, semantic_weight: of the three losses. Theirs are not known. The feature
+            loss is a sum over D: at a weight of 1 classification stands still until that sum has fallen.
         beta, beta_epochs: weight of the Kullback-Leibler term within the semantic loss, and its warm-up.
         lr: of Adam.
     """
 
     dim: Annotated[int, Field(ge=2)] = 300
     hidden: PositiveInt = 1024
+    start: Literal["same", "apart"] = "same"
     latent: PositiveInt = 64
     latent_hidden: PositiveInt = 512
     dropout: Fraction = 0.5
@@ -63,16 +70,16 @@ class Config(ModelConfig):
     temperature: PositiveFloat = 0.3
     node_semantics: bool = True
     detach_target: bool = False
-    feature_weight: NonNegativeFloat = 1.0
+    feature_weight: NonNegativeFloat = 0.01
     classification_weight: NonNegativeFloat = 1.0
     semantic_weight: NonNegativeFloat = 1.0
     beta: NonNegativeFloat = 1.0
     beta_epochs: NonNegativeFloat = 5.0
-    lr: PositiveFloat = 1e-4
+    lr: PositiveFloat = 1e-3
 
 
-# the ancestor's temperature and its constant target
-ZSIH: Final = Config(temperature=0.1, detach_target=True)
+# the ancestor's temperature, constant target and rate
+ZSIH: Final = Config(temperature=0.1, detach_target=True, feature_weight=1.0, lr=5e-4)
 PRESETS: Final[Mapping[str, Config]] = {"zsih": ZSIH}
 
 # -- graph -----------------------------------------------------------------------------------------------------------
@@ -158,6 +165,8 @@ class SketchGcn(Model):
         c, words = config, inputs.semantic_dim
         widths = {"sketch": inputs.sketch_dim, "photo": inputs.photo_dim}
         self.encoders = nn.ModuleDict({m: encoder(width, c.hidden, c.dim, c.dropout) for m, width in widths.items()})
+        if c.start == "same" and inputs.sketch_dim == inputs.photo_dim:
+            self.encoders["photo"].load_state_dict(self.encoders["sketch"].state_dict())
         node = 2 * c.dim + (words if c.node_semantics else 0)
         self.graph = GraphNetwork(node, c.hidden, c.dim, c.dropout)
         self.classifier = nn.Linear(c.dim, len(inputs.classes))
@@ -177,9 +186,19 @@ class SketchGcn(Model):
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("all", "all", self.terms),)
 
+    def words(self, word_BS: Tensor) -> Tensor:
+        """Class vectors (B, S) as the graph, its nodes and the autoencoder take them."""
+        return functional.normalize(word_BS) if self.config.words == "unit" else word_BS
+
+    def begin(self, word: Tensor) -> None:
+        """Log how much of a row of the graph lies on other classes, were there a pair of each: 0 is no graph at all."""
+        graph_NN = normalised(affinity(self.words(word), self.config.temperature))
+        other_N = 1.0 - graph_NN.diagonal() / graph_NN.sum(1)
+        logger.info("a pair of each class: %.3f of a node's graph weights lie on other classes", float(other_N.mean()))
+
     def terms(self, batch: Batch, _: Shared) -> Terms:
         """feature_weight L_feat + classification_weight L_cls + semantic_weight L_sem (three losses: abstract)."""
-        word_BS = functional.normalize(batch.word) if self.config.words == "unit" else batch.word
+        word_BS = self.words(batch.word)
         embedded = {m: self.encoders[m](x) for m, x in (("sketch", batch.sketch), ("photo", batch.photo))}
         related_BD = self.relate(embedded, word_BS)
         return {

@@ -46,12 +46,15 @@ def trunk(depth: Depth, batch_norm: bool) -> nn.Sequential:
 
 
 def classifier(layer: Layer) -> nn.Sequential:
-    """Maps (B, 512 * 7 * 7) -> features (B, F): linear layers, with ReLU and dropout of 0.5 after each hidden one."""
+    """Maps (B, 512 * 7 * 7) -> features (B, F): linear layers, with ReLU and dropout of 0.5 after each hidden one.
+
+    There is no dropout at the end: what stands on the features brings its own.
+    """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(WIDTHS[layer]):
         hidden = [nn.ReLU(inplace=True), nn.Dropout()] if outputs == 4096 else []
         layers += [nn.Linear(inputs, outputs), *hidden]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*(layers[:-1] if isinstance(layers[-1], nn.Dropout) else layers))
 
 
 class Attention(nn.Module):

@@ -131,7 +131,7 @@ def seal(staging: Staging, keep: str, facts: Mapping[str, Any]) -> Artifact:
     staging.write("model.safetensors", best)
     score = dict(progress.history)[progress.best_step]
     run = {"history": [list(h) for h in progress.history], "best_step": progress.best_step, "steps": progress.step}
-    return staging.seal(facts={"validation_map_all": score, **facts, **run})
+    return staging.seal(facts={"validation_map_all": score, **run, **facts})
 
 
 def describe(model: Embedder) -> str:

@@ -230,7 +230,9 @@ def _facts(run: Run, staging: Staging) -> dict[str, Any]:
     chosen = {} if learns_by_gradient(run.model) else json.loads(staging.read("tried.json"))["options"]
     saw = sorted(run.split.training + run.split.validation)
     facts = {"metric": model.metric, "dim": model.dim, "saw": saw, "chosen_options": chosen}
-    return facts | ({"validation_map_all": run.chosen.facts["validation_map_all"]} if run.chosen else {})
+    if run.chosen:  # its own history has no scores
+        facts |= {name: run.chosen.facts[name] for name in ("validation_map_all", "history")}
+    return facts
 
 
 def _fit(run: Run, staging: Staging) -> None:
