@@ -100,7 +100,7 @@ def _report(config: Config, at: dict[str, Path]) -> evaluate.Config:
     return evaluate.Config(
         **at,
         checkpoint=tuple(config.output / f"checkpoint-{seed}" for seed in config.seeds),
-        index_dir=config.output / "index",
+        index_dir=(config.output / "index",),
         output=config.output / "report",
         title="Find the picture by drawing it",
     )

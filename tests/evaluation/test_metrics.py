@@ -9,6 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
+from torchmetrics.functional.retrieval import (
+    retrieval_average_precision,
+    retrieval_hit_rate,
+    retrieval_precision,
+    retrieval_recall,
+)
 
 from zsr.errors import ConfigError
 from zsr.evaluation import metrics
@@ -39,7 +45,7 @@ def names(rng: np.random.Generator, count: int, classes: int) -> NDArray[np.str_
 
 
 def assert_equal(left: RankScores, right: RankScores) -> None:
-    for field in ("relevant", "ap", "voc", "hits", "ap_sum", "voc_sum", "curve"):
+    for field in ("relevant", "ap", "voc", "hits", "hits_cut", "ap_sum", "voc_sum", "curve"):
         np.testing.assert_allclose(getattr(left, field), getattr(right, field), atol=1e-12, err_msg=field)
 
 
@@ -68,6 +74,7 @@ def test_worked_example_of_twelve_ranks(score: Any) -> None:
     assert scores.voc_min(10) == pytest.approx([0.614286], abs=1e-6)
     assert scores.precision(10) == pytest.approx([0.4])
     assert scores.precision_min(10) == pytest.approx([0.8])
+    assert scores.precision_cut(10) == pytest.approx([0.6])  # three hits in the top five, as ZSE-SBIR's code
     assert 11 * scores.precision(11) - 10 * scores.precision(10) == pytest.approx([0.0])  # released code's "P@10"
 
 
@@ -86,6 +93,7 @@ def test_a_perfect_ranking_of_161_items() -> None:
     assert scores.ap_k(200) == pytest.approx([0.805])
     assert scores.ap_min(200) == pytest.approx([1.0])
     assert scores.precision_min(200) == pytest.approx([1.0])
+    assert scores.precision_cut(200) == pytest.approx([1.0])
 
 
 def test_a_query_without_hit_or_relevant_item_scores_zero_and_stays() -> None:
@@ -143,6 +151,48 @@ def test_agrees_with_scikit_learn_on_real_vectors(metric: Metric) -> None:
     found = metrics.rank_scores(query, gallery, q_label, g_label, metric, ks=()).ap
     wanted = [average_precision_score(g_label == q_label[row], near[row]) for row in range(30)]
     np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
+def test_agrees_with_torchmetrics_where_its_definition_is_the_same() -> None:
+    """P@k, recall@k, AP, and AP of the top k, which torchmetrics divides by the hits in it; all without ties."""
+    rng = np.random.default_rng(12)
+    query, gallery = rng.standard_normal((25, 6)), rng.standard_normal((120, 6))
+    q_label, g_label = names(rng, 25, 4), names(rng, 120, 4)
+    found = metrics.rank_scores(query, gallery, q_label, g_label, "l2", ks=(7, 40))
+    near = torch.from_numpy(1 / (1 + ((query[:, None] - gallery[None]) ** 2).sum(2)))
+    for row, label in enumerate(q_label):
+        right = torch.from_numpy(g_label == label)
+        assert found.ap[row] == pytest.approx(float(retrieval_average_precision(near[row], right)), abs=1e-6)
+        for k in (7, 40):
+            wanted = {
+                "precision": retrieval_precision(near[row], right, top_k=k),
+                "recall": retrieval_recall(near[row], right, top_k=k),
+                "ap_hits": retrieval_average_precision(near[row], right, top_k=k),
+            }
+            for name, value in wanted.items():
+                assert getattr(found, name)(k)[row] == pytest.approx(float(value), abs=1e-6), name
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "hamming"])
+def test_torch_on_a_device_counts_as_numpy_does(metric: Metric) -> None:
+    rng = np.random.default_rng(13)
+    for parts in (1, 3):
+        if metric == "hamming":
+            query: NDArray[Any] = codes(rng, 30 * parts).reshape(30, parts, 1)
+            gallery: NDArray[Any] = codes(rng, 200).reshape(200, 1, 1)
+        else:  # small integers tie often
+            query = rng.integers(-2, 3, (30, parts, 4)).astype(float)
+            gallery = rng.integers(-2, 3, (200, 1, 4)).astype(float)
+        labels = names(rng, 30, 5), names(rng, 200, 4)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        here = metrics.rank_scores(query, gallery, *labels, metric, ks=(1, 20, 300))
+        there = metrics.rank_scores(query, gallery, *labels, metric, ks=(1, 20, 300), device=device)
+        if metric == "cosine":  # unit vectors round, and another product rounds them another way
+            assert np.mean(np.abs(there.ap - here.ap) > 1e-9) < 0.2
+        else:
+            assert_equal(there, here)
+        first = metrics.top(query, gallery, metric, 5, device=device)
+        assert first.shape == (30, 5)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "hamming"])
@@ -254,6 +304,76 @@ def test_lists_that_do_not_fit_are_refused() -> None:
         metrics.rank_hits(np.ones((1, 2)), [1], 10, scores=[[1.0, 2.0]])
     with pytest.raises(ConfigError, match="was not ranked"):
         listed([1], 1, ks=(5,)).precision(6)
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_on_pairs_by_hand() -> None:
+    gallery = np.array([[0.0], [1.0], [2.0], [3.0]])
+    query = np.array([[0.1], [2.9], [2.9], [0.0]])
+    ranks = metrics.pair_ranks(query, gallery, [10, 12, 11, 99], [10, 11, 12, 13], "l2")
+    assert ranks is not None
+    assert ranks.query.tolist() == [0, 1, 2]  # nothing in the gallery belongs to 99
+    assert ranks.above.tolist() == [0, 1, 2]
+    assert ranks.accuracy(1).tolist() == [1.0, 0.0, 0.0]
+    assert ranks.accuracy(2).tolist() == [1.0, 1.0, 0.0]
+    assert ranks.chance(1) == pytest.approx(0.25)
+    inside = metrics.pair_ranks(
+        query, gallery, [10, 12, 11, 99], [10, 11, 12, 13], "l2", within=(["a", "b", "a", "a"], ["a", "a", "b", "b"])
+    )
+    assert inside is not None
+    assert inside.above.tolist() == [0, 1, 0]
+    assert inside.gallery.tolist() == [2, 2, 2]
+    other = metrics.pair_ranks(query, gallery, [10, 12, 11, 99], [10, 11, 12, 13], "l2", within=(["b"] * 4, ["a"] * 4))
+    assert other is None  # no item of the query's own is of its class
+
+
+def test_accuracy_on_pairs_agrees_with_torchmetrics_hit_rate() -> None:
+    rng = np.random.default_rng(14)
+    query, gallery = rng.standard_normal((40, 5)), rng.standard_normal((60, 5))
+    owner = rng.integers(0, 60, 40)
+    ranks = metrics.pair_ranks(query, gallery, owner, np.arange(60), "l2")
+    assert ranks is not None
+    near = torch.from_numpy(1 / (1 + ((query[:, None] - gallery[None]) ** 2).sum(2)))
+    for k in (1, 5):
+        wanted = [float(retrieval_hit_rate(near[i], torch.arange(60) == owner[i], top_k=k)) for i in range(40)]
+        assert ranks.accuracy(k).tolist() == wanted
+
+
+def test_pairs_that_tie_share_the_places() -> None:
+    ranks = metrics.pair_ranks(np.zeros((1, 1)), np.zeros((4, 1)), [1], [0, 1, 2, 3], "l2")
+    assert ranks is not None
+    assert ranks.accuracy(1) == pytest.approx([0.25])
+
+
+def test_the_best_of_several_right_items_counts_and_chance_knows() -> None:
+    gallery = np.array([[5.0], [1.0], [2.0]])
+    ranks = metrics.pair_ranks(np.zeros((1, 1)), gallery, [7], [7, 7, 8], "l2")
+    assert ranks is not None
+    assert ranks.accuracy(1).tolist() == [1.0]
+    assert ranks.chance(1) == pytest.approx(2 / 3)
+    assert ranks.chance(2) == 1.0
+
+
+def test_no_pair_in_the_gallery_is_no_accuracy() -> None:
+    assert metrics.pair_ranks(np.zeros((2, 1)), np.ones((2, 1)), [1, 2], [3, 4], "l2") is None
+
+
+def test_spread_over_sketches_of_one_photo_by_hand() -> None:
+    spread = metrics.spread(np.array([0.2, 0.4, 0.9, 0.5, 0.5]), [1, 1, 2, 3, 3])
+    assert spread is not None
+    assert (spread.groups, spread.queries) == (2, 4)
+    # variances .02 and 0, pooled over one degree of freedom each
+    assert spread.within == pytest.approx(0.1)
+    assert spread.range == pytest.approx(0.1)
+    assert spread.overall == pytest.approx(np.std([0.2, 0.4, 0.5, 0.5], ddof=1))
+    assert metrics.spread(np.array([0.2, 0.4]), [1, 2]) is None
+
+
+def test_harmonic_mean_of_seen_and_unseen() -> None:
+    assert metrics.harmonic(0.6, 0.3) == pytest.approx(0.4)
+    assert metrics.harmonic(0.0, 0.0) == 0.0
 
 
 # ---- chance ----------------------------------------------------------------------------------------------------------

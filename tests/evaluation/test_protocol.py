@@ -7,7 +7,17 @@ import pytest
 
 from zsr.errors import ConfigError, Leakage
 from zsr.evaluation import metrics
-from zsr.evaluation.protocol import Items, Sampling, Search, Side, evaluate, evaluate_hits, zero_shot
+from zsr.evaluation.protocol import (
+    Items,
+    Sampling,
+    Search,
+    Side,
+    evaluate,
+    evaluate_generalised,
+    evaluate_hits,
+    few_shot,
+    zero_shot,
+)
 
 CLASSES = ("bat", "cow", "door")
 SEARCH = Search("IVF4,PQ2", nprobe=2, k=5, recall=0.9, bytes=1000)
@@ -172,3 +182,86 @@ def test_lists_that_do_not_belong_to_the_gallery_are_refused(hits: list[list[int
     gallery = Items(np.array([5, 6]), np.array(["a", "b"]), np.array(["bat", "cow"]))
     with pytest.raises(ConfigError, match=message):
         evaluate_hits("model", query, gallery, np.array(hits), SEARCH)
+
+
+# ---- few-shot and generalised ----------------------------------------------------------------------------------------
+
+
+def test_few_shot_refuses_an_item_that_was_trained_on() -> None:
+    query, gallery = side(9), side(30, base=100)
+    few_shot(query, gallery, unseen=CLASSES, support=np.array([50, 51]))
+    with pytest.raises(Leakage, match=r"the queries hold 'door/2.png'"):
+        few_shot(query, gallery, unseen=CLASSES, support=np.array([2]))
+    with pytest.raises(Leakage, match="the gallery hold"):
+        few_shot(query, gallery, unseen=CLASSES, support=np.array([101]))
+    with pytest.raises(ConfigError, match="'unicorn'"):
+        few_shot(query, gallery, unseen=(*CLASSES, "unicorn"), support=np.array([50]))
+
+
+def test_generalised_scores_are_those_of_each_kind_of_query_in_the_same_gallery() -> None:
+    query, seen = side(12), side(8, seed=3, classes=("apple", "bee"), base=50)
+    both = side(40, seed=1, classes=(*CLASSES, "apple", "bee"), base=100)
+    found = evaluate_generalised("model", query, seen, both, ks=(5,))
+    alone = evaluate("model", query, both, ks=(5,))
+    assert found.scores == alone.scores
+    wanted = metrics.rank_scores(seen.embeddings, both.embeddings, seen.labels, both.labels, ks=(5,)).means()
+    assert found.generalised is not None
+    assert found.generalised.seen == wanted
+    for name, score in wanted.items():
+        mine = found.scores[name]
+        assert found.generalised.harmonic[name] == pytest.approx(metrics.harmonic(score, mine))
+        assert found.generalised.together[name] == pytest.approx((12 * mine + 8 * score) / 20)
+
+
+# ---- what else is measured -------------------------------------------------------------------------------------------
+
+
+OWN = 100 + np.arange(12) % 3 + 3 * (np.arange(12) // 6)  # photos of the same class, two drawings of each
+
+
+def paired(items: Side, pairs: Any) -> Side:
+    return Side(items.ids, items.keys, items.labels, items.embeddings, items.part, pairs=np.asarray(pairs))
+
+
+def test_pairs_give_accuracies_and_the_spread_over_drawings() -> None:
+    query, gallery = side(12), side(30, seed=1, base=100)
+    found = evaluate("model", paired(query, OWN), paired(gallery, gallery.ids))
+    ranks = metrics.pair_ranks(query.embeddings, gallery.embeddings, OWN, gallery.ids)
+    assert ranks is not None
+    assert found.scores["Acc@5"] == pytest.approx(ranks.accuracy(5).mean())
+    assert found.chance["Acc@5"] == pytest.approx(5 / 30)
+    assert found.chance["Acc@5(class)"] == pytest.approx(5 / 10)
+    assert found.scores["Acc@1(class)"] >= found.scores["Acc@1"]
+    assert found.spread is not None
+    assert (found.spread.groups, found.spread.queries) == (6, 12)
+    without = evaluate("model", query, gallery)
+    assert without.spread is None
+    assert not any(name.startswith("Acc") for name in without.scores)
+
+
+def test_classes_new_to_the_backbone_have_a_score_of_their_own() -> None:
+    query, gallery = side(12), side(30, seed=1, base=100)
+    found = evaluate("model", query, gallery, sampling=Sampling(disjoint=("bat", "cow")))
+    by_class = {entry.label: entry.score for entry in found.per_class}
+    assert found.scores["mAP@all(disjoint)"] == pytest.approx((by_class["bat"] + by_class["cow"]) / 2)
+    assert found.disjoint == 8
+    low, high = found.intervals["mAP@all(disjoint)"]
+    assert low <= found.scores["mAP@all(disjoint)"] <= high
+    assert "mAP@all(disjoint)" not in evaluate("model", query, gallery, sampling=Sampling(disjoint=())).scores
+
+
+def test_confusion_counts_the_first_ten_results() -> None:
+    query, gallery = side(12), side(31, seed=1, classes=(*CLASSES, "apple"), base=100)
+    found = evaluate("model", query, gallery)
+    first = metrics.top(query.embeddings, gallery.embeddings, k=10)
+    for row, label in zip(found.confusion.share, found.confusion.labels, strict=True):
+        results = gallery.labels[first[query.labels == label]]
+        wanted = [float((results == name).mean()) for name in (*CLASSES, "apple")]
+        assert row == pytest.approx(wanted)
+
+
+def test_the_mean_over_classes_weighs_classes_alike() -> None:
+    query = side(13)  # one class has a query more
+    found = evaluate("model", query, side(30, seed=1, base=100))
+    assert found.scores["mAP@all(classes)"] == pytest.approx(np.mean([entry.score for entry in found.per_class]))
+    assert found.scores["mAP@all(classes)"] != pytest.approx(found.scores["mAP@all"], abs=1e-12)

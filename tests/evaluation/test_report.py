@@ -15,18 +15,30 @@ from PIL import Image
 
 from zsr.errors import ConfigError
 from zsr.evaluation.metrics import top
-from zsr.evaluation.protocol import Evaluation, Search, Side, evaluate, evaluate_hits
+from zsr.evaluation.protocol import (
+    Evaluation,
+    Sampling,
+    Search,
+    Side,
+    evaluate,
+    evaluate_generalised,
+    evaluate_hits,
+)
 from zsr.evaluation.report import (
+    Backbone,
     Published,
     RecallCurve,
     RecallPoint,
     Report,
     Row,
     Seeds,
+    Splits,
+    SplitScores,
     Validation,
     as_json,
     write,
 )
+from zsr.evaluation.scatter import scatter
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -68,11 +80,22 @@ def side(count: int, noise: float, seed: int, names: tuple[str, ...] = ("bat", "
     labels = np.array(names)[code]
     keys = np.array([f"{label}/{i}.png" for i, label in enumerate(labels)])
     embeddings = np.eye(len(names))[code] + noise * rng.standard_normal((count, len(names)))
-    return Side(np.arange(count, dtype=np.int64), keys, labels, embeddings.astype(np.float32))
+    ids = np.arange(count, dtype=np.int64)
+    return Side(ids, keys, labels, embeddings.astype(np.float32), pairs=ids % 12)
 
 
 def measured(name: str, noise: float, names: tuple[str, ...] = ("bat", "cow", "door")) -> Evaluation:
-    return evaluate(name, side(24, noise, 1, names), side(60, noise, 2, names), ks=(10, 20))
+    sampling = Sampling(disjoint=names[:2])
+    return evaluate(name, side(24, noise, 1, names), side(60, noise, 2, names), ks=(10, 20), sampling=sampling)
+
+
+def generalised(name: str, noise: float) -> Evaluation:
+    seen = side(10, noise, 3, ("bee", "cat"))
+    both = side(100, noise, 2, ("bat", "cow", "door", "bee", "cat"))
+    wide = [replace(s, embeddings=np.pad(s.embeddings, ((0, 0), (0, 5 - s.embeddings.shape[1])))) for s in (seen, both)]
+    query = side(24, noise, 1)
+    query = replace(query, embeddings=np.pad(query.embeddings, ((0, 0), (0, 2))))
+    return evaluate_generalised(name, query, wide[0], wide[1], ks=(10, 20))
 
 
 def through() -> Evaluation:
@@ -92,15 +115,25 @@ def full() -> Report:
             Row(measured("contrastive, best epoch", 0.25), "peak"),
             Row(measured("ridge", 0.5), "floor"),
             Row(measured("raw", 1.0), "floor"),
-            Row(through()),
+            Row(through(), note="seed 1", exact=measured("contrastive", 0.31).scores),
         ),
         unseen=("bat", "cow", "door"),
         curves=(
             RecallCurve("sketch queries", "IVF4,PQ2", 15, (RecallPoint(1, 15.0, 0.6), RecallPoint(2, 30.0, 0.93))),
         ),
         seeds=(Seeds("contrastive", {0: 0.99, 1: 0.98, 2: 0.1}),),
+        splits=Splits(
+            {"random:3:0": 0.3312, "random:3:1": 0.3421},
+            (
+                SplitScores("contrastive", {"random:3:0": 0.81234, "random:3:1": 0.72345}),
+                SplitScores("ridge", {"random:3:0": 0.61119, "random:3:1": 0.66664}),
+            ),
+        ),
         validation=(Validation("contrastive", ((10, 0.2), (20, 0.5), (30, 0.4))),),
-        published=(Published("SAKE", "ICCV 2019", {"mAP@all": 0.547}),),
+        published=(Published("SAKE", "ICCV 2019", {"mAP@all": 0.547, "P@20(min)": 0.692}),),
+        backbone=Backbone("lite0", "ImageNet-1k", {"bat": (), "cow": (), "door": ("sliding_door",)}),
+        scatter=scatter("contrastive", side(24, 0.3, 1), side(60, 0.3, 2), "cosine"),
+        notes=("Zero-shot: said so.",),
         configuration={"metric": "cosine"},
         digests={"checkpoint": "f" * 64},
         attribution="Pictures by nobody, CC0.",
@@ -153,12 +186,71 @@ def test_the_page_shows_the_numbers_of_the_file(page: Page, values: Any) -> None
             assert f"{row['scores'][name]:.3f}" in cells
             assert f"{row['chance'][name]:.3f}" in cells
     shown = next(row for row in values["rows"] if row["name"] == values["shown"] and row["search"] is None)
-    metric_table = page.cells[page.cells.index("mAP@all") :]
+    metric_table = page.cells[len(page.cells) - 1 - page.cells[::-1].index("mAP@all") :]
     for name, score in shown["scores"].items():
         at = metric_table.index(name)
         level = shown["chance"].get(name)
         assert metric_table[at + 1] == ("\N{EN DASH}" if level is None else f"{level:.3f}")
         assert metric_table[at + 2] == f"{score:.3f}"
+
+
+@pytest.mark.parametrize("kind", ["zero-shot", "generalised"])
+def test_every_number_on_the_page_is_in_the_file(tmp_path: Path, written: Path, kind: str) -> None:
+    """Scores have three decimals on the page; nothing there is computed from something else than the file."""
+    folder = written
+    if kind == "generalised":
+        folder = tmp_path
+        rows = (Row(generalised("contrastive", 0.3)), Row(generalised("ridge", 0.5), "floor"))
+        write(folder, Report("t", "d", rows, protocol="generalised"), no_picture)
+    known = {f"{abs(value):.3f}" for value in numbers(json.loads((folder / "report.json").read_text()))}
+    text = (folder / "report.html").read_text()
+    for part in ("style", "svg", "pre"):
+        text = re.sub(rf"<{part}\b.*?</{part}>", "", text, flags=re.DOTALL)
+    shown = re.findall(r"\d\.\d{3}(?!\d)", re.sub(r"<[^>]*>", " ", text))
+    assert len(shown) > 50
+    assert set(shown) <= known
+
+
+def numbers(value: Any) -> list[float]:
+    """Every number in JSON values."""
+    if isinstance(value, dict):
+        return [number for entry in value.values() for number in numbers(entry)]
+    if isinstance(value, list):
+        return [number for entry in value for number in numbers(entry)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_spread_over_splits_is_that_of_the_scores(values: Any, written: Path) -> None:
+    first, floor = values["splits"]["models"]
+    assert first["mean"] == pytest.approx((0.81234 + 0.72345) / 2)
+    assert first["deviation"] == pytest.approx(np.std([0.81234, 0.72345], ddof=1))
+    differences = [0.81234 - 0.61119, 0.72345 - 0.66664]
+    assert first["difference"] == pytest.approx(np.mean(differences))
+    assert first["difference_deviation"] == pytest.approx(np.std(differences, ddof=1))
+    assert floor["difference"] == 0
+
+
+def test_published_figures_stand_beside_the_same_metric(page: Page, values: Any) -> None:
+    shown = next(row for row in values["rows"] if row["name"] == values["shown"] and row["search"] is None)
+    at = page.cells.index("P@20(min)")
+    chance = shown["chance"]["P@20(min)"]
+    assert page.cells[at + 1 : at + 4] == ["0.692", f"{shown['scores']['P@20(min)']:.3f}", f"{chance:.3f}"]
+
+
+def test_classes_new_to_the_backbone_are_named(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    assert "1 of the 3 unseen classes" in text
+    assert "sliding door" in text
+    assert "Zero-shot: said so." in text
+
+
+def test_the_scatter_is_seeded_and_holds_every_item(values: Any) -> None:
+    again = scatter("contrastive", side(24, 0.3, 1), side(60, 0.3, 2), "cosine")
+    assert again is not None
+    assert [list(point) for point in again.query] == values["scatter"]["query"]
+    assert (len(again.query), len(again.gallery)) == (24, 60)
+    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y, _ in again.query + again.gallery)
+    assert scatter("contrastive", side(3, 0.3, 1), side(3, 0.3, 2), "cosine") is None
 
 
 def test_the_file_holds_what_was_measured(values: Any) -> None:
@@ -197,6 +289,16 @@ def test_seeds_say_where_the_floor_stands(values: Any) -> None:
     assert (seeds["median"], seeds["lowest"], seeds["highest"]) == (0.98, 0.1, 0.99)
     assert "is above the ridge floor" in seeds["sentence"]
     assert "2 of 3 seeds" in seeds["sentence"]
+
+
+def test_an_index_stands_beside_exact_search_with_its_own_embeddings(page: Page, values: Any) -> None:
+    """The table's row of that model may be another seed."""
+    row = next(row for row in values["rows"] if row["search"] is not None)
+    at = page.cells.index("IVF4,PQ2")
+    shown = " ".join(page.cells[at : at + 9])
+    assert row["exact"]["mAP@all"] != row["scores"]["mAP@all"]
+    assert f"{row['exact']['mAP@all']:.3f}" in shown
+    assert f"{row['scores']['mAP@all']:.3f}" in shown
 
 
 def test_differences_are_paired_with_the_reference(values: Any) -> None:
@@ -252,7 +354,8 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 def test_the_smallest_report_has_no_empty_section(tmp_path: Path) -> None:
     write(tmp_path, Report("t", "d", (Row(measured("raw", 1.0), "floor"),)), no_picture)
     text = (tmp_path / "report.html").read_text()
-    for heading in ("Spread over seeds", "Recall against cost", "Validation", "through the index"):
+    headings = ("Spread over", "Recall against cost", "Validation", "through the index", "Published", "Seen and unseen")
+    for heading in (*headings, "Embeddings", "backbone had seen"):
         assert heading not in text
 
 

@@ -361,7 +361,7 @@ def test_prompts_join_the_tokens_and_train_with_the_norms(name: str, tmp_path: P
     plain, prompted = (backbones.build(backbones.architecture(name, path, prompts=count)).eval() for count in (0, 2))
     for backbone in (plain, prompted):
         backbones.load_weights(backbone, path)
-    assert size(prompted) == size(plain) + 2 * prompted.network.network.config.hidden_size
+    assert size(prompted) == size(plain) + 2 * prompted.get_parameter("network.prompts").shape[1]
     assert not torch.allclose(plain(pixels()), prompted(pixels()), atol=1e-4)
     names = {id(p): n for n, p in prompted.named_parameters()}
     trained = {names[id(p)] for p in tuned(prompted, "norms")}

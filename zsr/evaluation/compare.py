@@ -1,106 +1,45 @@
-"""Several checkpoints on one data set: floors, models, seeds, the peak over checkpoints, and search through an index.
+"""Several checkpoints on one data set, laid out as a report: models, seeds, floors, codes, indexes and class splits.
 
-Everything is embedded here from FEATURES, so that each row of the report is measured on the same queries and gallery.
+Everything is embedded here, from FEATURES or pictures, so that each row is measured on the same queries and gallery.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median_low
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
+import torch
 
 from zsr.artifact import Artifact, Store
-from zsr.data.shards import Rows, collect
-from zsr.data.splits import Split
-from zsr.embedding.gallery import source_of, vectors_of
 from zsr.errors import ConfigError
-from zsr.evaluation import metrics
-from zsr.evaluation.protocol import Evaluation, Search, Side, evaluate, evaluate_hits, zero_shot
-from zsr.evaluation.report import RecallCurve, RecallPoint, Report, Row, Seeds, Validation
+from zsr.evaluation import metrics, protocol, published, retrain
+from zsr.evaluation.bench import Bench
+from zsr.evaluation.protocol import Search, evaluate_hits
+from zsr.evaluation.report import (
+    Backbone,
+    Kind,
+    RecallCurve,
+    RecallPoint,
+    Report,
+    Row,
+    Seeds,
+    Splits,
+    SplitScores,
+    Validation,
+    best,
+)
+from zsr.evaluation.scatter import Scatter, scatter
 from zsr.index.search import Searcher
-from zsr.models import build
-from zsr.models.protocol import Embedder
+from zsr.models import build, itq
+from zsr.models.protocol import Embedder, Inputs
+from zsr.models.protocol import Rows as FitRows
 from zsr.training.checkpoint import open_model
-from zsr.training.config import TrainSettings
-from zsr.training.run import Run, train_model
 
+LearnedOn = Literal["seen", "queries"]
 
-@dataclass(frozen=True)
-class Bench:
-    """The unseen rows that every model is measured on.
-
-    Attributes:
-        checkpoints: of one split; their unseen classes must agree.
-    """
-
-    data: Artifact
-    features: Artifact
-    semantics: Artifact
-    checkpoints: tuple[Artifact, ...]
-
-    def __post_init__(self) -> None:
-        if not self.checkpoints:
-            raise ConfigError("nothing to evaluate; give at least one --checkpoint")
-        for checkpoint in self.checkpoints:
-            for modality in ("sketch", "photo"):
-                source_of(self.data, self.features, checkpoint, modality)
-        runs = [(str(c.config["model"]), int(c.config["settings"]["seed"])) for c in self.checkpoints]
-        if twice := sorted({run for run in runs if runs.count(run) > 1}):
-            raise ConfigError(
-                f"two checkpoints of {twice[0]}: a model's seeds are grouped by number; compare these apart"
-            )
-        splits = {tuple(c.config["split"]["unseen"]) for c in self.checkpoints}
-        if len(splits) > 1:
-            raise ConfigError(f"the checkpoints were trained for {len(splits)} different splits; compare those of one")
-
-    @property
-    def split(self) -> Split:
-        """The split that the checkpoints carry."""
-        found = self.checkpoints[0].config["split"]
-        roles = {role: tuple(found[role]) for role in ("unseen", "validation", "training")}
-        return Split(source=str(found["source"]), **roles)
-
-    @cached_property
-    def query(self) -> Rows:
-        """Sketches of the unseen classes."""
-        return collect(self.data, self.features, "sketch", self.split.unseen)
-
-    @cached_property
-    def gallery(self) -> Rows:
-        """Photos of the unseen classes."""
-        return collect(self.data, self.features, "photo", self.split.unseen)
-
-    def sides(self, model: Embedder) -> tuple[Side, Side]:
-        """Queries and gallery embedded by `model`, several parts of an item on consecutive rows."""
-        return self._side(model, "sketch", self.query), self._side(model, "photo", self.gallery)
-
-    def _side(self, model: Embedder, modality: str, rows: Rows) -> Side:
-        embedded = vectors_of(model, modality, rows.features, "cpu")
-        count, parts, dim = embedded.shape
-        repeat = np.repeat(np.arange(count), parts)
-        labels = np.array(self.split.unseen)[rows.labels]
-        return Side(
-            ids=rows.ids[repeat],
-            keys=np.array(rows.keys)[repeat],
-            labels=labels[repeat],
-            embeddings=embedded.reshape(-1, dim),
-            part=np.tile(np.arange(parts), count) if parts > 1 else None,
-        )
-
-    def measure(self, name: str, model: Embedder, saw: Iterable[str], ks: Sequence[int]) -> Evaluation:
-        """One model, exactly. Raises Leakage if it was trained on a class that the split evaluates."""
-        query, gallery = self.sides(model)
-        zero_shot(query, gallery, unseen=self.split.unseen, trained=tuple(saw))
-        return evaluate(name, query, gallery, metric=model.metric, ks=ks)
-
-    def map_all(self, model: Embedder) -> float:
-        """mAP@all alone, for the many checkpoints of one run."""
-        query, gallery = self.sides(model)
-        items, q = query.merged()
-        others, g = gallery.merged()
-        return metrics.mean_average_precision(q, g, items.labels, others.labels, model.metric)
+FLOORS: Final = ("raw", "ridge")
+CODED_FROM: Final = 20_000  # seen items a modality that codes are learned from
 
 
 @dataclass(frozen=True)
@@ -111,76 +50,221 @@ class Settings:
         title: of the page.
         k: results asked of the index a query.
         ks: cut-offs of the metrics.
+        splits: random class splits on which every model is trained again; 0 for none.
+        bits: length of binary codes that stand beside the embeddings; None for none.
+        bits_learned_on: seen items, or the very queries that are evaluated, as SEM-PCYC's released code does.
     """
 
     title: str
     k: int = 1000
     ks: tuple[int, ...] = (100, 200)
+    splits: int = 0
+    bits: int | None = None
+    bits_learned_on: LearnedOn = "seen"
 
 
-def compare(bench: Bench, index: Artifact | None, floors: Store, settings: Settings) -> Report:
-    """Measure every checkpoint, the floors, and the index, and lay them out as a report.
+@dataclass(frozen=True)
+class Group:
+    """Checkpoints of one configuration that differ in their seed.
+
+    Attributes:
+        name: the model's, with what sets it apart from another configuration of the same model.
+        scores: mAP@all by seed.
+        middle: the checkpoint of the median seed: it stands for its model in the table.
+    """
+
+    name: str
+    checkpoints: tuple[Artifact, ...]
+    scores: Mapping[int, float]
+    middle: Artifact
+
+    @property
+    def note(self) -> str:
+        if len(self.checkpoints) == 1:
+            return ""
+        return f"median of {len(self.checkpoints)} seeds (seed {_seed(self.middle)})"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One report in the making.
+
+    Attributes:
+        store: keeps what has to be trained.
+        shots: what few-shot models are trained on; None in the other settings.
+    """
+
+    bench: Bench
+    settings: Settings
+    store: Store
+    shots: retrain.Shots | None = None
+
+    def row(self, name: str, model: Embedder, saw: Iterable[str]) -> protocol.Evaluation:
+        return self.bench.measure(name, model, saw, self.settings.ks)
+
+    def of(self, checkpoint: Artifact) -> Artifact:
+        """The checkpoint that is measured: in the few-shot setting the one that is trained with the shots."""
+        return checkpoint if self.shots is None else retrain.again(self.bench, checkpoint, self.store, shots=self.shots)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a report is made of.
+
+    Attributes:
+        bench: checkpoints of one split.
+        others: benches of other splits, for the spread over splits.
+        indexes: each of the photo embeddings of one of the checkpoints.
+    """
+
+    bench: Bench
+    others: tuple[Bench, ...] = ()
+    indexes: tuple[Artifact, ...] = ()
+
+
+def by_split(bench: Mapping[str, Any], checkpoints: Sequence[Artifact]) -> tuple[Bench, ...]:
+    """One bench for each split that the checkpoints were trained for, in the order in which they first appear.
 
     Args:
-        index: built from the photo embeddings of one of the checkpoints, or None.
-        floors: where the ridge floor is kept; it is solved on this bench's split if it is not there.
+        bench: the other arguments of `Bench`.
 
     Raises:
-        Leakage, ConfigError: see `Bench` and `protocol.zero_shot`.
+        ConfigError: see `Bench`.
     """
-    by_model: dict[str, list[Artifact]] = {}
-    for checkpoint in bench.checkpoints:
-        by_model.setdefault(str(checkpoint.config["model"]), []).append(checkpoint)
-    rows: list[Row] = []
-    seeds: list[Seeds] = []
-    for name, group in by_model.items():
-        scores = {int(c.config["settings"]["seed"]): bench.map_all(open_model(c)) for c in group}
-        middle = _middle(group, scores)
-        rows.append(Row(_measure(bench, name, middle, settings), note=_note(group, middle)))
-        rows += _peak(bench, name, group, settings)
-        if len(group) > 1:
-            seeds.append(Seeds(name, scores))
-        if index is not None and _built_from(index, group):
-            rows.append(_through(bench, name, index, settings))
+    groups: dict[tuple[str, ...], list[Artifact]] = {}
+    for checkpoint in checkpoints:
+        groups.setdefault(tuple(checkpoint.config["split"]["unseen"]), []).append(checkpoint)
+    if not groups:
+        raise ConfigError("nothing to evaluate; give at least one --checkpoint")
+    return tuple(Bench(checkpoints=tuple(group), **bench) for group in groups.values())
+
+
+def compare(given: Given, store: Store, settings: Settings) -> Report:
+    """Measure every checkpoint, the floors, and the indexes, and lay them out as a report.
+
+    Args:
+        store: where the ridge floor is kept, and whatever else has to be trained; it is used again.
+
+    Raises:
+        Leakage, ConfigError: see `Bench`, `protocol.zero_shot` and `retrain`.
+    """
+    _refuse(given, settings)
+    bench = given.bench
+    shots = retrain.few_shot(bench, store) if bench.task.protocol == "few-shot" else None
+    if shots is not None:
+        bench = replace(bench, support=shots.support)
+    work = Work(bench, settings, store, shots)
+    groups = _groups(work)
+    rows = [row for group in groups for row in _rows(work, group, given.indexes)]
+    rows += _floors(work, {group.name for group in groups})
+    shown = next((group for group in groups if group.name == best(rows)), groups[0])
     return Report(
         title=settings.title,
         data_set=_describe(bench),
-        rows=(*rows, *_floors(bench, floors, settings)),
-        unseen=bench.split.unseen,
-        curves=() if index is None else _curves(index),
-        seeds=tuple(seeds),
+        rows=tuple(rows),
+        query_modality=bench.task.query,
+        gallery_modality=bench.task.gallery,
+        protocol=bench.task.protocol,
+        notes=(*_notes(bench, rows, shots), *_without_codes(groups, settings.bits)),
+        unseen=bench.tested,
+        curves=tuple(curve for index in given.indexes for curve in _curves(index, bench.task.query)),
+        seeds=tuple(Seeds(group.name, group.scores) for group in groups if len(group.checkpoints) > 1),
+        splits=_splits(work, groups, given.others),
         validation=tuple(
-            Validation(name, tuple((int(s), float(v)) for s, v in group[0].facts["history"]))
-            for name, group in by_model.items()
-            if len(group[0].facts["history"]) > 1
+            Validation(group.name, tuple((int(s), float(v)) for s, v in group.middle.facts["history"]))
+            for group in groups
+            if len(group.middle.facts["history"]) > 1
         ),
-        configuration={name: dict(group[0].config) for name, group in by_model.items()},
-        digests=_digests(bench, index),
+        published=published.figures(bench.tested, bench.task.protocol),
+        backbone=_backbone(bench),
+        scatter=_scatter(work, shown),
+        configuration={group.name: dict(group.middle.config) for group in groups},
+        digests=_digests(bench, groups, given.indexes),
         attribution=str(bench.data.config["source"].get("attribution", "")),
     )
 
 
-def _middle(group: Sequence[Artifact], scores: Mapping[int, float]) -> Artifact:
-    """The checkpoint of the median seed: it stands for its model in the table."""
-    wanted = median_low(scores.values())
-    return next(c for c in group if scores[int(c.config["settings"]["seed"])] == wanted)
+def _refuse(given: Given, settings: Settings) -> None:
+    """Raise ConfigError for what cannot be shown, before anything is measured."""
+    several = bool(given.others) or settings.splits > 0
+    if several and given.bench.task.protocol == "few-shot":
+        raise ConfigError("several class splits are compared in the zero-shot and generalised settings only")
+    widest = max(int(checkpoint.facts["dim"]) for checkpoint in given.bench.checkpoints)
+    if settings.bits is not None and settings.bits > widest:
+        raise ConfigError(f"--bits {settings.bits}: no model has as many dimensions; the widest has {widest}")
 
 
-def _measure(bench: Bench, name: str, checkpoint: Artifact, settings: Settings) -> Evaluation:
-    return bench.measure(name, open_model(checkpoint), checkpoint.facts["saw"], settings.ks)
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def _note(group: Sequence[Artifact], middle: Artifact) -> str:
-    if len(group) == 1:
-        return ""
-    return f"median of {len(group)} seeds (seed {middle.config['settings']['seed']})"
+def _seed(checkpoint: Artifact) -> int:
+    return int(checkpoint.config["settings"]["seed"])
 
 
-def _peak(bench: Bench, name: str, group: Sequence[Artifact], settings: Settings) -> list[Row]:
+def _groups(work: Work) -> list[Group]:
+    found = []
+    for name, members in named(work.bench.checkpoints).items():
+        measured = [(work.of(checkpoint), checkpoint) for checkpoint in members]
+        scores = {_seed(given): work.bench.map_all(open_model(made)) for made, given in measured}
+        wanted = median_low(scores.values())
+        middle = next(made for made, given in measured if scores[_seed(given)] == wanted)
+        found.append(Group(name, tuple(made for made, _ in measured), scores, middle))
+    return found
+
+
+def named(checkpoints: Sequence[Artifact]) -> dict[str, list[Artifact]]:
+    """Checkpoints grouped by configuration: all that shapes them but the seed and what the seed draws.
+
+    Where one model comes in several configurations, its name is followed by the options and settings that differ.
+
+    Raises:
+        ConfigError: two checkpoints of one configuration and seed.
+    """
+    shapes = {checkpoint.digest: _shape(checkpoint) for checkpoint in checkpoints}
+    groups: dict[str, list[Artifact]] = {}
+    for checkpoint in checkpoints:
+        alike = [shapes[c.digest] for c in checkpoints if c.config["model"] == checkpoint.config["model"]]
+        mine = shapes[checkpoint.digest]
+        differ = sorted(key for key in mine if any(other.get(key) != mine[key] for other in alike))
+        detail = ", ".join(f"{key} {mine[key]}" for key in differ)
+        name = str(checkpoint.config["model"]) + (f" ({detail})" if detail else "")
+        groups.setdefault(name, []).append(checkpoint)
+    for name, members in groups.items():
+        if len({_seed(member) for member in members}) < len(members):
+            raise ConfigError(f"two checkpoints of {name} have one seed; seeds are grouped by number, give each once")
+    return groups
+
+
+def _shape(checkpoint: Artifact) -> dict[str, Any]:
+    """What tells configurations apart, by name: options, settings but the seed, and what the model eats."""
+    config = checkpoint.config
+    settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "keep_checkpoints")}
+    inputs = Inputs.model_validate(config["inputs"])
+    tower = inputs.tower.architecture["name"] if inputs.tower else None
+    # the last stage of a refit carries its first stage as a parent
+    more = {"refit": "chosen" in checkpoint.parents, "tower": tower, "query": inputs.query}
+    return {**config["options"], **settings, **more}
+
+
+def _rows(work: Work, group: Group, indexes: Sequence[Artifact]) -> list[Row]:
+    """The model itself, its peak over checkpoints, its binary codes, and its indexes."""
+    model, saw = open_model(group.middle), group.middle.facts["saw"]
+    kind: Kind = "floor" if group.name in FLOORS else "model"
+    rows = [Row(work.row(group.name, model, saw), kind, group.note), *_peak(work, group)]
+    if work.settings.bits is not None and _wide_enough(group, work.settings.bits):
+        rows.append(_coded(work, group, model, work.settings.bits))
+    mine = {checkpoint.digest: checkpoint for checkpoint in group.checkpoints}
+    for index in indexes:
+        if index.facts["checkpoint"] in mine:
+            rows.append(_through(work, group.name, mine[index.facts["checkpoint"]], index))
+    return rows
+
+
+def _peak(work: Work, group: Group) -> list[Row]:
     """The best of all kept checkpoints by the test score itself, marked as not selectable; none if none were kept."""
     found = [
-        (bench.map_all(open_model(checkpoint, entry.path)), checkpoint, entry.path)
-        for checkpoint in group
+        (work.bench.map_all(open_model(checkpoint, entry.path)), checkpoint, entry.path)
+        for checkpoint in group.checkpoints
         for entry in checkpoint.files
         if entry.path.startswith("steps/")
     ]
@@ -188,69 +272,156 @@ def _peak(bench: Bench, name: str, group: Sequence[Artifact], settings: Settings
         return []
     _, checkpoint, path = max(found, key=lambda entry: entry[0])
     step = int(path.removeprefix("steps/").removesuffix(".safetensors"))
-    seed = checkpoint.config["settings"]["seed"]
-    model = open_model(checkpoint, path)
-    measured = bench.measure(f"{name} (peak)", model, checkpoint.facts["saw"], settings.ks)
-    return [Row(measured, "peak", f"best of {len(found)} checkpoints by the test itself: seed {seed}, step {step}")]
+    measured = work.row(f"{group.name} (peak)", open_model(checkpoint, path), checkpoint.facts["saw"])
+    note = f"best of {len(found)} checkpoints by the test itself: seed {_seed(checkpoint)}, step {step}"
+    return [Row(measured, "peak", note)]
 
 
-def _built_from(index: Artifact, group: Sequence[Artifact]) -> bool:
-    return index.facts["checkpoint"] in {c.digest for c in group}
+def _wide_enough(group: Group, bits: int) -> bool:
+    """ITQ makes no more bits than an embedding has dimensions."""
+    return bits <= int(group.middle.facts["dim"])
 
 
-def _through(bench: Bench, name: str, index: Artifact, settings: Settings) -> Row:
-    """The same queries answered by the index at its published operating point."""
-    checkpoint = next(c for c in bench.checkpoints if c.digest == index.facts["checkpoint"])
+def _coded(work: Work, group: Group, model: Embedder, bits: int) -> Row:
+    """Binary codes of the model's embeddings by ITQ, ranked by Hamming distance."""
+    bench, saw, name = work.bench, group.middle.facts["saw"], f"{group.name}, {bits} bits"
+    if work.settings.bits_learned_on == "seen":
+        coded = itq.Coded(model, bits)
+        coded.fit(_seen_rows(bench, model))
+        return Row(work.row(name, coded, saw), note="ITQ learned on seen items")
+    query, gallery = bench.sides(model)
+    bench.guard(query, gallery, saw)
+    codes = itq.transductive(torch.from_numpy(query.embeddings), torch.from_numpy(gallery.embeddings), bits)
+    sides = [replace(side, embeddings=code.numpy()) for side, code in zip((query, gallery), codes, strict=True)]
+    measured = protocol.evaluate(
+        name, sides[0], sides[1], metric="hamming", ks=work.settings.ks, sampling=bench.sampling
+    )
+    return Row(
+        measured, note="ITQ learned on the very queries, each side centred by itself (as SEM-PCYC's released code)"
+    )
+
+
+def _seen_rows(bench: Bench, model: Embedder) -> list[FitRows]:
+    """A seeded sample of the trained rows of either side, as models call them."""
+    found = []
+    for side, modality in (("sketch", bench.query_kind), ("photo", "photo")):
+        pool = bench.pool(bench.source(model), modality, bench.split.training)
+        rows = np.sort(np.random.default_rng(bench.task.seed).permutation(len(pool.ids))[:CODED_FROM])
+        features = torch.from_numpy(pool.features[rows]).to(bench.device or "cpu")
+        label = np.searchsorted(bench.split.training, pool.labels[rows])
+        found.append(FitRows(side, features, torch.from_numpy(label)))
+    return found
+
+
+def _through(work: Work, name: str, checkpoint: Artifact, index: Artifact) -> Row:
+    """The same queries answered by an index at its published operating point.
+
+    Raises:
+        ConfigError: the index holds other items than the gallery.
+    """
+    bench, settings = work.bench, work.settings
     model = open_model(checkpoint)
     query, gallery = bench.sides(model)
-    zero_shot(query, gallery, unseen=bench.split.unseen, trained=checkpoint.facts["saw"])
+    bench.guard(query, gallery, checkpoint.facts["saw"])
     items, q = query.merged()
     others, _ = gallery.merged()
     searcher = Searcher.of(index)
+    if set(searcher.ids.tolist()) != set(others.ids.tolist()):
+        raise ConfigError(
+            f"index {index.digest[:12]} holds {len(np.unique(searcher.ids))} items and the {bench.task.protocol} "
+            f"gallery {len(others)}, not the same ones; build it from this gallery, or leave --index-dir out"
+        )
     k = min(settings.k, len(others))
     hits = searcher.search(np.ascontiguousarray(q, dtype=np.float32), k)
     point = index.facts["operating_point"]
     size = sum(entry.bytes for entry in index.files)
     search = Search(index.facts["index_key"], int(point["nprobe"]), k, float(point["recall_sketch"]), size)
-    measured = evaluate_hits(name, items, others, hits.ids, search, metric=model.metric, ks=settings.ks)
-    seed = checkpoint.config["settings"]["seed"]
-    return Row(measured, note=f"seed {seed}, codes re-ranked {point['refine_factor']} k deep")
+    measured = evaluate_hits(
+        name, items, others, hits.ids, search, metric=model.metric, ks=settings.ks, sampling=bench.sampling
+    )
+    exact = work.row(name, model, checkpoint.facts["saw"]).scores
+    note = f"seed {_seed(checkpoint)}, codes re-ranked {point['refine_factor']} k deep"
+    return Row(measured, note=note, exact=exact)
 
 
-def _floors(bench: Bench, store: Store, settings: Settings) -> list[Row]:
-    """Raw features where both modalities share a space, and ridge with its penalty chosen on the validation classes."""
-    inputs = bench.checkpoints[0].config["inputs"]
+# ---- floors ----------------------------------------------------------------------------------------------------------
+
+
+def _floors(work: Work, given: Collection[str] = ()) -> list[Row]:
+    """Raw features where both modalities share a space, and ridge with its penalty chosen on the validation classes.
+
+    Args:
+        given: names of models that are measured anyway.
+    """
     rows = []
-    if inputs["sketch_dim"] == inputs["photo_dim"]:
-        raw = build("raw", {}, _inputs(bench))
-        rows.append(Row(bench.measure("raw", raw, (), settings.ks), "floor", "backbone features, cosine"))
-    ridge = ridge_floor(bench, store)
-    note = "features regressed onto class vectors in closed form"
-    rows.append(Row(bench.measure("ridge", open_model(ridge), ridge.facts["saw"], settings.ks), "floor", note))
+    raw = _raw(work.bench)
+    if raw is not None and "raw" not in given:
+        rows.append(Row(work.row("raw", raw, ()), "floor", "backbone features, cosine"))
+    if work.bench.features is not None and work.bench.semantics is not None and "ridge" not in given:
+        ridge = retrain.ridge_floor(work.bench, work.store, work.shots)
+        note = "features regressed onto class vectors in closed form"
+        rows.append(Row(work.row("ridge", open_model(ridge), ridge.facts["saw"]), "floor", note))
     return rows
 
 
-def _inputs(bench: Bench) -> Any:
-    return open_model(bench.checkpoints[0]).inputs
+def _raw(bench: Bench) -> Embedder | None:
+    """The raw floor, or None where there are no features or their widths differ."""
+    if bench.features is None:
+        return None
+    dims = bench.features.facts["dims"]
+    query, gallery = dims[bench.task.query], dims[bench.task.gallery]
+    if query != gallery:
+        return None
+    return build("raw", {}, Inputs(sketch_dim=query, photo_dim=gallery, semantic_dim=0, classes=()))
 
 
-def ridge_floor(bench: Bench, store: Store) -> Artifact:
-    """The ridge checkpoint of this bench's split, solved now unless it lies in `store` already."""
-    run = Run(
-        data=bench.data,
-        features=bench.features,
-        semantics=bench.semantics,
-        split=bench.split,
-        model="ridge",
-        options={},
-        settings=TrainSettings(num_workers=1),
-        output=store,
-        score=metrics.mean_average_precision,
+# ---- class splits ----------------------------------------------------------------------------------------------------
+
+
+def _splits(work: Work, groups: Sequence[Group], others: Sequence[Bench]) -> Splits | None:
+    """mAP@all of every model and floor on several class splits: those of the checkpoints, and random ones.
+
+    A model that was not given for a split is trained for it with the same configuration, where that is asked for.
+    """
+    if not others and not work.settings.splits:
+        return None
+    found = [_on_split(work, bench, named(bench.checkpoints)) for bench in (work.bench, *others)]
+    for number in range(work.settings.splits):
+        split = retrain.random_split(work.bench, number)
+        made = {group.name: [retrain.again(work.bench, group.middle, work.store, split)] for group in groups}
+        bench = replace(work.bench, checkpoints=tuple(checkpoint for (checkpoint,) in made.values()))
+        found.append(_on_split(work, bench, made))
+    models = list(dict.fromkeys(name for _, scores, _ in found for name in scores))
+    return Splits(
+        chance={source: level for source, _, level in found},
+        models=tuple(
+            SplitScores(name, {source: scores[name] for source, scores, _ in found if name in scores})
+            for name in models
+        ),
     )
-    return train_model(run)
 
 
-def _curves(index: Artifact) -> tuple[RecallCurve, ...]:
+def _on_split(
+    work: Work, bench: Bench, members: Mapping[str, Sequence[Artifact]]
+) -> tuple[str, dict[str, float], float]:
+    """The split's name, mAP@all of each model (median over seeds) and floor on it, and the chance level."""
+    here = replace(work, bench=bench)
+    scores: dict[str, float] = {}
+    for name, checkpoints in members.items():
+        for checkpoint in checkpoints:
+            bench.guard(*bench.sides(open_model(checkpoint)), checkpoint.facts["saw"])
+        scores[name] = median_low(bench.map_all(open_model(checkpoint)) for checkpoint in checkpoints)
+    floors = _floors(here, scores)
+    scores |= {row.evaluation.name: row.evaluation.scores["mAP@all"] for row in floors}
+    asked = bench.asked(bench.source(open_model(bench.checkpoints[0])))
+    relevant = metrics.count_relevant(asked.query.labels, asked.gallery.labels)
+    return bench.split.source, scores, metrics.chance(relevant, len(asked.gallery.ids))["mAP@all"]
+
+
+# ---- what stands around the numbers ----------------------------------------------------------------------------------
+
+
+def _curves(index: Artifact, query: str) -> tuple[RecallCurve, ...]:
     """Recall against vectors compared, at the operating point's depth of re-ranking, for both kinds of query."""
     facts = index.facts
     depth = facts["operating_point"]["refine_factor"]
@@ -262,17 +433,65 @@ def _curves(index: Artifact) -> tuple[RecallCurve, ...]:
             int(facts["golden_k"]),
             tuple(RecallPoint(int(p["nprobe"]), float(p["scanned"]), float(p[column])) for p in points),
         )
-        for queries, column in (("sketch queries", "recall_sketch"), ("gallery queries", "recall_self"))
+        for queries, column in ((f"{query} queries", "recall_sketch"), ("gallery queries", "recall_self"))
     )
+
+
+PROTOCOLS: Final = {
+    "zero-shot": "Zero-shot: queries and gallery are of classes that no model was trained on.",
+    "generalised": (
+        "Generalised, gallery of all classes (Yelamarthi et al.): queries are of unseen classes, the gallery holds "
+        "seen ones too. Seen items are those that models were trained on."
+    ),
+    "generalised-sempcyc": (
+        "Generalised as in SEM-PCYC's released code: random seen items, a fifth as many as unseen ones, join queries "
+        "and gallery. They are items that models were trained on."
+    ),
+    "few-shot": (
+        "Few-shot: models were trained on {shots} items of each unseen class and modality, which are left out here."
+    ),
+}
+
+
+def _notes(bench: Bench, rows: Sequence[Row], shots: retrain.Shots | None) -> tuple[str, ...]:
+    """Sentences on the protocol, and on the published lists of the split."""
+    task, first = bench.task, rows[0].evaluation
+    notes = [PROTOCOLS[task.protocol].format(shots=task.shots)]
+    if task.as_released:
+        notes.append(
+            f"As released by SEM-PCYC: the {len(bench.split.validation)} validation classes, which chose the "
+            "checkpoints, are part of the test."
+        )
+    if shots is None and task.query != "photo":
+        notes.append(published.compare_counts(bench.tested, first.queries, first.gallery))
+    return tuple(note for note in notes if note)
+
+
+def _without_codes(groups: Sequence[Group], bits: int | None) -> tuple[str, ...]:
+    """Which models have too narrow embeddings for codes."""
+    narrow = [group for group in groups if bits is not None and not _wide_enough(group, bits)]
+    return tuple(f"No {bits}-bit codes of {g.name}: it embeds in {g.middle.facts['dim']} dimensions." for g in narrow)
+
+
+def _backbone(bench: Bench) -> Backbone:
+    matches = bench.matches
+    trained_on = "unknown" if matches is None else "nothing" if bench.backbone == "random weights" else "ImageNet-1k"
+    return Backbone(bench.backbone, trained_on, {} if matches is None else matches)
+
+
+def _scatter(work: Work, group: Group) -> Scatter | None:
+    model = open_model(group.middle)
+    query, gallery = work.bench.sides(model)
+    return scatter(group.name, query, gallery.only(work.bench.tested), model.metric)
 
 
 def _describe(bench: Bench) -> str:
     return f"{bench.data.config['source']['name']}, split {bench.split.source}"
 
 
-def _digests(bench: Bench, index: Artifact | None) -> dict[str, str]:
-    named = {"data": bench.data, "features": bench.features, "semantics": bench.semantics}
-    digests = {name: artifact.digest for name, artifact in named.items()}
-    for checkpoint in bench.checkpoints:
-        digests[f"{checkpoint.config['model']} seed {checkpoint.config['settings']['seed']}"] = checkpoint.digest
-    return digests if index is None else {**digests, "index": index.digest}
+def _digests(bench: Bench, groups: Sequence[Group], indexes: Sequence[Artifact]) -> dict[str, str]:
+    artifacts = {"data": bench.data, "features": bench.features, "semantics": bench.semantics}
+    digests = {name: artifact.digest for name, artifact in artifacts.items() if artifact is not None}
+    for group in groups:
+        digests |= {f"{group.name} seed {_seed(checkpoint)}": checkpoint.digest for checkpoint in group.checkpoints}
+    return digests | {f"index {number}": index.digest for number, index in enumerate(indexes, 1)}

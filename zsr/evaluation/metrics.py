@@ -11,10 +11,15 @@ divide by three different numbers, so each has its name here:
     mAP@k(min)      / min(k, R)          SAKE and later
     VOC             the same with each precision replaced by the best at that recall or a higher one (SAKE-line papers)
 
+Precision at k has three kinds as well: P@k divides the hits in the top k by k, P@k(min) divides them by min(k, R), and
+P@k(cut) is P@min(k, R), as ZSE-SBIR's code has it. They are one where R is at least k.
+
 Tied scores form one group: each relevant item of a group counts the precision at the end of the group, which is what
 scikit-learn's `average_precision_score` does. A group that crosses the cut k is shared: of its h hits in g items, h m/g
 are taken to lie in the m places above the cut. So no score depends on the order of the gallery. A query without a
 relevant item, or without a hit, scores 0 and stays in the mean.
+
+Work is done block by block in numpy, or with torch on the device that is named; both count the same way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +40,7 @@ Scores = NDArray[np.float32]
 Labels = NDArray[np.str_]
 
 BLOCK: Final = 16 << 20  # bytes of scores held at once
+DEVICE_BLOCK: Final = 512 << 20  # the same on a GPU; sorting them takes about five times as much
 DRAWS: Final = 4 << 20  # bootstrap draws held at once
 RECALL_LEVELS: Final = 101
 
@@ -49,6 +55,7 @@ class RankScores:
         ap, voc: (Q,) average precision over the whole ranking, plain and VOC-interpolated.
         ks: the K cut-offs.
         hits: (K, Q) relevant items in the top k; a fraction where a tied group crosses the cut.
+        hits_cut: (K, Q) the same in the top min(k, R).
         ap_sum, voc_sum: (K, Q) summed precision at those hits: the numerator of every mAP@k.
         curve: (101,) interpolated precision at recall 0, .01, ... 1, the mean over queries.
     """
@@ -59,6 +66,7 @@ class RankScores:
     voc: Floats
     ks: tuple[int, ...]
     hits: Floats
+    hits_cut: Floats
     ap_sum: Floats
     voc_sum: Floats
     curve: Floats
@@ -70,6 +78,10 @@ class RankScores:
     def precision_min(self, k: int) -> Floats:
         """P@k(min) = hits / min(k, R)."""
         return _ratio(self._hits(k), np.minimum(k, self.relevant))
+
+    def precision_cut(self, k: int) -> Floats:
+        """P@k(cut) = hits in the top min(k, R) / min(k, R)."""
+        return _ratio(self.hits_cut[self._row(k)], np.minimum(k, self.relevant))
 
     def recall(self, k: int) -> Floats:
         """recall@k = hits / R."""
@@ -99,6 +111,7 @@ class RankScores:
             named |= {
                 f"P@{k}": self.precision(k),
                 f"P@{k}(min)": self.precision_min(k),
+                f"P@{k}(cut)": self.precision_cut(k),
                 f"recall@{k}": self.recall(k),
                 f"mAP@{k}(k)": self.ap_k(k),
                 f"mAP@{k}(hits)": self.ap_hits(k),
@@ -125,7 +138,8 @@ def rank_scores(
     metric: Metric = "cosine",
     ks: Sequence[int] = (100, 200),
     *,
-    block: int = BLOCK,
+    block: int | None = None,
+    device: str | None = None,
 ) -> RankScores:
     """Rank the whole gallery for every query, exactly.
 
@@ -135,16 +149,17 @@ def rank_scores(
         query_label, gallery_label: (Q,), (N,) class names: an item is relevant if its class is the query's.
         metric: cosine, l2 (nearest first) or hamming (nearest first).
         ks: cut-offs; one beyond N ranks the whole gallery and still divides by k where the metric's name says so.
-        block: bytes of scores held at once.
+        block: bytes of scores held at once; None takes what suits the device.
+        device: a torch device such as cuda; None ranks on the CPU in numpy, which is the faster way there.
 
     Raises:
         ConfigError: no query, no gallery, lengths or widths that do not match, or a value that is not finite.
     """
     q_label, g_label = np.asarray(query_label, dtype=str), np.asarray(gallery_label, dtype=str)
     by_class = np.argsort(g_label, kind="stable")
-    scorer = _scorer(query, gallery, metric, by_class)
+    scorer = _scorer(query, gallery, metric, by_class, device)
     _same_length(scorer, q_label, g_label)
-    blocks = list(_blocks(q_label, g_label[by_class], block // (4 * scorer.cells)))
+    blocks = list(_blocks(q_label, g_label[by_class], scorer.rows(block)))
     parts = [_rank_block(scorer, each, tuple(ks)) for each in blocks]
     return _gather(parts, np.concatenate([b.rows for b in blocks]), tuple(ks), len(g_label))
 
@@ -155,9 +170,11 @@ def mean_average_precision(
     query_label: ArrayLike,
     gallery_label: ArrayLike,
     metric: Metric = "cosine",
+    *,
+    device: str | None = None,
 ) -> float:
     """mAP@all; arguments and errors of `rank_scores`."""
-    return float(rank_scores(query, gallery, query_label, gallery_label, metric, ks=()).ap.mean())
+    return float(rank_scores(query, gallery, query_label, gallery_label, metric, ks=(), device=device).ap.mean())
 
 
 def rank_hits(
@@ -190,19 +207,22 @@ def rank_hits(
 
 
 def top(
-    query: ArrayLike | torch.Tensor, gallery: ArrayLike | torch.Tensor, metric: Metric = "cosine", k: int = 10
+    query: ArrayLike | torch.Tensor,
+    gallery: ArrayLike | torch.Tensor,
+    metric: Metric = "cosine",
+    k: int = 10,
+    *,
+    device: str | None = None,
 ) -> Ints:
     """Gallery positions (Q, min(k, N)) of the best items, best first, equal ones in gallery order."""
-    scorer = _scorer(query, gallery, metric, None)
-    step = max(1, BLOCK // (4 * scorer.cells))
-    rows = np.arange(len(scorer.query))
-    return np.concatenate([_top_block(scorer(rows[at : at + step]), k) for at in range(0, len(rows), step)])
+    scorer = _scorer(query, gallery, metric, None, device)
+    return np.concatenate([_top_block(scorer(rows), k) for rows in scorer.steps()])
 
 
-def _top_block(scores: Scores, k: int) -> Ints:
-    best, place = torch.from_numpy(scores).topk(min(k, scores.shape[1]), dim=1)
-    order = np.lexsort((place.numpy(), -best.numpy()), axis=1)
-    return np.take_along_axis(place.numpy(), order, axis=1)
+def _top_block(scores: Scores | torch.Tensor, k: int) -> Ints:
+    best, place = torch.as_tensor(scores).topk(min(k, scores.shape[1]), dim=1)
+    values, places = best.cpu().numpy(), place.cpu().numpy()
+    return np.take_along_axis(places, np.lexsort((places, -values), axis=1), axis=1)
 
 
 def per_class(values: Floats, labels: Labels) -> dict[str, float]:
@@ -217,6 +237,146 @@ def count_relevant(query_label: Labels, gallery_label: Labels) -> Ints:
     ordered = np.sort(gallery_label)
     found: Ints = np.searchsorted(ordered, query_label, "right") - np.searchsorted(ordered, query_label, "left")
     return found
+
+
+# ---- instance pairs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairRanks:
+    """Where the item that a query was drawn from stands, the best one if there are several.
+
+    Attributes:
+        query: (M,) rows of the queries that have such an item in the gallery.
+        above: (M,) gallery items that score higher than it.
+        tied: (M,) items that score as it does, itself included.
+        items: (M,) how many items of the gallery would be right.
+        gallery: (M,) how many items were ranked.
+    """
+
+    query: Ints
+    above: Ints
+    tied: Ints
+    items: Ints
+    gallery: Ints
+
+    def accuracy(self, k: int) -> Floats:
+        """Acc@k (M,): 1 if it is in the top k; a tied group that crosses the cut gives its share."""
+        share: Floats = np.clip((k - self.above) / self.tied, 0.0, 1.0)
+        return share
+
+    def chance(self, k: int) -> float:
+        """Acc@k of a random ranking: 1 - C(N - T, k) / C(N, k) with T right items, the mean over queries."""
+        miss = np.ones(len(self.query))
+        for draw in range(k):
+            miss *= np.clip(self.gallery - self.items - draw, 0, None) / np.maximum(self.gallery - draw, 1)
+        return float(1 - miss.mean())
+
+
+def pair_ranks(
+    query: ArrayLike | torch.Tensor,
+    gallery: ArrayLike | torch.Tensor,
+    query_pair: ArrayLike,
+    gallery_pair: ArrayLike,
+    metric: Metric = "cosine",
+    *,
+    within: tuple[ArrayLike, ArrayLike] | None = None,
+    device: str | None = None,
+) -> PairRanks | None:
+    """Rank of the gallery item with the query's own pair, or None if no query has one in the gallery.
+
+    Args:
+        query, gallery, metric, device: as in `rank_scores`.
+        query_pair, gallery_pair: (Q,), (N,) what tells that two items belong together, such as the id of the photo.
+        within: class names of queries and gallery; only items of the query's class are then ranked, as fine-grained
+            retrieval does, and a query whose own item is of another class is left out. None ranks the whole gallery.
+
+    Raises:
+        ConfigError: see `rank_scores`.
+    """
+    wanted, pairs = np.asarray(query_pair), np.asarray(gallery_pair)
+    classes = None
+    if within is not None:
+        # numbers of classes: comparing them is much faster than comparing names
+        classes = _codes(*(np.asarray(side, dtype=str) for side in within))
+        # only what is of the query's class, too, is its own
+        wanted, pairs = (
+            pair * (1 + max(part.max() for part in classes)) + code
+            for pair, code in zip(_codes(wanted, pairs), classes, strict=True)
+        )
+    order = np.argsort(pairs, kind="stable")
+    first, last = (np.searchsorted(pairs[order], wanted, side) for side in ("left", "right"))
+    has = np.flatnonzero(last > first)
+    inside = None if classes is None else (classes[0], classes[1][order])
+    if not len(has):
+        return None
+    scorer = _scorer(query, gallery, metric, order, device)
+    found = [_pair_block(scorer, has[part], first, last, inside) for part in scorer.steps(len(has))]
+    above, tied, size = (np.concatenate(column) for column in zip(*found, strict=True))
+    return PairRanks(has, above, tied, (last - first)[has], size)
+
+
+def _codes(one: NDArray[Any], other: NDArray[Any]) -> tuple[Ints, Ints]:
+    """Small integers that are equal where the values are."""
+    _, code = np.unique(np.concatenate([one, other]), return_inverse=True)
+    return code[: len(one)], code[len(one) :]
+
+
+def _pair_block(
+    scorer: "_Scorer", rows: Ints, first: Ints, last: Ints, inside: tuple[Ints, Ints] | None
+) -> tuple[Ints, Ints, Ints]:
+    """Items above, items tied and items ranked (b,) of queries `rows`, whose own items are at first to last."""
+    scores = scorer(rows)
+    scores = scores.cpu().numpy() if isinstance(scores, torch.Tensor) else scores
+    counts = np.empty((3, len(rows)), dtype=np.int64)
+    for at, row in enumerate(rows):
+        ranked, best = scores[at], scores[at, first[row] : last[row]].max()
+        if inside is not None:
+            ranked = ranked[inside[1] == inside[0][row]]
+        above = np.count_nonzero(ranked > best)
+        counts[:, at] = above, np.count_nonzero(ranked >= best) - above, len(ranked)
+    return counts[0], counts[1], counts[2]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How AP varies over the queries that belong to one item, such as sketches that different people drew of one photo.
+
+    Attributes:
+        groups, queries: items with two or more queries, and these queries.
+        within: standard deviation of AP within an item, pooled: the root of the mean of its variances.
+        overall: standard deviation of AP over the same queries.
+        range: highest less lowest AP of an item, the mean over items.
+    """
+
+    groups: int
+    queries: int
+    within: float
+    overall: float
+    range: float
+
+
+def spread(values: Floats, pair: ArrayLike) -> Spread | None:
+    """The spread of `values` (Q,) over queries of equal `pair` (Q,), or None if no pair has two queries."""
+    _, code, count = np.unique(np.asarray(pair), return_inverse=True, return_counts=True)
+    several = count[code] > 1
+    if not several.any():
+        return None
+    _, code, count = np.unique(code[several], return_inverse=True, return_counts=True)
+    kept = values[several]
+    mean = np.bincount(code, kept) / count
+    variance = np.bincount(code, np.square(kept - mean[code])) / (count - 1)
+    order = np.lexsort((kept, code))
+    ends = np.cumsum(count)
+    ranges = kept[order][ends - 1] - kept[order][ends - count]
+    freedom = count - 1
+    within = float(np.sqrt((variance * freedom).sum() / freedom.sum()))
+    return Spread(len(count), len(kept), within, float(kept.std(ddof=1)), float(ranges.mean()))
+
+
+def harmonic(seen: float, unseen: float) -> float:
+    """2 s u / (s + u): the generalised setting's single number; 0 if both are 0."""
+    return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
 
 
 # ---- chance ----------------------------------------------------------------------------------------------------------
@@ -249,6 +409,7 @@ def chance(relevant: Ints, gallery: int, ks: Sequence[int] = ()) -> dict[str, fl
         levels |= {
             f"P@{k}": hits / k,
             f"P@{k}(min)": _ratio(hits, np.minimum(k, relevant)),
+            f"P@{k}(cut)": r / n,
             f"recall@{k}": np.where(some, cut / n, 0.0),
             f"mAP@{k}(k)": total / k,
             f"mAP@{k}(hits)": any_hit * h_k / cut + (hits - any_hit) / max(cut - 1, 1) * (1 - h_k / cut),
@@ -310,18 +471,28 @@ def interval(replicates: Floats, level: float = 0.95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Scores (rows, N) of some queries, highest best. `compare` sees (rows * P, W) and all (N * P', W)."""
+    """Scores (rows, N) of some queries, highest best. `compare` sees (rows * P, W) and all (N * P', W).
 
-    query: NDArray[Any]
-    gallery: NDArray[Any]
-    compare: Callable[[NDArray[Any], NDArray[Any]], Scores]
+    Queries and gallery are numpy arrays, or tensors on the device on which the ranking is done.
+    """
 
-    @property
-    def cells(self) -> int:
-        """Scores computed for one query, parts included."""
-        return int(self.query.shape[1] * self.gallery.shape[0] * self.gallery.shape[1])
+    query: Any
+    gallery: Any
+    compare: Callable[[Any, Any], Any]
 
-    def __call__(self, rows: Ints) -> Scores:
+    def rows(self, block: int | None = None) -> int:
+        """Queries of which `block` bytes hold the scores, parts included."""
+        cells = int(self.query.shape[1] * self.gallery.shape[0] * self.gallery.shape[1])
+        on_device = isinstance(self.query, torch.Tensor)
+        return max(1, (block or (DEVICE_BLOCK if on_device else BLOCK)) // (4 * cells))
+
+    def steps(self, count: int | None = None) -> Iterator[Ints]:
+        """Numbers 0 to `count` (all queries), some at a time."""
+        places = np.arange(len(self.query) if count is None else count)
+        step = self.rows()
+        return (places[at : at + step] for at in range(0, len(places), step))
+
+    def __call__(self, rows: Ints) -> Any:
         parts, (items, others, width) = self.query.shape[1], self.gallery.shape
         # BLAS turns a single row into a matrix-vector product, whose tail columns round differently: equal items
         # would no longer tie
@@ -329,21 +500,28 @@ class _Scorer:
         scores = self.compare(self.query[padded].reshape(-1, width), self.gallery.reshape(-1, width))
         if parts == others == 1:
             return scores[: len(rows)]
-        best: Scores = scores.reshape(-1, parts, items, others).max((1, 3))
+        by_part = scores.reshape(-1, parts, items, others)
+        best = by_part.amax((1, 3)) if isinstance(by_part, torch.Tensor) else by_part.max((1, 3))
         return best[: len(rows)]
 
 
 def _scorer(
-    query: ArrayLike | torch.Tensor, gallery: ArrayLike | torch.Tensor, metric: Metric, order: Ints | None
+    query: ArrayLike | torch.Tensor,
+    gallery: ArrayLike | torch.Tensor,
+    metric: Metric,
+    order: Ints | None,
+    device: str | None,
 ) -> _Scorer:
     q, g = _embeddings(query, "query", metric), _embeddings(gallery, "gallery", metric)
     if q.shape[2] != g.shape[2]:
         raise ConfigError(f"queries are {q.shape[2]} wide and gallery items {g.shape[2]}; they share no space")
     g = g if order is None else g[order]
-    if metric == "hamming":
+    if metric == "hamming" and device is None:
         return _Scorer(_words(q), _words(g), _minus_hamming)
-    q, g = (_unit(q), _unit(g)) if metric == "cosine" else _euclidean(q, g)
-    return _Scorer(q, g, _inner_product)
+    q, g = {"cosine": _cosine, "l2": _euclidean, "hamming": _signs}[metric](q, g)
+    if device is None:
+        return _Scorer(q, _by_column(g), _inner_product)
+    return _Scorer(torch.from_numpy(q).to(device), torch.from_numpy(g).to(device), torch.inner)
 
 
 def _embeddings(values: ArrayLike | torch.Tensor, side: str, metric: Metric) -> NDArray[Any]:
@@ -364,6 +542,22 @@ def _embeddings(values: ArrayLike | torch.Tensor, side: str, metric: Metric) -> 
 
 def _wanted(metric: Metric) -> str:
     return "packed bits, uint8" if metric == "hamming" else "floating point"
+
+
+def _cosine(q: NDArray[Any], g: NDArray[Any]) -> tuple[Scores, Scores]:
+    return _unit(q), _unit(g)
+
+
+def _signs(q: NDArray[Any], g: NDArray[Any]) -> tuple[Scores, Scores]:
+    """Bits as -1 and 1, whose inner product is the number of bits less twice the Hamming distance."""
+    left, right = (np.unpackbits(x, axis=2).astype(np.float32) * 2 - 1 for x in (q, g))
+    return left, right
+
+
+def _by_column(g: NDArray[Any]) -> NDArray[Any]:
+    """`g` (N, P, W) stored so that its transpose, which the product wants, lies in memory in order."""
+    flat = np.ascontiguousarray(g.reshape(-1, g.shape[2]).T).T
+    return flat.reshape(g.shape)
 
 
 def _unit(x: NDArray[Any]) -> Scores:
@@ -422,12 +616,13 @@ class _Block(NamedTuple):
 
 
 class _Ranked(NamedTuple):
-    """Per-query results of one block: (b,), (b,), (b,), (K, b), (K, b), (K, b), and the summed curve (101,)."""
+    """Per-query results of one block: (b,), (b,), (b,), four times (K, b), and the summed curve (101,)."""
 
     relevant: Ints
     ap: Floats
     voc: Floats
     hits: Floats
+    hits_cut: Floats
     ap_sum: Floats
     voc_sum: Floats
     curve: Floats
@@ -460,63 +655,86 @@ def _blocks(query_label: Labels, gallery_label: Labels, rows: int) -> Iterator[_
 
 
 def _rank_block(scorer: _Scorer, block: _Block, ks: tuple[int, ...]) -> _Ranked:
-    scores = scorer(block.rows)
-    own = np.sort(scores[:, block.relevant], axis=1)
-    total = np.full(len(own), own.shape[1], dtype=np.int64)
-    if not own.shape[1]:
+    total = np.full(len(block.rows), block.relevant.stop - block.relevant.start, dtype=np.int64)
+    if block.relevant.stop == block.relevant.start:
         return _nothing(total, len(ks))
-    hits = _Hits(_at_least(scores, own), own.shape[1] - _first_of_equals(own), np.ones(own.shape, dtype=bool))
-    starts = [_above(scores, own, _crossing(hits, k)) for k in ks]
-    return _reduce(hits, total, ks, starts)
+    scores = scorer(block.rows)
+    count = _count_sorted if isinstance(scores, torch.Tensor) else _count_binned
+    cuts = tuple(dict.fromkeys([*ks, *(min(k, int(total[0])) for k in ks)]))
+    own, seen, starts = count(scores, block.relevant, cuts)
+    hits = _Hits(seen, own.shape[1] - _first_of_equals(own), np.ones(own.shape, dtype=bool))
+    return _reduce(hits, total, ks, lambda limit: starts[cuts.index(int(limit[0]))])
 
 
 def _nothing(total: Ints, cuts: int) -> _Ranked:
     zero, cut = np.zeros(len(total)), np.zeros((cuts, len(total)))
-    return _Ranked(total, zero, zero, cut, cut, cut, np.zeros(RECALL_LEVELS))
+    return _Ranked(total, zero, zero, cut, cut, cut, cut, np.zeros(RECALL_LEVELS))
 
 
-def _at_least(scores: Scores, own: Scores) -> Ints:
-    """How many of `scores` (b, N) reach each of `own` (b, R), which is sorted and taken from the same row.
+Counted = tuple[Scores, Ints, list[Ints]]
 
-    Counted by bins, and sorted only within bins that hold one of `own`: 2.5 times as fast as sorting the row. The bin
-    is a monotone function of the score, so the count is exact.
+
+def _count_binned(scores: Scores, relevant: slice, ks: tuple[int, ...]) -> Counted:
+    """Sorted scores of the relevant items (b, R), how many of `scores` (b, N) reach each (b, R), and, a cut of `ks`,
+    how many are higher than the best hit that is not wholly inside (b,): where its tied group starts.
+
+    Counted by bins, and sorted only within bins that hold a relevant item: 2.5 times as fast as sorting the row. The
+    bin is a monotone function of the score, so the count is exact.
     """
+    own = np.sort(scores[:, relevant], axis=1)
     bins = min(max(1 << (scores.shape[1] - 1).bit_length(), 1 << 10), 1 << 16)
     low, high = scores.min(1), scores.max(1)
     scale = np.divide(np.float32(bins - 1), high - low, out=np.zeros_like(high), where=high > low)
     shared = np.zeros(bins, dtype=bool)
-    counts = np.empty(own.shape, dtype=np.int64)
-    for row in range(len(scores)):
-        bin_of = ((scores[row] - low[row]) * scale[row]).astype(np.intp)
-        own_bin = ((own[row] - low[row]) * scale[row]).astype(np.intp)
+    seen, starts = np.empty(own.shape, dtype=np.int64), np.empty((len(ks), len(own)), dtype=np.int64)
+    scaled, bin_of = np.empty(scores.shape[1], np.float32), np.empty(scores.shape[1], np.intp)
+    for row, mine in enumerate(own):
+        np.subtract(scores[row], low[row], out=scaled)
+        np.multiply(scaled, scale[row], out=scaled)
+        np.copyto(bin_of, scaled, casting="unsafe")
+        own_bin = ((mine - low[row]) * scale[row]).astype(np.intp)
         shared[own_bin] = True
-        close = scores[row].compress(shared[bin_of])
+        close = scores[row].take(shared.take(bin_of).nonzero()[0])
+        shared[own_bin] = False
         close.sort()
         alone = np.bincount(bin_of, minlength=bins)
         alone[own_bin] = 0
-        counts[row] = scores.shape[1] - alone.cumsum()[own_bin] - close.searchsorted(own[row])
-        shared[own_bin] = False
-    return counts
+        below = alone.cumsum()[own_bin]
+        np.subtract(scores.shape[1] - below, close.searchsorted(mine), out=seen[row])
+        for cut, k in enumerate(ks):
+            column = len(mine) - 1 - np.count_nonzero(seen[row] <= k)
+            starts[cut, row] = scores.shape[1] - below[column] - close.searchsorted(mine[column], "right")
+    return own, seen, list(starts)
+
+
+def _count_sorted(scores: torch.Tensor, relevant: slice, ks: tuple[int, ...]) -> Counted:
+    """The same with whole rows sorted, which a GPU does fast."""
+    own = scores[:, relevant].sort(dim=1).values
+    ordered = scores.sort(dim=1).values
+    seen = scores.shape[1] - torch.searchsorted(ordered, own)
+    starts = []
+    for k in ks:
+        column = (own.shape[1] - 1 - (seen <= k).sum(1)) % own.shape[1]
+        threshold = own.gather(1, column[:, None])
+        starts.append(scores.shape[1] - torch.searchsorted(ordered, threshold, right=True)[:, 0])
+    return own.cpu().numpy(), seen.cpu().numpy(), [start.cpu().numpy() for start in starts]
 
 
 def _first_of_equals(ordered: Scores) -> Ints:
     """For each place of sorted rows (b, R), the first place with the same value."""
-    place = np.broadcast_to(np.arange(ordered.shape[1]), ordered.shape).copy()
-    place[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = 0
+    place = np.broadcast_to(np.arange(ordered.shape[1]), ordered.shape)
+    same = ordered[:, 1:] == ordered[:, :-1]
+    if not same.any():
+        return place
+    place = place.copy()
+    place[:, 1:][same] = 0
     return np.maximum.accumulate(place, axis=1)
 
 
-def _crossing(hits: _Hits, k: int) -> Ints:
-    """Column (b,) of the best hit that is not wholly inside the top k; -1 if there is none."""
-    column: Ints = hits.seen.shape[1] - 1 - (hits.valid & (hits.seen <= k)).sum(1)
+def _crossing(hits: _Hits, limit: Ints) -> Ints:
+    """Column (b,) of the best hit that is not wholly inside the top `limit` (b,); -1 if there is none."""
+    column: Ints = hits.seen.shape[1] - 1 - (hits.valid & (hits.seen <= limit[:, None])).sum(1)
     return column
-
-
-def _above(scores: Scores, own: Scores, column: Ints) -> Ints:
-    """How many scores (b,) are higher than the one in `column` of `own`: where its tied group starts."""
-    threshold = own[np.arange(len(own)), column]
-    # row by row: numpy counts a whole row of flags with SIMD, but not along an axis
-    return np.array([np.count_nonzero(row > level) for row, level in zip(scores, threshold, strict=True)])
 
 
 def _groups(shape: tuple[int, ...], scores: ArrayLike | None) -> tuple[Ints, Ints]:
@@ -543,34 +761,48 @@ def _list_block(hit: Bools, total: Ints, groups: tuple[Ints, Ints], ks: tuple[in
     found = np.take_along_axis(hit.cumsum(1), end, axis=1)
     hits = _Hits(end + 1, found, np.take_along_axis(hit, worst_first, axis=1))
     start = np.take_along_axis(first, worst_first, axis=1)
-    return _reduce(hits, total, ks, [start[np.arange(len(hit)), _crossing(hits, k)] for k in ks])
+    return _reduce(hits, total, ks, lambda limit: start[np.arange(len(hit)), _crossing(hits, limit)])
 
 
-def _reduce(hits: _Hits, total: Ints, ks: tuple[int, ...], starts: Sequence[Ints]) -> _Ranked:
+def _reduce(hits: _Hits, total: Ints, ks: tuple[int, ...], start: Callable[[Ints], Ints]) -> _Ranked:
+    """`start` tells, for the ranks (b,) at which lists are cut, where the tied group that crosses each cut begins."""
     precision = np.where(hits.valid, hits.found / hits.seen, 0.0)
     best = np.maximum.accumulate(precision, axis=1)
-    cuts = [_cut(hits, precision, k, start) for k, start in zip(ks, starts, strict=True)]
-    summed = np.array(cuts).reshape(len(ks), 3, len(total))
+    summed, hits_cut = np.zeros((len(ks), 3, len(total))), np.zeros((len(ks), len(total)))
+    for row, k in enumerate(ks):
+        limit = np.full(len(total), k)
+        summed[row] = _cut(hits, precision, limit, start(limit))
+        short = np.clip(total, 1, k)
+        hits_cut[row] = summed[row, 0] if (short == k).all() else _cut(hits, precision, short, start(short))[0]
     return _Ranked(
         total,
         _ratio(precision.sum(1), total),
         _ratio(np.where(hits.valid, best, 0.0).sum(1), total),
         summed[:, 0],
+        hits_cut,
         summed[:, 1],
         summed[:, 2],
         _curve(best, total),
     )
 
 
-def _cut(hits: _Hits, precision: Floats, k: int, start: Ints) -> tuple[Floats, Floats, Floats]:
-    """Hits, summed precision and summed VOC precision (b,) within the top k. `start` is of the group that crosses."""
-    rows, column = np.arange(len(precision)), _crossing(hits, k)
-    end = hits.seen[rows, column]
-    inside = hits.valid & (hits.seen <= k)
-    crosses = hits.valid & (hits.seen == end[:, None]) & ~inside
-    share = inside + crosses * np.clip((k - start) / np.maximum(end - start, 1), 0, 1)[:, None]
+def _cut(hits: _Hits, precision: Floats, limit: Ints, start: Ints) -> tuple[Floats, Floats, Floats]:
+    """Hits, summed precision and summed VOC precision (b,) within the top `limit` (b,).
+
+    Args:
+        start: (b,) where the tied group that crosses the limit begins.
+    """
+    end = hits.seen[np.arange(len(precision)), _crossing(hits, limit)]
+    # the best hits stand last: the columns before those that can matter are left out, which saves much for small cuts
+    reach = np.maximum(end, limit)[:, None]
+    width = int((hits.valid & (hits.seen <= reach)).sum(1).max(initial=0))
+    best = slice(-width or None, None)
+    seen, valid, precision = hits.seen[:, best], hits.valid[:, best], precision[:, best]
+    inside = valid & (seen <= limit[:, None])
+    crosses = valid & (seen == end[:, None]) & ~inside
+    share = inside + crosses * np.clip((limit - start) / np.maximum(end - start, 1), 0, 1)[:, None]
     count = share.sum(1)
-    at = np.where(share > 0, np.where(inside, precision, count[:, None] / k), 0.0)
+    at = np.where(share > 0, np.where(inside, precision, (count / limit)[:, None]), 0.0)
     return count, (share * at).sum(1), (share * np.maximum.accumulate(at, axis=1)).sum(1)
 
 
@@ -593,7 +825,8 @@ def _gather(parts: Sequence[_Ranked], rows: Ints, ks: tuple[int, ...], gallery: 
         return np.concatenate([part[index] for part in parts], axis=-1)[..., back]
 
     curve = np.sum([part.curve for part in parts], axis=0) / len(rows)
-    return RankScores(gallery, column(0), column(1), column(2), ks, column(3), column(4), column(5), curve)
+    first = column(0), column(1), column(2)
+    return RankScores(gallery, *first, ks, column(3), column(4), column(5), column(6), curve)
 
 
 def _ratio(values: NDArray[Any], divisor: NDArray[Any]) -> Floats:

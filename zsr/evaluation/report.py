@@ -10,29 +10,25 @@ takes the page's colours) and thumbnails are inlined; there is no script and not
 import base64
 import io
 import json
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any, Final, Literal
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from zsr.artifact import write_atomically
 from zsr.errors import ConfigError
+from zsr.evaluation import plots
 from zsr.evaluation.metrics import interval
 from zsr.evaluation.protocol import Evaluation
+from zsr.evaluation.scatter import Scatter
 
 THUMBNAIL: Final = 88  # pixels; shown at 64 to 80
-CURVES: Final = 6  # lines that a plot still tells apart
 
 Kind = Literal["model", "floor", "peak"]
 Pictures = Callable[[str, int], bytes | None]
@@ -44,15 +40,17 @@ class Row:
     """One line of the headline table.
 
     Attributes:
-        evaluation: its numbers; with `evaluation.search` set, the row stands beside the exact one of the same name.
+        evaluation: its numbers; with `evaluation.search` set, they are those of an index.
         kind: model; floor (raw features, ridge); or peak: the best of all checkpoints by the test score itself, which
             nobody could have selected, and which is marked so.
         note: a few words under the name.
+        exact: for an index, the scores of exact search with the very embeddings that it was built from.
     """
 
     evaluation: Evaluation
     kind: Kind = "model"
     note: str = ""
+    exact: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,37 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class SplitScores:
+    """mAP@all of one model or floor by class split."""
+
+    model: str
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Scores on several class splits; `chance` has the level of each."""
+
+    chance: Mapping[str, float]
+    models: tuple[SplitScores, ...]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What the backbone saw.
+
+    Attributes:
+        name: of the backbone; imported where features came ready.
+        trained_on: ImageNet-1k, nothing or unknown.
+        matches: unseen class to those of the backbone's training classes that it is or holds; empty if unknown.
+    """
+
+    name: str
+    trained_on: str
+    matches: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Published:
     """Figures of a paper on the same split; `scores` uses the names of `Evaluation.scores`, so that kinds never mix."""
 
@@ -108,10 +137,12 @@ class Report:
         data_set: name of the data set and its split.
         rows: models and floors; the order of the table.
         query_modality, gallery_modality: such as sketch and photo; `pictures` is asked by them.
+        protocol: such as zero-shot.
+        notes: sentences on how it was measured.
         unseen: the classes evaluated.
         reference: name of the floor that differences are taken from; ignored where no row has it.
         shown: name of the row whose examples are shown; None is the best model.
-        curves, seeds, validation, published: sections, left out where empty.
+        curves, seeds, splits, validation, published, backbone, scatter: sections, left out where empty.
         configuration: what shaped the result, JSON values.
         digests: artifact name to digest.
         attribution: of the pictures.
@@ -122,13 +153,18 @@ class Report:
     rows: tuple[Row, ...]
     query_modality: str = "sketch"
     gallery_modality: str = "photo"
+    protocol: str = "zero-shot"
+    notes: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
     reference: str = "ridge"
     shown: str | None = None
     curves: tuple[RecallCurve, ...] = ()
     seeds: tuple[Seeds, ...] = ()
+    splits: Splits | None = None
     validation: tuple[Validation, ...] = ()
     published: tuple[Published, ...] = ()
+    backbone: Backbone | None = None
+    scatter: Scatter | None = None
     configuration: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     attribution: str = ""
@@ -157,18 +193,23 @@ def as_json(report: Report) -> Json:
         ConfigError: no row, or `shown` names none.
     """
     exact = {row.evaluation.name: row for row in report.rows if row.evaluation.search is None}
-    shown = report.shown or _best(report.rows)
+    shown = report.shown or best(report.rows)
     if shown not in exact:
         raise ConfigError(f"the report has no exact row {shown!r} to show; it has {sorted(exact)}")
     values = asdict(replace(report, rows=(), shown=shown))
     reference = exact.get(report.reference)
     values["rows"] = [_row_json(row, reference) for row in report.rows]
     values["seeds"] = [_seeds_json(seeds, reference) for seeds in report.seeds]
+    values["splits"] = None if report.splits is None else _splits_json(report.splits, report.reference)
     return values
 
 
-def _best(rows: Sequence[Row]) -> str:
-    """Name of the best selectable model, or of the best row where there are only floors."""
+def best(rows: Sequence[Row]) -> str:
+    """Name of the best selectable model, or of the best row where there are only floors.
+
+    Raises:
+        ConfigError: no row of exact search.
+    """
     exact = [row for row in rows if row.evaluation.search is None]
     models = [row for row in exact if row.kind == "model"] or exact
     if not models:
@@ -179,7 +220,8 @@ def _best(rows: Sequence[Row]) -> str:
 def _row_json(row: Row, reference: Row | None) -> Json:
     bare = asdict(replace(row.evaluation, replicates=np.zeros(0)))
     del bare["replicates"]
-    return {"kind": row.kind, "note": row.note, **bare, "difference": _difference(row, reference)}
+    beside = {"kind": row.kind, "note": row.note, "exact": dict(row.exact)}
+    return {**beside, **bare, "difference": _difference(row, reference)}
 
 
 def _difference(row: Row, reference: Row | None) -> Json | None:
@@ -204,6 +246,30 @@ def _seeds_json(seeds: Seeds, reference: Row | None) -> Json:
         "lowest": min(scores),
         "highest": max(scores),
         "sentence": "" if reference is None else _stand(seeds.model, scores, reference.evaluation),
+    }
+
+
+def _splits_json(splits: Splits, reference: str) -> Json:
+    floor = next((entry.scores for entry in splits.models if entry.model == reference), {})
+    return {
+        "chance": dict(splits.chance),
+        "models": [_split_scores_json(entry, floor) for entry in splits.models],
+    }
+
+
+def _split_scores_json(entry: SplitScores, floor: Mapping[str, float]) -> Json:
+    """Mean and deviation over splits; the difference to the floor is taken split by split."""
+    scores = list(entry.scores.values())
+    differences = [score - floor[split] for split, score in entry.scores.items() if split in floor]
+    return {
+        "model": entry.model,
+        "scores": dict(entry.scores),
+        "mean": mean(scores),
+        "deviation": stdev(scores) if len(scores) > 1 else None,
+        "lowest": min(scores),
+        "highest": max(scores),
+        "difference": mean(differences) if differences else None,
+        "difference_deviation": stdev(differences) if len(differences) > 1 else None,
     }
 
 
@@ -232,8 +298,9 @@ def render(values: Json, pictures: Pictures) -> str:
         shown=shown,
         reference=exact.get(values["reference"]),
         top=_axis_top(values["rows"]),
-        through=[(row, exact.get(row["name"])) for row in values["rows"] if row["search"] is not None],
-        plots=_plots(values, exact),
+        through=[row for row in values["rows"] if row["search"] is not None],
+        instances=[row for row in values["rows"] if "Acc@1" in row["scores"] and row["kind"] != "peak"],
+        plots=plots.all_of(values, exact, shown),
         strips=[_strip(example, values, pictures) for example in shown["examples"]],
     )
 
@@ -308,101 +375,3 @@ def _without_margin(picture: Image.Image) -> Image.Image:
         return picture
     cut = picture.crop(ink)
     return ImageOps.expand(cut, border=max(cut.size) // 12, fill="white")
-
-
-# ---- plots -----------------------------------------------------------------------------------------------------------
-
-# Matplotlib draws in these colours, and the page's own variables replace them: one SVG for light and dark.
-INK: Final = "#010101"
-MUTED: Final = "#020202"
-LINE: Final = "#030303"
-SERIES: Final = tuple(f"#0{i}0b0c" for i in range(1, CURVES + 1))
-THEME: Final = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"} | {
-    colour: f"var(--series-{i + 1})" for i, colour in enumerate(SERIES)
-}
-DASHES: Final = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 2)))
-STYLE: Final[dict[Any, Any]] = {
-    "svg.fonttype": "none",
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": LINE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "path.simplify_threshold": 1.0,
-}
-
-
-def _plots(values: Json, exact: Mapping[str, Json]) -> dict[str, Markup]:
-    """Plot name to inline SVG; a plot without points is left out."""
-    plots = {"precision-recall": _svg("precision-recall", lambda axes: _draw_curves(axes, list(exact.values())))}
-    if values["curves"]:
-        plots["recall"] = _svg("recall", lambda axes: _draw_recall(axes, values["curves"]))
-    if values["validation"]:
-        plots["validation"] = _svg("validation", lambda axes: _draw_validation(axes, values["validation"]))
-    return plots
-
-
-def _svg(name: str, draw: Callable[[Axes], None]) -> Markup:
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # the browser draws the text, so it does not matter which letters matplotlib's own font lacks
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(5.4, 3.7), layout="constrained")
-        draw(figure.subplots())
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = drawn.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[a-z]+\d*_\d+"', "", text)  # these would repeat from plot to plot
-    text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    for colour, variable in THEME.items():
-        text = text.replace(colour, variable)
-    return Markup(text)
-
-
-def _plain(name: str) -> str:
-    """`name` to be printed literally: a dollar would start mathematics, a leading underscore hides a legend entry."""
-    return name.replace("$", r"\$").lstrip("_") or name
-
-
-def _draw_curves(axes: Axes, rows: Sequence[Json]) -> None:
-    levels = np.linspace(0, 1, len(rows[0]["curve"]))
-    for row, colour, dash in zip(rows, SERIES, DASHES, strict=False):
-        axes.plot(levels, row["curve"], color=colour, linestyle=dash, label=_plain(row["name"]))
-    axes.set(xlabel="recall", ylabel="precision, interpolated", xlim=(0, 1), ylim=(0, None))
-    axes.legend(loc="upper right")
-
-
-def _draw_recall(axes: Axes, curves: Sequence[Json]) -> None:
-    for curve, colour, dash in zip(curves, SERIES, DASHES, strict=False):
-        points = sorted(curve["points"], key=lambda point: point["candidates"])
-        x, y = [p["candidates"] for p in points], [p["recall"] for p in points]
-        axes.plot(x, y, color=colour, linestyle=dash, marker="o", markersize=4, label=_plain(curve["queries"]))
-        for p in points:
-            at = (p["candidates"], p["recall"])
-            axes.annotate(str(p["nprobe"]), at, (0, -12), textcoords="offset points", color=MUTED, ha="center", size=8)
-    axes.set(xscale="log", xlabel="vectors compared a query", ylabel=f"recall@{curves[0]['k']} of exact search")
-    axes.set_ylim(0, 1.04)
-    axes.legend(loc="lower right")
-
-
-def _draw_validation(axes: Axes, curves: Sequence[Json]) -> None:
-    for curve, colour, dash in zip(curves, SERIES, DASHES, strict=False):
-        steps, scores = zip(*curve["points"], strict=True)
-        axes.plot(steps, scores, color=colour, linestyle=dash, label=_plain(curve["model"]))
-        best = int(np.argmax(scores))
-        axes.plot(steps[best], scores[best], marker="o", color=colour)
-    axes.set(xlabel="step", ylabel="mAP@all, validation classes", ylim=(0, None))
-    axes.legend(loc="lower right")

@@ -34,7 +34,7 @@ class Kind:
         width: by layer, the entry of the configuration that says how wide it is.
         options: by layer, for the network's constructor.
         fixed: entries of the configuration that are not the directory's to say.
-        tokens: the module that makes tokens (B, 1 + positions, H) of images, the class token first; prompts go behind it.
+        tokens: the module that makes tokens (B, 1 + positions, H) of images, class token first; prompts go behind that.
     """
 
     types: tuple[str, ...]

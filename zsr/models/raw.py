@@ -16,8 +16,8 @@ class Config(ModelConfig):
     """Options.
 
     Attributes:
-        scaling: features as they are, or standardised a modality by the trained rows, which takes away the difference of
-            the modalities' means.
+        scaling: features as they are, or standardised a modality by the trained rows, which takes away the difference
+            of the modalities' means.
     """
 
     scaling: Literal["none", "standard"] = "none"

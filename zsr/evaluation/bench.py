@@ -1,0 +1,269 @@
+"""The rows that every model of a report is measured on, and how: one bench, one protocol, the same queries for all.
+
+    zero-shot             unseen queries, gallery of unseen items
+    generalised           unseen queries, gallery of all classes (Yelamarthi et al.); seen queries stand beside them
+    generalised-sempcyc   a fifth as many seen items as unseen ones join queries and gallery (SEM-PCYC's released code)
+    few-shot              as zero-shot, but models were trained on a few items of each unseen class, which are left out
+
+In both generalised settings the seen items are those that were trained on: nothing is held out of a seen class.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from zsr.artifact import Artifact
+from zsr.data.shards import Source, collect
+from zsr.data.splits import Split
+from zsr.embedding.gallery import source_of, vectors_of
+from zsr.errors import ConfigError
+from zsr.evaluation import imagenet, metrics, protocol
+from zsr.evaluation.metrics import Ints, Labels
+from zsr.evaluation.protocol import Evaluation, Sampling, Side
+from zsr.models.protocol import Embedder, Inputs
+from zsr.training.source import pictures_of
+
+Protocol = Literal["zero-shot", "generalised", "generalised-sempcyc", "few-shot"]
+BackboneSaw = Literal["auto", "imagenet-1k", "unknown"]
+
+SEEN_SHARE: Final = 0.2  # of the unseen items, in SEM-PCYC's released code
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the models.
+
+    Attributes:
+        query, gallery: modalities.
+        protocol: see above.
+        as_released: validation classes are part of the test, as in SEM-PCYC's released code; they chose the checkpoint.
+        shots: items of each unseen class and modality that a few-shot model is trained on.
+        backbone_saw: what the backbone was trained on; auto goes by its name.
+        seed: of the draws of seen items and of shots.
+    """
+
+    query: str = "sketch"
+    gallery: str = "photo"
+    protocol: Protocol = "zero-shot"
+    as_released: bool = False
+    shots: int = 5
+    backbone_saw: BackboneSaw = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows of one modality before they are embedded.
+
+    Attributes:
+        ids, pairs: (N,) int64. labels, keys: (N,) strings. features: (N, D), or pictures (N, H, W, 3).
+    """
+
+    ids: Ints
+    pairs: Ints
+    labels: Labels
+    keys: Labels
+    features: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Pool":
+        """The rows of a mask, or those that row numbers name."""
+        return Pool(self.ids[rows], self.pairs[rows], self.labels[rows], self.keys[rows], self.features[rows])
+
+    def of(self, classes: Iterable[str]) -> "Pool":
+        """The rows of some classes."""
+        return self.take(np.isin(self.labels, sorted(classes)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows of a protocol: unseen queries, seen queries (none but in the generalised settings) and the gallery."""
+
+    query: Pool
+    seen: Pool | None
+    gallery: Pool
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Data, and checkpoints of one split.
+
+    Attributes:
+        features: of that data; None where every checkpoint has an image tower.
+        semantics: for the ridge floor; None leaves it out.
+        support: ids of unseen items that were trained on, in the few-shot setting.
+    """
+
+    data: Artifact
+    features: Artifact | None
+    semantics: Artifact | None
+    checkpoints: tuple[Artifact, ...]
+    task: Task = Task()
+    support: tuple[int, ...] = ()
+    _held: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise ConfigError("nothing to evaluate; give at least one --checkpoint")
+        if self.task.query == self.task.gallery:
+            raise ConfigError(f"queries and gallery are both {self.task.query}; they are to be of two modalities")
+        for checkpoint in self.checkpoints:
+            towers = Inputs.model_validate(checkpoint.config["inputs"]).tower is not None
+            for modality in (self.task.query, self.task.gallery):
+                source_of(self.data, None if towers else self.features, checkpoint, modality)
+        if len({tuple(c.config["split"]["unseen"]) for c in self.checkpoints}) > 1:
+            raise ConfigError("the checkpoints of one bench were trained for different splits")
+
+    @cached_property
+    def split(self) -> Split:
+        """The split that the checkpoints carry."""
+        found = self.checkpoints[0].config["split"]
+        roles = {role: tuple(found[role]) for role in ("unseen", "validation", "training")}
+        return Split(source=str(found["source"]), **roles)
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """The classes that count as unseen."""
+        return tuple(sorted(self.split.unseen + (self.split.validation if self.task.as_released else ())))
+
+    @property
+    def device(self) -> str | None:
+        """Where models run and scores are ranked: a GPU if there is one; None is the CPU."""
+        return "cuda" if torch.cuda.is_available() else None
+
+    @property
+    def query_kind(self) -> str:
+        """What the models call queries: sketch or text. With `--query-modality photo` these are the gallery."""
+        return self.task.gallery if self.task.query == "photo" else self.task.query
+
+    # ---- rows ----
+
+    def pool(self, source: Source, modality: str, classes: tuple[str, ...]) -> Pool:
+        """Every row of `classes`; read once."""
+        key = (source.digest if isinstance(source, Artifact) else source, modality, classes)
+        if key not in self._held:
+            rows = collect(self.data, source, modality, classes)
+            labels = np.array(classes)[rows.labels]
+            self._held[key] = Pool(rows.ids, rows.pairs, labels, np.array(rows.keys), rows.features)
+        found: Pool = self._held[key]
+        return found
+
+    def asked(self, source: Source) -> Asked:
+        """The rows of this bench's protocol."""
+        key = ("asked", source.digest if isinstance(source, Artifact) else source)
+        if key not in self._held:
+            self._held[key] = self._ask(source)
+        found: Asked = self._held[key]
+        return found
+
+    def _ask(self, source: Source) -> Asked:
+        task, seen = self.task, tuple(sorted(set(self.split.training + self.split.validation) - set(self.tested)))
+        query, gallery = (self.pool(source, modality, self.tested) for modality in (task.query, task.gallery))
+        if task.protocol == "zero-shot":
+            return Asked(query, None, gallery)
+        if task.protocol == "few-shot":
+            kept = [pool.take(~np.isin(pool.ids, self.support)) for pool in (query, gallery)]
+            return Asked(kept[0], None, kept[1])
+        more, others = (self.pool(source, modality, seen) for modality in (task.query, task.gallery))
+        if task.protocol == "generalised-sempcyc":
+            more, others = draw(more, len(query.ids), task.seed), draw(others, len(gallery.ids), task.seed)
+        return Asked(query, more, _joined(gallery, others))
+
+    # ---- models ----
+
+    def source(self, model: Embedder) -> Source:
+        """What a model reads: FEATURES, or pictures where it has an image tower."""
+        tower = model.inputs.tower
+        if tower is not None:
+            return pictures_of(tower)
+        if self.features is None:
+            raise ConfigError("a model of features is to be evaluated; give --features")
+        return self.features
+
+    def embed(self, model: Embedder, modality: str, pool: Pool) -> Side:
+        """Rows embedded by `model`, several parts of an item one after the other. All embedding goes through here."""
+        embedded = vectors_of(model, modality, pool.features, self.device or "cpu")
+        count, parts, dim = embedded.shape
+        rows = np.repeat(np.arange(count), parts)
+        part = np.tile(np.arange(parts, dtype=np.int16), count) if parts > 1 else None
+        flat = embedded.reshape(-1, dim)
+        return Side(pool.ids[rows], pool.keys[rows], pool.labels[rows], flat, part, pairs=pool.pairs[rows])
+
+    def sides(self, model: Embedder) -> tuple[Side, Side]:
+        """Unseen queries and gallery, embedded."""
+        model = model.to(self.device or "cpu")
+        asked = self.asked(self.source(model))
+        return self.embed(model, self.task.query, asked.query), self.embed(model, self.task.gallery, asked.gallery)
+
+    def guard(self, query: Side, gallery: Side, saw: Iterable[str]) -> None:
+        """Refuse what the protocol forbids: see `protocol.zero_shot` and `protocol.few_shot`.
+
+        Args:
+            saw: classes that the checkpoint was trained on or chosen by.
+        """
+        if self.task.protocol == "few-shot":
+            protocol.few_shot(query, gallery, unseen=self.tested, support=np.array(self.support, dtype=np.int64))
+            return
+        chosen_by = self.split.validation if self.task.as_released else ()
+        generalised = self.task.protocol != "zero-shot"
+        trained = set(saw) - set(chosen_by)
+        protocol.zero_shot(query, gallery, unseen=self.tested, trained=trained, generalised=generalised)
+
+    def measure(self, name: str, model: Embedder, saw: Iterable[str], ks: Sequence[int]) -> Evaluation:
+        """One model, exactly. Raises Leakage where the protocol forbids what it was trained on."""
+        query, gallery = self.sides(model)
+        self.guard(query, gallery, saw)
+        options: dict[str, Any] = {"metric": model.metric, "ks": ks, "sampling": self.sampling, "device": self.device}
+        asked = self.asked(self.source(model))
+        if asked.seen is None:
+            return protocol.evaluate(name, query, gallery, **options)
+        seen = self.embed(model, self.task.query, asked.seen)
+        return protocol.evaluate_generalised(name, query, seen, gallery, **options)
+
+    def map_all(self, model: Embedder) -> float:
+        """mAP@all alone, for the many checkpoints of one run."""
+        query, gallery = self.sides(model)
+        items, q = query.merged()
+        others, g = gallery.merged()
+        return metrics.mean_average_precision(q, g, items.labels, others.labels, model.metric, device=self.device)
+
+    # ---- what the backbone saw ----
+
+    @property
+    def backbone(self) -> str:
+        """Name of the backbone behind the first checkpoint; imported where features came ready."""
+        tower = Inputs.model_validate(self.checkpoints[0].config["inputs"]).tower
+        if tower is not None:
+            return str(tower.architecture["name"]) if tower.weights else "random weights"
+        return str(self.features.config.get("backbone", "imported")) if self.features else "imported"
+
+    @cached_property
+    def matches(self) -> dict[str, tuple[str, ...]] | None:
+        """For each tested class the backbone's own training classes that it is or holds; None if they are not known."""
+        saw = self.task.backbone_saw
+        if saw == "auto" and self.backbone == "random weights":
+            return dict.fromkeys(self.tested, ())
+        on_imagenet = saw == "imagenet-1k" or (saw == "auto" and self.backbone in imagenet.ON_IMAGENET)
+        return imagenet.known(self.tested) if on_imagenet else None
+
+    @property
+    def sampling(self) -> Sampling:
+        """What is drawn, and the classes that the backbone has not seen."""
+        found = self.matches
+        new = None if found is None else tuple(label for label, known in found.items() if not known)
+        return replace(protocol.DEFAULT, disjoint=new)
+
+
+def draw(pool: Pool, unseen: int, seed: int) -> Pool:
+    """A fifth as many rows as there are `unseen` ones, drawn without replacement; all where there are fewer."""
+    count = min(len(pool.ids), round(SEEN_SHARE * unseen))
+    rows = np.random.default_rng(seed).permutation(len(pool.ids))[:count]
+    return pool.take(np.argsort(pool.ids)[rows])
+
+
+def _joined(one: Pool, other: Pool) -> Pool:
+    names = ("ids", "pairs", "labels", "keys", "features")
+    return Pool(**{name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names})

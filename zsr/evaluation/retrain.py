@@ -1,0 +1,189 @@
+"""What an evaluation has to train itself: the ridge floor, few-shot models, and models on other class splits.
+
+Training is `train_model`, with the configuration that the checkpoint records; what was finished before is found again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr.cluster import map_pieces
+from zsr.data import splits
+from zsr.data.features import seal_features
+from zsr.data.splits import Split
+from zsr.errors import ConfigError
+from zsr.evaluation import metrics
+from zsr.evaluation.bench import Bench
+from zsr.models.protocol import Inputs
+from zsr.training.config import TrainSettings
+from zsr.training.run import Run, train_model
+
+PENALTY: Final = 1000.0  # ridge's, where no class is left to choose it on: the middle of its grid
+
+
+def ridge_floor(bench: Bench, store: Store, shots: "Shots | None" = None) -> Artifact:
+    """The ridge checkpoint of this bench's split, solved now unless it lies in `store` already.
+
+    It is refitted where all checkpoints are, so that it saw the same classes. Without validation classes its penalty is
+    not chosen but `PENALTY`.
+
+    Args:
+        shots: what few-shot models are trained on.
+    """
+    refit = all("chosen" in checkpoint.parents for checkpoint in bench.checkpoints)
+    options = {} if bench.split.validation else {"penalties": [PENALTY]}
+    settings = TrainSettings(num_workers=1, refit=refit)
+    return train_model(_run(bench, "ridge", options, settings, store, bench.split, shots))
+
+
+def again(
+    bench: Bench, checkpoint: Artifact, store: Store, split: Split | None = None, shots: "Shots | None" = None
+) -> Artifact:
+    """A model trained with the configuration of `checkpoint`, for another split or with a few unseen items.
+
+    Raises:
+        ConfigError: it has an image tower, whose first weights a checkpoint does not hold.
+    """
+    config = checkpoint.config
+    if Inputs.model_validate(config["inputs"]).tower is not None:
+        raise ConfigError(
+            f"{config['model']} has an image tower and cannot be trained again from its checkpoint; train it with "
+            "jobs.train for each split, and give all checkpoints"
+        )
+    settings = TrainSettings.model_validate(config["settings"])
+    return train_model(
+        _run(bench, str(config["model"]), config["options"], settings, store, split or bench.split, shots)
+    )
+
+
+def _run(
+    bench: Bench,
+    model: str,
+    options: Mapping[str, Any],
+    settings: TrainSettings,
+    store: Store,
+    split: Split,
+    shots: "Shots | None",
+) -> Run:
+    if bench.features is None:
+        raise ConfigError(f"{model} is trained on features; give --features")
+    return Run(
+        data=bench.data,
+        features=bench.features if shots is None else shots.features,
+        semantics=bench.semantics,
+        split=split if shots is None else shots.split,
+        model=model,
+        options=dict(options),
+        settings=settings,
+        output=store,
+        score=metrics.mean_average_precision,
+        query="text" if bench.query_kind == "text" else "sketch",
+    )
+
+
+def random_split(bench: Bench, number: int) -> Split:
+    """Seeded split `number` of the data's classes, with as many unseen and validation classes as the bench's own."""
+    labels = bench.data.facts["classes"]
+    unseen = splits.draw(labels, len(bench.split.unseen), number)
+    name = f"random:{len(unseen)}:{number}"
+    return Split(unseen, source=name).resolve(labels, len(bench.split.validation), number)
+
+
+# ---- few-shot --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shots:
+    """What few-shot models are trained on.
+
+    Attributes:
+        support: ids of unseen items, `task.shots` of each class and modality.
+        features: FEATURES that hold no other item of these classes.
+        split: with the unseen classes among the trained ones.
+    """
+
+    support: tuple[int, ...]
+    features: Artifact
+    split: Split
+
+
+def few_shot(bench: Bench, store: Store) -> Shots:
+    """Draw a few items of each unseen class for training.
+
+    Models are trained again with them, as Dutta and Akata (IJCV 2020) are recalled to do; the draw is ours.
+
+    Raises:
+        ConfigError: no features, or a class with too few items.
+    """
+    if bench.features is None:
+        raise ConfigError("few-shot models are trained again on features; give --features")
+    support = support_of(bench, bench.features)
+    features = _only(bench.features, bench.data, bench.tested, support, Store(store.root / "features"))
+    training = tuple(sorted(set(bench.split.training) | set(bench.tested)))
+    validation = tuple(sorted(set(bench.split.validation) - set(bench.tested)))
+    return Shots(support, features, Split((), validation, bench.split.source, training))
+
+
+def support_of(bench: Bench, features: Artifact) -> tuple[int, ...]:
+    """Ids of the items to train on: `shots` of each tested class, queries and gallery alike, drawn by the seed.
+
+    Raises:
+        ConfigError: a class has no item left to evaluate.
+    """
+    rng = np.random.default_rng(bench.task.seed)
+    found: list[int] = []
+    for modality in (bench.task.query, bench.task.gallery):
+        pool = bench.pool(features, modality, bench.tested)
+        for label in bench.tested:
+            ids = np.sort(pool.ids[pool.labels == label])
+            if len(ids) <= bench.task.shots:
+                raise ConfigError(
+                    f"--shots {bench.task.shots}: class {label!r} has {len(ids)} {modality} items; at least "
+                    f"{bench.task.shots + 1} are needed, to leave one to evaluate"
+                )
+            found += rng.choice(ids, bench.task.shots, replace=False).tolist()
+    return tuple(sorted(found))
+
+
+def _only(
+    features: Artifact, data: Artifact, classes: tuple[str, ...], support: tuple[int, ...], store: Store
+) -> Artifact:
+    """FEATURES without the rows of `classes` that are not in `support`; training drops a row that has no feature."""
+    config = {**features.config, "unseen_items_trained_on": list(support)}
+    plan = Plan("features", config, {"data": data.digest, "features": features.digest})
+    if done := store.made(plan):
+        return done
+    staging = store.staging(plan)
+    names = [entry.path for entry in data.shards() if entry.path in {f.path for f in features.files}]
+    todo = [{"name": name} for name in names if staging.finished(name) is None]
+    shared = {"features": features, "data": data, "classes": classes, "support": support, "staging": staging}
+    map_pieces("few-shot features", _shard, todo, fn_kwargs=shared)
+    return seal_features(staging, store, names, {"backbone": str(features.config.get("backbone"))})
+
+
+def _shard(
+    piece: dict[str, Any],
+    features: Artifact,
+    data: Artifact,
+    classes: tuple[str, ...],
+    support: tuple[int, ...],
+    staging: Staging,
+) -> dict[str, Any]:
+    """Stage one shard. Runs in a Ray task."""
+    name = piece["name"]
+    rows = data.read_table(name, columns=["id", "label"])
+    hidden = pc.and_(
+        pc.is_in(rows.column("label"), value_set=pa.array(classes, pa.string())),
+        pc.invert(pc.is_in(rows.column("id"), value_set=pa.array(support, pa.int64()))),
+    )
+    table = features.read_table(name)
+    ids = rows.filter(hidden).column("id").combine_chunks()
+    kept = table.filter(pc.invert(pc.is_in(table.column("id"), value_set=ids)))
+    facts = {"rows": len(kept), "quarantined": 0, "dim": table.column("feature").type.list_size if len(kept) else 0}
+    staging.write_table(name, kept, facts=facts)
+    return {"name": name, "rows": len(kept)}
