@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 DEMO := runs/demo
 
-.PHONY: demo demo-seeds test faults check format lock audit clean
+.PHONY: demo demo-seeds test sanity faults check format lock audit clean
 
 # requirements.lock pins the versions that were tested together; pyproject.toml says which ranges are allowed
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -21,6 +21,9 @@ demo-seeds: $(VENV)/installed ## the same with three seeds
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+sanity: $(VENV)/installed ## gates and ablations of the models on a synthetic world; some minutes
+	$(RUN) -m tests.sanity.run
 
 faults: $(VENV)/installed ## the demo, killed at random times, ends with the digests of an unbroken one
 	$(RUN) -m tests.faults.kill_demo runs/faults

@@ -35,6 +35,20 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "lcale": BRIEF,
     "cfsa": BRIEF,
     "contrastive": {"steps_per_epoch": 10, "epochs": 12, "patience": 4},
+    # behind an image tower, on pictures: all but the first blocks of it train
+    "contrastive lite0": {
+        "tower": "lite0",
+        "tower_rate": 0.5,
+        "tower_tune": r"_blocks\.([4-9]|1\d)\.|_conv_head|_bn1",
+        "size": 160,
+        "augment": True,
+        "features": None,
+        "batch_size": 32,
+        "steps_per_epoch": 20,
+        "epochs": 6,
+        "patience": 3,
+        "threads": 2,
+    },
 }
 
 
@@ -49,7 +63,7 @@ class Config(BaseModel):
         kinds: of class vectors, one table each.
         models: which rows.
         refit: train again on all seen classes for the chosen number of steps.
-        batch: rows a step; one worker.
+        batch: rows a step, where a recipe does not say it; one worker.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,7 +104,7 @@ def fit(config: Config, at: Mapping[str, Path], name: str, kind: str, seed: int)
     """One training run, or what an earlier one left."""
     model, preset = name.partition(" ")[0], RECIPES[name].get("preset")
     flags = train.config_for(["--model", model])(
-        **{**at, **RECIPES[name]},
+        **{"batch_size": config.batch, **at, **RECIPES[name]},
         split=config.split,
         output=where(config, name, kind, seed),
         model=model,
@@ -98,7 +112,6 @@ def fit(config: Config, at: Mapping[str, Path], name: str, kind: str, seed: int)
         seed=seed,
         refit=config.refit,
         num_workers=1,
-        batch_size=config.batch,
     )
     done = train.work(flags)
     score = done["validation_map_all"]

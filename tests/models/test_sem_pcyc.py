@@ -1,7 +1,8 @@
 """SEM-PCYC: what each term moves, what each term is, and what a step leaves alone."""
 
+import math
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,7 +10,20 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.models.helpers import INPUTS, ROWS, batch, optimizers, reached, sem_pcyc, step, total
-from zsr.models.sem_pcyc import Passes, column_sparsity, least_squares, logistic, soft_label
+from zsr.models import build, configure
+from zsr.models.sem_pcyc import (
+    PAPER,
+    RELEASED,
+    Autoencoder,
+    Passes,
+    SemPcyc,
+    column_sparsity,
+    discriminator,
+    generator,
+    least_squares,
+    logistic,
+    soft_label,
+)
 
 G = {"to_code.sketch", "to_code.photo"}
 F = {"to_feature.sketch", "to_feature.photo"}
@@ -305,6 +319,30 @@ def test_networks_have_the_released_widths() -> None:
     assert shapes["discriminators.photo.1.weight"] == (14 // 2, 14)
     assert shapes["classifiers.semantic.weight"] == (6, 6)
     assert "classifiers.semantic.bias" not in dict(model.named_parameters())
+
+
+def test_the_presets_have_the_numbers_of_code_and_paper_and_train() -> None:
+    assert (RELEASED.dim, RELEASED.generator_lr, RELEASED.metric, RELEASED.regression_weight) == (64, 1e-4, "l2", 0.1)
+    changed = {name for name, value in PAPER.model_dump().items() if value != getattr(RELEASED, name)}
+    assert changed == {"gan", "regression_weight", "generator_betas"}
+    model = cast(SemPcyc, build("sem-pcyc", configure("sem-pcyc", {}, "paper").model_dump(), INPUTS).train())
+    terms = step(model, optimizers(model), batch())["generators"]
+    assert all(bool(value.isfinite()) for value in terms.values())
+    assert float(terms["regression_semantic"].detach()) == 0
+    assert float(terms["adversarial_semantic"].detach()) == pytest.approx(2 * math.log(2), abs=0.5)
+
+
+def test_published_sizes() -> None:
+    """512-d features and 64-d codes: G and F of 288 hidden units, discriminators of half their inputs."""
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    with torch.device("meta"):
+        layers = (512 + 1) * 288 + 2 * 288 + (288 + 1) * 288 + 2 * 288
+        assert count(generator(512, 64, 0.5)) == layers + (288 + 1) * 64
+        assert count(discriminator(512, 0.3)) == (512 + 1) * 256 + 512 + (256 + 1) * 256 + 512 + 257
+        assert count(Autoencoder(654, 64, "relu")) == (654 + 1) * 64 + (64 + 1) * 654
 
 
 def test_discriminators_are_noisy_in_training_only_and_have_no_bound() -> None:
