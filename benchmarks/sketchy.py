@@ -32,8 +32,9 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "sem-pcyc": BRIEF,
     "doodle2search": BRIEF,
     "sketch-gcn": BRIEF,
-    "lcale": BRIEF,
-    "cfsa": BRIEF,
+    # its warm-ups count epochs, 30 of them
+    "lcale": {"steps_per_epoch": 10, "epochs": 30, "patience": 30, "batch_size": 64},
+    "cfsa": {"steps_per_epoch": 20, "epochs": 10, "patience": 10, "batch_size": 64},
     "contrastive": {"steps_per_epoch": 10, "epochs": 12, "patience": 4},
     # behind an image tower, on pictures: all but the first blocks of it train
     "contrastive lite0": {

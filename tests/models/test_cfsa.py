@@ -12,7 +12,20 @@ from torch.testing import assert_close
 from tests.models.helpers import INPUTS, batch, optimizers, reached, step, total
 from zsr.batch import Batch
 from zsr.models import build, configure
-from zsr.models.cfsa import MODALITIES, Cfsa, Critic, align, cmpm, coral, entropy, gradient_penalty, reversal
+from zsr.models.cfsa import (
+    MODALITIES,
+    Cfsa,
+    Config,
+    Critic,
+    align,
+    cmpm,
+    coral,
+    coral_log,
+    entropy,
+    gradient_penalty,
+    log_matrix,
+    reversal,
+)
 from zsr.models.losses import mmd
 from zsr.models.protocol import Inputs
 
@@ -169,7 +182,33 @@ def test_coral_ignores_the_mean_and_compares_covariances() -> None:
     assert_close(coral(rows, 2 * rows), (3 * torch.cov(rows.T)).square().mean())
 
 
-@pytest.mark.parametrize("kind", ["cmpm", "coral", "mmd"])
+def test_log_coral_compares_logarithms_of_covariances() -> None:
+    # covariances of 2 I and 8 I: their logarithms lie log((8 + 1e-3) / (2 + 1e-3)) apart, on the diagonal alone
+    rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).double() * math.sqrt(1.5)
+    apart = math.log(8.001 / 2.001)
+    assert float(coral_log(rows, 2 * rows)) == pytest.approx(apart**2 / 2)
+    assert float(coral_log(rows, rows + 3)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_the_matrix_logarithm_has_the_gradient_of_finite_differences_with_equal_eigenvalues_too(rows: int) -> None:
+    torch.manual_seed(0)
+    values, mix = torch.randn(rows, 5).double(), torch.randn(5, 5).double()
+
+    def loss(shift: Tensor) -> Tensor:
+        return (log_matrix(torch.cov((values + shift).T)) * (mix + mix.T)).sum()
+
+    # 3 rows leave 3 of 5 eigenvalues at 0, where the gradient of an eigendecomposition is not finite
+    zero = torch.zeros_like(values, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(zero), zero)
+    for row, column in ((0, 0), (1, 3), (2, 4)):
+        step = torch.zeros_like(values)
+        step[row, column] = 1e-6
+        difference = float(loss(step) - loss(-step)) / 2e-6
+        assert float(gradient[row, column]) == pytest.approx(difference, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["cmpm", "coral", "coral-log", "mmd"])
 def test_each_alignment_is_the_one_asked_for_and_reaches_both_modalities(kind: str) -> None:
     torch.manual_seed(0)
     code = {m: torch.randn(8, 5, requires_grad=True) for m in MODALITIES}
@@ -177,6 +216,7 @@ def test_each_alignment_is_the_one_asked_for_and_reaches_both_modalities(kind: s
     value = align(kind, code, label)
     photo, sketch = code["photo"], code["sketch"]
     expected = {"cmpm": cmpm(photo, sketch, label), "coral": coral(photo, sketch), "mmd": mmd(photo, sketch)}
+    expected["coral-log"] = coral_log(photo, sketch)
     assert_close(value, expected[kind])
     assert all(bool(g.any()) for g in torch.autograd.grad(value, list(code.values())))
 
@@ -408,7 +448,21 @@ def test_a_relu_output_cannot_be_negative(output: str, signed: bool) -> None:
 def test_unit_words_are_condition_and_target() -> None:
     model, data = cfsa(words="unit"), batch()
     assert_close(model.word(data).norm(dim=1), torch.ones(len(data)))
-    assert cfsa().word(data).equal(data.word)
+    assert cfsa(words="given").word(data).equal(data.word)
+
+
+def test_words_in_minmax_lie_between_0_and_1_by_the_trained_classes() -> None:
+    model = cfsa(words="minmax", scaling="unit", output="relu")
+    model.begin(torch.tensor([[-1.0, 2.0, 0, 0, 0, 0, 0], [3.0, 6.0, 0, 0, 0, 0, 0]]))
+    data = batch(rows=2).map(word=torch.tensor([[1.0, 6.0, 0, 0, 0, 0, 0], [7.0, 2.0, 0, 0, 0, 0, 0]]))
+    expected = torch.tensor([[0.5, 1.0, 0, 0, 0, 0, 0], [2.0, 0.0, 0, 0, 0, 0, 0]])
+    assert_close(model.word(data), expected, atol=1e-3, rtol=0)
+    assert model.scaling == "unit"
+
+
+def test_the_released_preset_asks_for_what_its_relu_can_reach() -> None:
+    config = cast(Config, configure("cfsa", {}, "released"))
+    assert (config.output, config.scaling, config.words) == ("relu", "unit", "minmax")
 
 
 # -- behaviour -------------------------------------------------------------------------------------------------------

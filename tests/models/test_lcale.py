@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from tests.models.helpers import INPUTS, batch, optimizers, reached, step, total
 from zsr.batch import Batch
-from zsr.models import build
-from zsr.models.lcale import Latent, Lcale, rebuilt, released_draw, wasserstein
+from zsr.models import build, configure
+from zsr.models.lcale import PAPER, Latent, Lcale, rebuilt, released_draw, wasserstein
 from zsr.models.losses import gaussian_kl, mmd, reparameterise, squared_distances, warm_up
 from zsr.models.protocol import Inputs
 
@@ -116,6 +116,11 @@ def test_the_option_noise_chooses_the_draw(noise: str, tied: bool) -> None:
     assert unit.allclose(unit[:, :1].expand_as(unit), atol=1e-4) is tied
 
 
+def test_without_noise_a_draw_is_the_mean() -> None:
+    drawn = lcale(noise="none").latent("photo", batch().photo)
+    assert drawn.draw_BZ.equal(drawn.mean_BZ)
+
+
 # -- maximum mean discrepancy ----------------------------------------------------------------------------------------
 
 
@@ -185,10 +190,17 @@ def test_discrepancy_sums_its_kernels_and_keeps_its_floor() -> None:
     ],
 )
 def test_warm_ups_follow_their_table(term: str, epoch: int, weight: float) -> None:
-    model = lcale()
+    schedule = {name: getattr(PAPER, name) for name in ("beta_epochs", "gamma_epochs", "delta_epochs")}
+    model = lcale(**schedule)
     ones = lcale(beta=1.0, gamma=1.0, delta=1.0)
     plain = terms(ones, batch().map(epoch=LATE))[term]
     assert_close(terms(model, batch().map(epoch=epoch))[term], weight * plain)
+
+
+def test_the_discrepancy_has_a_warm_up_where_one_is_asked_for() -> None:
+    data = batch().map(epoch=14)
+    whole, half = terms(lcale(), data), terms(lcale(mmd_epochs=[6, 22]), data)
+    assert_close(half["discrepancy"], 0.5 * whole["discrepancy"])
 
 
 def test_a_warm_up_without_length_is_a_switch() -> None:
@@ -235,11 +247,11 @@ def test_cross_reconstruction_is_the_sum_over_its_pairs() -> None:
 def test_the_class_cycle_goes_out_with_noise_and_comes_back_by_means() -> None:
     model = lcale()
     x = model.targets(batch())
-    latents = {"word": model.latent("word", x["word"])}
+    latents = {space: model.latent(cast(Any, space), values) for space, values in x.items()}
     draw = latents["word"].draw_BZ
     back = [model.decoders["word"](model.encoders[m](model.decoders[m](draw))[0]) for m in ("photo", "sketch")]
     expected = torch.stack([(made - x["word"]).abs().sum(1).mean() for made in back]).sum()
-    assert_close(model.class_cycle(x, cast(Any, latents)), expected)
+    assert_close(model.class_cycle(x, model.decoded(latents)), expected)
 
 
 def test_weights_scale_their_terms() -> None:
@@ -255,6 +267,20 @@ def test_weights_scale_their_terms() -> None:
     for term in weights:
         assert_close(twos[term], 2 * ones[term])
     assert_close(twos["reconstruction"], ones["reconstruction"])
+
+
+def test_class_vectors_are_taken_as_given_at_unit_length_or_scaled_by_the_trained_classes() -> None:
+    data = batch()
+    given, unit, standard, scaled = (lcale(words=kind) for kind in ("given", "unit", "standard", "minmax"))
+    for model in (standard, scaled):
+        model.begin(data.word)
+    assert given.targets(data)["word"].equal(data.word)
+    assert_close(unit.targets(data)["word"].norm(dim=1), torch.ones(len(data)))
+    centred = data.word - data.word.mean(0)
+    assert_close(standard.targets(data)["word"], centred / centred.square().mean().sqrt())
+    word = scaled.targets(data)["word"]
+    assert_close(word.amin(0), torch.zeros(word.shape[1]))
+    assert_close(word.amax(0), torch.ones(word.shape[1]), atol=0.01, rtol=0)
 
 
 def test_a_summed_batch_is_its_mean_times_its_rows_but_for_the_discrepancy() -> None:
@@ -282,7 +308,7 @@ def test_networks_start_as_cada_vae_does() -> None:
 def test_networks_have_the_widths_of_cada_vae() -> None:
     wide = Inputs(sketch_dim=300, photo_dim=4096, semantic_dim=300, classes=INPUTS.classes)
     with torch.device("meta"):
-        model = build("lcale", {}, wide)
+        model = build("lcale", configure("lcale", {}, "paper").model_dump(), wide)
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if value.ndim == 2}
     hidden = {"photo": (4096, 1560, 1660), "sketch": (300, 1450, 665), "word": (300, 1450, 665)}
     assert shapes == {

@@ -17,7 +17,7 @@ def clock(step: int) -> tuple[int, int]:
     sampler, engines = MagicMock(), MagicMock()
     sampler.batch.return_value = BATCH
     engines.model.scaled = lambda batch: batch
-    engines.train_batch = lambda draw: draw(0)
+    engines.train_batch = lambda draw, done: draw(0)
     batch = cast(Batch, _step(engines, sampler, TrainSettings(steps_per_epoch=3), Place(0, 1, "cpu"), step))
     return batch.epoch, batch.index
 
