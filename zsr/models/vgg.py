@@ -54,7 +54,8 @@ def classifier(layer: Layer) -> nn.Sequential:
     for inputs, outputs in pairwise(WIDTHS[layer]):
         hidden = [nn.ReLU(inplace=True), nn.Dropout()] if outputs == 4096 else []
         layers += [nn.Linear(inputs, outputs), *hidden]
-    return nn.Sequential(*(layers[:-1] if isinstance(layers[-1], nn.Dropout) else layers))
+    ends_in_dropout = bool(layers) and isinstance(layers[-1], nn.Dropout)
+    return nn.Sequential(*(layers[:-1] if ends_in_dropout else layers))
 
 
 class Attention(nn.Module):
