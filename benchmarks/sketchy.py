@@ -34,7 +34,8 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "sketch-gcn": BRIEF,
     # its warm-ups count epochs, 30 of them
     "lcale": {"steps_per_epoch": 10, "epochs": 30, "patience": 30, "batch_size": 64},
-    "cfsa": {"steps_per_epoch": 20, "epochs": 10, "patience": 10, "batch_size": 64},
+    # as good at 512 as at its default of 1024, and twice as fast
+    "cfsa": {"options": {"hidden": 512}, "steps_per_epoch": 20, "epochs": 10, "patience": 6, "batch_size": 64},
     "contrastive": {"steps_per_epoch": 10, "epochs": 12, "patience": 4},
     # behind an image tower, on pictures: all but the first blocks of it train
     "contrastive lite0": {
@@ -103,13 +104,13 @@ def where(config: Config, name: str, kind: str, seed: int) -> Path:
 
 def fit(config: Config, at: Mapping[str, Path], name: str, kind: str, seed: int) -> None:
     """One training run, or what an earlier one left."""
-    model, preset = name.partition(" ")[0], RECIPES[name].get("preset")
+    model, recipe = name.partition(" ")[0], RECIPES[name]
+    options = configure(model, recipe.get("options", {}), recipe.get("preset"))
     flags = train.config_for(["--model", model])(
-        **{"batch_size": config.batch, **at, **RECIPES[name]},
+        **{"batch_size": config.batch, **at, **recipe, "options": options},
         split=config.split,
         output=where(config, name, kind, seed),
         model=model,
-        options=configure(model, {}, preset),
         seed=seed,
         refit=config.refit,
         num_workers=1,

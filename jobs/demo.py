@@ -22,6 +22,7 @@ class Config(JobConfig):
         output: directory that takes every artifact and the report.
         seeds: one training run each; the index serves the first.
         split: random:UNSEEN:SEED of the emoji classes.
+        model: which model.
         size: side in pixels that pictures are resized to before the backbone sees them.
         epochs: at most; validation classes stop the run earlier.
         num_workers: Ray Train workers.
@@ -30,6 +31,7 @@ class Config(JobConfig):
     output: Path = Path("runs/demo")
     seeds: tuple[int, ...] = (0,)
     split: str = "random:14:0"
+    model: str = "contrastive"
     size: int = 96
     epochs: int = 8
     num_workers: int = 2
@@ -61,12 +63,12 @@ def stages(config: Config) -> list[Stage]:
 
 
 def _train(config: Config, at: dict[str, Path], seed: int) -> Callable[[], Results]:
-    options = configure("sem-pcyc", {})
-    flags = train.config_for([])(
+    flags = train.config_for(["--model", config.model])(
         **at,
+        model=config.model,
         split=config.split,
         output=config.output / f"checkpoint-{seed}",
-        options=options,
+        options=configure(config.model, {}),
         epochs=config.epochs,
         steps_per_epoch=20,
         patience=5,

@@ -243,7 +243,8 @@ def _shape(checkpoint: Artifact) -> dict[str, Any]:
     tower = inputs.tower.architecture["name"] if inputs.tower else None
     # the last stage of a refit carries its first stage as a parent
     more = {"refit": "chosen" in checkpoint.parents, "tower": tower, "query": inputs.query}
-    return {**config["options"], **settings, **more}
+    chosen = checkpoint.facts["chosen_options"]  # by validation classes, so by the seed
+    return {**{key: value for key, value in config["options"].items() if key not in chosen}, **settings, **more}
 
 
 def _rows(work: Work, group: Group, indexes: Sequence[Artifact]) -> list[Row]:
