@@ -248,10 +248,11 @@ def _fit(run: Run, staging: Staging) -> None:
         try:
             _trainer(run, staging, folder).fit()
             return
-        except WorkerGroupError as error:
-            if attempt == RESTARTS or not any(map(_is_loss, error.worker_failures.values())):
+        except (WorkerGroupError, RayActorError) as error:  # the latter: Ray Train's own controller was lost
+            failures = error.worker_failures if isinstance(error, WorkerGroupError) else {"controller": error}
+            if attempt == RESTARTS or not any(map(_is_loss, failures.values())):
                 raise
-            lost = sorted(error.worker_failures)
+            lost = sorted(map(str, failures))
             logger.warning("workers %s failed; starting again from the last state (%d)", lost, attempt + 1)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
