@@ -77,6 +77,25 @@ def pictures_end_to_end(root: Path, data: Path, semantics: Path) -> None:
     assert embedded["rows"] == 80
 
 
+def test_a_backbone_tuned_on_a_class_is_refused_where_that_class_is_unseen(tmp_path: Path) -> None:
+    raw = toy.write_pictures(tmp_path / "raw", toy.CLASSES[:6], each=4)
+    ok("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "data")
+    how = [f"--finetune.training.{flag}" for flag in ("epochs=1", "steps-per-epoch=2", "batch-size=4", "num-workers=1")]
+    tune = ("--finetune-on-seen", "random:2:0", *how, "--finetune.training.validation-classes=0")
+    flags = ("--data", tmp_path / "data", "--size", 32, "--actors", 1)
+    plain = ok("features", *flags, "--output", tmp_path / "plain")
+    tuned = ok("features", *flags, *tune, "--output", tmp_path / "tuned")
+    assert tuned["rows"] == plain["rows"]
+    names = [next((tmp_path / name / "objects").glob("*/modality=photo/*")) for name in ("plain", "tuned")]
+    assert names[0].read_bytes() != names[1].read_bytes()
+    train = ("train", *flags[:2], "--features", tmp_path / "tuned", "--model", "raw", "--num-workers", 1)
+    more = ("--validation-classes", 0, "--output", tmp_path / "checkpoint")
+    refused = job(*train, "--split", "random:2:1", *more)
+    assert refused["exit_code"] == 2
+    assert "was fine-tuned on" in refused["error"]
+    assert ok(*train, "--split", "random:2:0", *more)["model"] == "raw"
+
+
 def _versions(root: Path) -> list[str]:
     """Digests that were published, newest first."""
     numbers = sorted((int(path.name) for path in (root / "versions").iterdir()), reverse=True)
