@@ -153,9 +153,9 @@ def weigh(name: str, rows: int) -> Weighed:
     model.begin(word)
     engines = start(model, rows)
     bad: tuple[str, ...] = ()
-    for number in range(STEPS):
+    for _ in range(STEPS):
         began = time.monotonic()
-        terms = engines.train_batch(lambda _: model.scaled(case.batch(rows, word)), number / STEPS)
+        terms = engines.train_batch(lambda _: model.scaled(case.batch(rows, word)))
         seconds = time.monotonic() - began
         bad += tuple(term for term, value in terms.items() if not math.isfinite(float(value)))
     dist.destroy_process_group()

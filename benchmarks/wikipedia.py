@@ -32,17 +32,17 @@ from torch import Tensor
 
 from jobs import prepare, semantics
 from zsr.artifact import open_artifact
-from zsr.batch import Batch
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
 from zsr.data.semantics import class_vectors
 from zsr.data.shards import Block, Rows, collect
 from zsr.data.splits import draw as draw_classes
 from zsr.evaluation import metrics
 from zsr.models import build, configure
-from zsr.models.layers import Scale
 from zsr.models.protocol import Inputs, Model
+from zsr.training.config import TrainSettings
 from zsr.training.engines import Engines, deepspeed_config, init_distributed
-from zsr.training.run import Sums
+from zsr.training.feed import Sums, begin, fit_scale
+from zsr.training.loop import Place, train_step
 
 UNSEEN: Final = 5
 EPOCHS: Final = 30
@@ -118,8 +118,7 @@ def train(name: str, train_on: Sides, words: NDArray[np.float32], classes: Seque
     model = cast(Model, build(name, configure(name, recipe.options).model_dump(), inputs))
     pools = {side: pool(model, side, getattr(train_on, side), len(classes), seed) for side, _ in SIDES}
     vectors = torch.from_numpy(words)
-    sampler = Sampler(pools["sketch"], pools["photo"], vectors, seed_of(seed, 1), paired=True)
-    model.begin(vectors)
+    sampler = begin(model, pools["sketch"], pools["photo"], vectors, seed_of(seed, 1), paired=True)
     run(model, sampler, recipe, seed)
     return model
 
@@ -129,25 +128,17 @@ def pool(model: Model, side: str, rows: Rows, classes: int, seed: int) -> Pool:
     held, sums = Reservoir(classes, ROWS_PER_CLASS, seed_of(seed, 2)), Sums()
     held.add(Block(rows.ids, rows.pairs, rows.labels, rows.features))
     sums.add(rows.features)
-    if model.scaling != "none":
-        cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))
+    fit_scale(model, side, sums)
     return held.finish("cpu")
 
 
 def run(model: Model, sampler: Sampler, recipe: Recipe, seed: int) -> None:
-    """The steps of the training loop, without its checkpoints: noise and batches are the same functions of the step."""
+    """The steps of the training loop, without its checkpoints."""
     engines = Engines(model, recipe.batch, deepspeed_config())
+    settings = TrainSettings(steps_per_epoch=recipe.steps_per_epoch, batch_size=recipe.batch, seed=seed)
     model.train()
-    last = EPOCHS * recipe.steps_per_epoch
-    for step in range(1, last + 1):
-        epoch, index = divmod(step - 1, recipe.steps_per_epoch)
-
-        def draw(repetition: int, step: int = step, epoch: int = epoch, index: int = index) -> Batch:
-            batch = sampler.batch(step, recipe.batch, repetition=repetition)
-            return model.scaled(batch.map(epoch=epoch, index=index))
-
-        torch.manual_seed(seed_of(seed, step, 0))
-        engines.train_batch(draw, done=(step - 1) / last)
+    for step in range(1, EPOCHS * recipe.steps_per_epoch + 1):
+        train_step(engines, sampler, settings, Place(0, 1, "cpu"), step)
 
 
 # ---- floor -----------------------------------------------------------------------------------------------------------

@@ -122,9 +122,7 @@ def plan(config: Any) -> Results:
 
 def work(config: Any) -> Results:
     run = prepare_run(config, config.options)
-    if config.resume == "never":
-        run.output.discard(run.plan())
-    checkpoint = train_model(run)
+    checkpoint = train_model(run, fresh=config.resume == "never")
     facts = checkpoint.facts
     return {
         "checkpoint": checkpoint.digest,

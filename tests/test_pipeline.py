@@ -178,6 +178,19 @@ def test_ridge_is_refitted_with_the_penalty_that_validation_chose(tmp_path: Path
     final, chosen = (open_checkpoint(tmp_path / "refit" / "objects" / d) for d in _versions(tmp_path / "refit"))
     assert final.config["options"]["penalties"] == chosen.facts["chosen_options"]["penalties"]
     assert sorted(final.config["inputs"]["classes"]) == final.facts["saw"] == chosen.facts["saw"]
+    # its validation classes were trained on: they cannot be tested, not even as released
+    report = (
+        *featured,
+        "--as-released",
+        "--output",
+        tmp_path / "report",
+        "--checkpoint",
+        tmp_path / "refit" / "objects",
+    )
+    refused = job("evaluate", *report[:-1], report[-1] / final.digest)
+    assert refused["exit_code"] == 2
+    assert "after --refit" in refused["error"]
+    ok("evaluate", *report[:-1], report[-1] / chosen.digest)
 
 
 def test_without_validation_classes_the_last_step_is_kept(

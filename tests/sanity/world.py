@@ -12,7 +12,7 @@ Shapes: R rows, F features, S class vector, N classes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ from zsr.batch import Batch
 from zsr.data.sampling import Pool, Sampler, seed_of
 from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import build
-from zsr.models.layers import Scale
 from zsr.models.protocol import Embedder, Inputs, Model
-from zsr.training.run import Sums
+from zsr.training.feed import Sums, begin, fit_scale
 
 CLASSES: Final = 60
 SEEN: Final = 48
@@ -128,27 +127,18 @@ def prepared(recipe: Recipe, model: Model, of: World, seed: int) -> Sampler:
         other = torch.randperm(len(pools["photo"].features), generator=shuffle)
         pools["photo"] = replace(pools["photo"], features=pools["photo"].features[other])
     for side, pool in pools.items():
-        if model.scaling != "none":
-            sums = Sums()
-            sums.add(pool.features.numpy())
-            cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))
-    model.begin(words)
-    return Sampler(
-        pools["sketch"],
-        pools["photo"],
-        words,
-        seed_of(seed, 1),
-        paired=model.paired if recipe.paired is None else recipe.paired,
-        triplets=model.eats == "triplets",
-        negatives=model.negatives(words),
-    )
+        sums = Sums()
+        sums.add(pool.features.numpy())
+        fit_scale(model, side, sums)
+    return begin(model, pools["sketch"], pools["photo"], words, seed_of(seed, 1), paired=recipe.paired)
 
 
 def seen(of: World, side: str) -> Pool:
-    """The seen rows of a modality; a row and its partner share their number."""
+    """The seen rows of a modality; a sketch's pair is the photo with its own number."""
     seen_R = ~of.unseen_R
-    ids = np.flatnonzero(seen_R.numpy())
-    return Pool(of.features[side][seen_R], ids, ids, torch.full((SEEN,), EACH))
+    number = np.flatnonzero(seen_R.numpy())
+    ids = number + len(seen_R) if side == "sketch" else number
+    return Pool(of.features[side][seen_R], ids, number, torch.full((SEEN,), EACH))
 
 
 # -- ranking -----------------------------------------------------------------------------------------------------------

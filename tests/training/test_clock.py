@@ -7,7 +7,7 @@ import torch
 
 from zsr.batch import Batch
 from zsr.training.config import TrainSettings
-from zsr.training.loop import Place, _step
+from zsr.training.loop import Place, train_step
 
 BATCH = Batch(sketch=torch.zeros(4), photo=torch.zeros(4), label=torch.zeros(4), word=torch.zeros(4))
 
@@ -17,8 +17,8 @@ def clock(step: int) -> tuple[int, int]:
     sampler, engines = MagicMock(), MagicMock()
     sampler.batch.return_value = BATCH
     engines.model.scaled = lambda batch: batch
-    engines.train_batch = lambda draw, done: draw(0)
-    batch = cast(Batch, _step(engines, sampler, TrainSettings(steps_per_epoch=3), Place(0, 1, "cpu"), step))
+    engines.train_batch = lambda draw: draw(0)
+    batch = cast(Batch, train_step(engines, sampler, TrainSettings(steps_per_epoch=3), Place(0, 1, "cpu"), step))
     return batch.epoch, batch.index
 
 

@@ -68,7 +68,7 @@ def plan(data: Artifact, settings: BackboneSettings, weights: Path | Artifact) -
     if isinstance(weights, Artifact):
         tower = tower_of(weights)
         config |= {"layer": tower.architecture["layer"], "size": tower.size, "weights": weights.digest}
-        config["saw"] = weights.facts["saw"]
+        config |= {role: weights.facts[role] for role in ("saw", "trained")}
         parents["checkpoint"] = weights.digest
     else:
         made = settings.architecture(weights)

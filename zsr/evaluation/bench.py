@@ -20,7 +20,7 @@ from zsr.artifact import Artifact
 from zsr.data.shards import Source, collect
 from zsr.data.splits import Split
 from zsr.embedding.gallery import source_of, vectors_of
-from zsr.errors import ConfigError
+from zsr.errors import ConfigError, Leakage
 from zsr.evaluation import imagenet, metrics, protocol
 from zsr.evaluation.metrics import Ints, Labels
 from zsr.evaluation.protocol import Evaluation, Sampling, Side
@@ -116,6 +116,23 @@ class Bench:
                 source_of(self.data, None if towers else self.features, checkpoint, modality)
         if len({tuple(c.config["split"]["unseen"]) for c in self.checkpoints}) > 1:
             raise ConfigError("the checkpoints of one bench were trained for different splits")
+        self._refuse_leaks()
+
+    def _refuse_leaks(self) -> None:
+        """Raise Leakage where a backbone was tuned on an unseen class, or anything trained on a class of `tested`.
+
+        Validation classes that only chose a checkpoint may be tested as released; after a refit they were trained on.
+        """
+        tuned = {} if self.features is None else self.features.config
+        trained = {name for c in self.checkpoints for name in c.facts["trained"]} | set(tuned.get("trained", ()))
+        leaked = set(tuned.get("saw", ())) & set(self.split.unseen)
+        if self.task.as_released:
+            leaked |= trained & set(self.tested)
+        if leaked:
+            raise Leakage(
+                f"{sorted(leaked)[:5]} are to be tested, but a checkpoint (after --refit) or the features' backbone "
+                "was trained on them; take checkpoints and features that were not"
+            )
 
     @cached_property
     def split(self) -> Split:

@@ -4,15 +4,14 @@ A linear layer a modality stands on the features, and cross entropy trains it to
 embedding is the feature itself, so a checkpoint serves as a fine-tuned backbone (`jobs.features --finetune-on-seen`),
 and, compared by cosine, as one more floor. Without a tower only the linear layers learn; embeddings stay as they are.
 
-The specifications say that such a fine-tuning was done, not how: optimizer, rates and smoothing are ours.
+The specifications say that such a fine-tuning was done, not how: optimizer and rates are ours.
 
 Shapes: B batch, F feature, N seen classes.
 """
 
 from collections.abc import Mapping
-from typing import Annotated
 
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,11 +23,9 @@ class Config(ModelConfig):
     """Options.
 
     Attributes:
-        smoothing: share of the target that is spread over all classes.
         lr: of Adam, on the linear layers; a tower's is `--tower-rate` times that.
     """
 
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     lr: PositiveFloat = 1e-3
 
 
@@ -50,7 +47,7 @@ class Classifier(Model):
 
     @property
     def groups(self) -> Mapping[str, Group]:
-        return {"all": Group(self.heads, Optimizer("adam", self.config.lr, schedule="cosine"))}
+        return {"all": Group(self.heads, Optimizer("adam", self.config.lr))}
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -59,7 +56,7 @@ class Classifier(Model):
     def terms(self, batch: Batch, _: Shared) -> Terms:
         """Cross entropy of each side's classifier."""
         return {
-            side: functional.cross_entropy(self.heads[side](rows), batch.label, label_smoothing=self.config.smoothing)
+            side: functional.cross_entropy(self.heads[side](rows), batch.label)
             for side, rows in (("sketch", batch.sketch), ("photo", batch.photo))
         }
 

@@ -9,7 +9,6 @@ model for `shared` work once a batch, then for the named terms of each phase, an
 No Ray, no DeepSpeed, no I/O: a model file runs in a notebook.
 """
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -40,12 +39,7 @@ class ModelConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """A group's optimizer as its paper gives it.
-
-    Attributes:
-        clip: global gradient norm; 0 means the paper does not clip.
-        schedule: the rate stays, or falls to 0 along half a cosine over the steps that the run has at most.
-    """
+    """A group's optimizer as its paper gives it. `clip` is a global gradient norm; 0 means the paper does not clip."""
 
     name: Literal["adam", "adamw", "sgd"]
     lr: float
@@ -56,11 +50,6 @@ class Optimizer:
     weight_decay: float = 0.0
     amsgrad: bool = False
     clip: float = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
-
-    def factor(self, done: float) -> float:
-        """What the rate is multiplied by when the share `done` of the run's steps, 0 to 1, is over."""
-        return 1.0 if self.schedule == "constant" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def build(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer over parameters, or over torch's parameter groups."""

@@ -65,28 +65,23 @@ class Engines:
         self.groups = dict(model.trained)
         base = {**config, "train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": 1}
         self.engines: dict[str, Any] = {}
-        self.rates: dict[str, list[float]] = {}
         for name, group in self.groups.items():
             optimizer = group.build()
-            self.rates[name] = [part["lr"] for part in optimizer.param_groups]
             # always given: DeepSpeed's default of 1.0 would silently change every paper's optimizer
             settings = base | {"gradient_clipping": group.optimizer.clip}
             self.engines[name] = deepspeed.initialize(model=group.module, optimizer=optimizer, config=settings)[0]
 
-    def train_batch(self, draw: Callable[[int], Batch], done: float) -> Terms:
+    def train_batch(self, draw: Callable[[int], Batch]) -> Terms:
         """Pass one step's batch through every phase.
 
         Args:
             draw: repetition -> batch; 0 is the step's own, higher ones are fresh for phases that ask for them.
-            done: share of the run's steps that are over, 0 to 1: the clock of the rates' schedules.
 
         Returns:
             The named terms, detached, as `PHASE/TERM`.
         """
-        for name, group in self.groups.items():
+        for group in self.groups.values():
             group.module.requires_grad_(True)
-            for part, rate in zip(self.engines[name].optimizer.param_groups, self.rates[name], strict=True):
-                part["lr"] = rate * group.optimizer.factor(done)
         batch = draw(0)
         shared = self.model.shared(batch)
         logged: Terms = {}

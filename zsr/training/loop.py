@@ -141,7 +141,7 @@ def _epoch(engines: Engines, sampler: Sampler, settings: TrainSettings, place: P
     values: list[Tensor] = []
     for step in range(done + 1, done + settings.steps_per_epoch + 1):
         fault.here("train.step")
-        terms = _step(engines, sampler, settings, place, step)
+        terms = train_step(engines, sampler, settings, place, step)
         names = list(terms)
         values.append(torch.stack([terms[name].float() for name in names]))
     table = torch.stack(values).cpu()
@@ -149,7 +149,8 @@ def _epoch(engines: Engines, sampler: Sampler, settings: TrainSettings, place: P
     return dict(zip(names, table.mean(0).tolist(), strict=True))
 
 
-def _step(engines: Engines, sampler: Sampler, settings: TrainSettings, place: Place, step: int) -> Terms:
+def train_step(engines: Engines, sampler: Sampler, settings: TrainSettings, place: Place, step: int) -> Terms:
+    """Step number `step`, from 1, of a run: its batch through every phase. The named terms, detached."""
     epoch, index = divmod(step - 1, settings.steps_per_epoch)
 
     def draw(repetition: int) -> Batch:
@@ -159,7 +160,7 @@ def _step(engines: Engines, sampler: Sampler, settings: TrainSettings, place: Pl
 
     # noise is a function of (seed, step, rank), never carried over: a resumed run draws what the unbroken one drew
     torch.manual_seed(seed_of(settings.seed, step, place.rank))
-    return engines.train_batch(draw, done=(step - 1) / (settings.epochs * settings.steps_per_epoch))
+    return engines.train_batch(draw)
 
 
 def _require_finite(table: Tensor, names: list[str], done: int) -> None:

@@ -24,18 +24,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import connect, gpus, require_workers, set_data_context
 from zsr.data.rows import home_rank
-from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
+from zsr.data.sampling import Pool, Reservoir, seed_of
 from zsr.data.semantics import class_vectors
 from zsr.data.shards import Source, collect, stream
 from zsr.data.splits import Split
 from zsr.errors import ConfigError, DamagedArtifact, Leakage
 from zsr.models import MODELS, backbones, build
-from zsr.models.layers import Scale
-from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Scaling, Tower
+from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Tower
 from zsr.models.protocol import Rows as FitRows
 from zsr.training import checkpoint
 from zsr.training.config import TrainSettings
 from zsr.training.engines import deepspeed_config, init_distributed
+from zsr.training.feed import Sums, begin, fit_scale
 from zsr.training.loop import PICTURES, Log, Place, Score, Validation, train
 from zsr.training.source import pictures_of
 
@@ -162,11 +162,13 @@ class Run:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What `--plan` prints: sizes, steps and rows, without training."""
+    """What `--plan` prints: sizes, steps and rows, without training. Of a refit it is the first stage's plan."""
     model = build(run.model, run.options, run.inputs)
     settings = run.settings
+    first = replace(run, settings=settings.model_copy(update={"refit": False}))
     return {
-        "plan": run.plan().digest,
+        "plan": first.plan().digest,
+        "then_refit": settings.refit,
         "model": f"{run.model}: {checkpoint.describe(model)}",
         "bytes_of_parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
         "classes": {k: len(v) for k, v in run.split.as_json().items() if isinstance(v, list)},
@@ -177,11 +179,14 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def train_model(run: Run) -> Artifact:
+def train_model(run: Run, *, fresh: bool = False) -> Artifact:
     """Train, seal the chosen checkpoint and publish it. An equal run that was finished before is returned as it is.
 
     With `settings.refit` a run without it comes first; its checkpoint is a version of its own, and the last one is what
     came out of training again with the validation classes.
+
+    Args:
+        fresh: forget what a killed run has staged, in place of going on from there.
 
     Raises:
         NonFiniteLoss: see the loop.
@@ -190,12 +195,14 @@ def train_model(run: Run) -> Artifact:
     if run.settings.refit and run.chosen is None:
         if not run.split.validation:
             raise ConfigError("--refit wants validation classes to choose the step on; give some, or leave it out")
-        first = train_model(replace(run, settings=run.settings.model_copy(update={"refit": False})))
+        first = train_model(replace(run, settings=run.settings.model_copy(update={"refit": False})), fresh=fresh)
         run = replace(run, chosen=first, options={**run.options, **first.facts["chosen_options"]})
     _refuse_leaks(run)
     plan = run.plan()
     if done := run.output.made(plan):
         return done
+    if fresh:
+        run.output.discard(plan)
     staging = run.output.staging(plan)
     connect()
     if learns_by_gradient(run.model) or run.settings.num_workers > 1:
@@ -229,7 +236,8 @@ def _facts(run: Run, staging: Staging) -> dict[str, Any]:
     model = build(run.model, run.options, run.inputs)
     chosen = {} if learns_by_gradient(run.model) else json.loads(staging.read("tried.json"))["options"]
     saw = sorted(run.split.training + run.split.validation)
-    facts = {"metric": model.metric, "dim": model.dim, "saw": saw, "chosen_options": chosen}
+    facts: dict[str, Any] = {"metric": model.metric, "dim": model.dim, "saw": saw, "trained": list(run.classes)}
+    facts["chosen_options"] = chosen
     if run.chosen:  # its own history has no scores
         facts |= {name: run.chosen.facts[name] for name in ("validation_map_all", "history")}
     return facts
@@ -304,16 +312,7 @@ def _train(run: Run, staging: Staging, place: Place) -> None:
     if run.settings.augment and run.inputs.tower is None:
         raise ConfigError("--augment is for pictures; train with --tower, or leave it out")
     query, photo = (_pool(run, model, side, place) for side in ("sketch", "photo"))
-    sampler = Sampler(
-        query,
-        photo,
-        words,
-        seed_of(run.settings.seed, 1),
-        paired=model.paired and query.has_pairs if run.settings.paired is None else run.settings.paired,
-        triplets=model.eats == "triplets",
-        negatives=model.negatives(words),
-    )
-    model.begin(words)
+    sampler = begin(model, query, photo, words, seed_of(run.settings.seed, 1), paired=run.settings.paired)
     log = Log(run.output.root / "logs" / staging.plan.digest[:12] / "metrics.jsonl" if place.rank == 0 else None)
     validation = _validation(run)
     train(
@@ -341,7 +340,7 @@ def _solve(run: Run, staging: Staging, place: Place) -> None:
             sums = Sums()
             for block in stream(run.data, run.source, _modality(run, side), run.classes):
                 sums.add(block.features)
-            cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))
+            fit_scale(model, side, sums)
     validation = _validation(run)
     score = None if validation is None else lambda: validation.of(model, place.device)
     choice = model.fit(_fit_rows(run, place), words, score)
@@ -387,10 +386,9 @@ def _pool(run: Run, model: Model, side: str, place: Place) -> Pool:
         if run.inputs.tower is None:
             sums.add(block.features)
     pool = held.finish(place.device)
-    if model.scaling != "none":
-        if run.inputs.tower is not None:
-            sums.add(_first_features(model, side, pool))
-        cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))
+    if run.inputs.tower is not None and model.scaling != "none":
+        sums.add(_first_features(model, side, pool))
+    fit_scale(model, side, sums)
     return pool
 
 
@@ -402,42 +400,6 @@ def _first_features(model: Model, side: str, pool: Pool) -> np.ndarray:
     rows = torch.arange(0, len(pool.features), max(1, len(pool.features) // SCALED))[:SCALED]
     blocks = torch.split(pool.features[rows.to(pool.features.device)], PICTURES)
     return np.asarray(torch.cat([tower(block) for block in blocks]).cpu().numpy())
-
-
-class Sums:
-    """Mean, deviation and range of the columns of a stream, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = np.zeros(0)
-        self.square = np.zeros(0)
-        self.least = np.zeros(0)
-        self.most = np.zeros(0)
-
-    def add(self, features: np.ndarray) -> None:
-        """Take in (N, F)."""
-        if not len(features):
-            return
-        wide = features.astype(np.float64)
-        self.total = wide.sum(0) + (self.total if self.count else 0.0)
-        self.square = np.square(wide).sum(0) + (self.square if self.count else 0.0)
-        self.least = np.minimum(wide.min(0), self.least if self.count else np.inf)
-        self.most = np.maximum(wide.max(0), self.most if self.count else -np.inf)
-        self.count += len(features)
-
-    def constants(self, scaling: Scaling, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Scale.fit` takes, (F,) float32 each: mean and population deviation, or least value and range.
-
-        Raises:
-            ConfigError: no row came.
-        """
-        if self.count == 0:
-            raise ConfigError(f"no {side} row of a training class has a feature; check the split and the features")
-        if scaling == "unit":
-            return torch.from_numpy(self.least).float(), torch.from_numpy(self.most - self.least).float()
-        mean = self.total / self.count
-        variance = np.maximum(self.square / self.count - np.square(mean), 0.0)
-        return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(variance)).float()
 
 
 def _fit_rows(run: Run, place: Place) -> Iterator[FitRows]:

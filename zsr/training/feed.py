@@ -1,0 +1,77 @@
+"""What stands between rows and a model that is about to train: the scale of its features, and its batches."""
+
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zsr.data.sampling import Pool, Sampler
+from zsr.errors import ConfigError
+from zsr.models.layers import Scale
+from zsr.models.protocol import Embedder, Model, Scaling
+
+
+def begin(model: Model, query: Pool, photo: Pool, words: Tensor, seed: int, *, paired: bool | None = None) -> Sampler:
+    """Tell a model its class vectors, and draw the batches that it asks for.
+
+    Args:
+        words: (N, S) class vectors, row i for label i.
+        seed: of the batches.
+        paired: draw a query's own photo; None does as the model's paper does, where any query names its photo.
+
+    Raises:
+        ConfigError: see `Sampler`.
+    """
+    model.begin(words)
+    return Sampler(
+        query,
+        photo,
+        words,
+        seed,
+        paired=model.paired and query.has_pairs if paired is None else paired,
+        triplets=model.eats == "triplets",
+        negatives=model.negatives(words),
+    )
+
+
+class Sums:
+    """Mean, deviation and range of the columns of a stream, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = np.zeros(0)
+        self.square = np.zeros(0)
+        self.least = np.zeros(0)
+        self.most = np.zeros(0)
+
+    def add(self, features: np.ndarray) -> None:
+        """Take in (N, F)."""
+        if not len(features):
+            return
+        wide = features.astype(np.float64)
+        self.total = wide.sum(0) + (self.total if self.count else 0.0)
+        self.square = np.square(wide).sum(0) + (self.square if self.count else 0.0)
+        self.least = np.minimum(wide.min(0), self.least if self.count else np.inf)
+        self.most = np.maximum(wide.max(0), self.most if self.count else -np.inf)
+        self.count += len(features)
+
+    def constants(self, scaling: Scaling, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Scale.fit` takes, (F,) float32 each: mean and population deviation, or least value and range.
+
+        Raises:
+            ConfigError: no row came.
+        """
+        if self.count == 0:
+            raise ConfigError(f"no {side} row of a training class has a feature; check the split and the features")
+        if scaling == "unit":
+            return torch.from_numpy(self.least).float(), torch.from_numpy(self.most - self.least).float()
+        mean = self.total / self.count
+        variance = np.maximum(self.square / self.count - np.square(mean), 0.0)
+        return torch.from_numpy(mean).float(), torch.from_numpy(np.sqrt(variance)).float()
+
+
+def fit_scale(model: Embedder, side: str, sums: Sums) -> None:
+    """Fit the scale of one side as the model asks for it. Raises ConfigError if no row came."""
+    if model.scaling != "none":
+        cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))
