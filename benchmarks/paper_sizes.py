@@ -155,7 +155,7 @@ def weigh(name: str, rows: int) -> Weighed:
     bad: tuple[str, ...] = ()
     for _ in range(STEPS):
         began = time.monotonic()
-        terms = engines.train_batch(lambda _: model.scaled(case.batch(rows, word)))
+        terms = engines.train_batch(lambda _: case.batch(rows, word))
         seconds = time.monotonic() - began
         bad += tuple(term for term, value in terms.items() if not math.isfinite(float(value)))
     dist.destroy_process_group()
