@@ -61,7 +61,7 @@ def main(
             raise
         code, message = explain(error)
         print(f"error: {message}", file=sys.stderr)
-        results = {"error": message}
+        results = {**getattr(error, "results", {}), "error": message}
     finally:
         cluster.disconnect()
     print(json.dumps({**results, "exit_code": code}, sort_keys=True, default=str), flush=True)
@@ -72,14 +72,25 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of `error`, which Ray may have wrapped several times."""
     if isinstance(error, SystemExit):  # tyro has printed what is wrong with the flags
         return 2, "the command line was not understood; see above or --help"
+    if (shown := ours(error)) is not None:
+        return shown.exit_code, str(shown)
+    traceback.print_exception(error)
+    return 1, f"{type(error).__name__}: {error}"
+
+
+def ours(error: BaseException) -> ZsrError | None:
+    """The error of our tree that `error` is or wraps."""
     for cause in causes(error):
         if isinstance(cause, ZsrError):
             # Ray's RayTaskError inherits from the cause's class and puts the remote traceback into str()
             original = getattr(cause, "cause", None)
-            shown = original if isinstance(original, ZsrError) else cause
-            return shown.exit_code, str(shown)
-    traceback.print_exception(error)
-    return 1, f"{type(error).__name__}: {error}"
+            return original if isinstance(original, ZsrError) else cause
+    return None
+
+
+def attach(error: BaseException, results: Results) -> None:
+    """Let the JSON line that a job ends with after `error` hold `results`, too."""
+    setattr(error, "results", results)  # noqa: B010 - any exception, and none declares it
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -1,77 +1,110 @@
 """Raw folders, fonts or parquet to DATA shards (and FEATURES, where the source brings them)."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+
+from pydantic import Field
 
 from jobs._job import JobConfig, Results, main
-from zsr.artifact import Store
+from zsr.artifact import Store, open_artifact, write_atomically
+from zsr.data import inspect
 from zsr.data import prepare as rows
 from zsr.data.features import import_features
-from zsr.data.sources import Source, directory
-from zsr.data.sources.emoji import Emoji
-from zsr.data.sources.pairs import Pairs
-from zsr.data.sources.parquet import Columns, Parquet
-from zsr.data.sources.sketchy import Sketchy
-from zsr.data.sources.wikipedia import Wikipedia
-
-FOLDERS: Final[dict[str, Callable[[Path], Source]]] = {"sketchy": Sketchy, "pairs": Pairs, "wikipedia": Wikipedia}
+from zsr.data.listing import listing
+from zsr.data.sources import Source, registry
+from zsr.data.sources.parquet import Columns
+from zsr.data.sources.quickdraw import QuickDrawOptions
+from zsr.data.sources.sketchy import SketchyOptions
+from zsr.errors import ConfigError
 
 
 class Config(JobConfig):
-    """Flags of jobs.prepare.
+    """Flags of jobs.prepare: --source, --input and --output to make DATA, or --inspect to look at it.
 
     Attributes:
-        source: emoji (embedded, needs no input), sketchy (photo/CLASS, sketch/CLASS), pairs (tables of images and
-            texts), wikipedia (its lists and raw features) or parquet.
+        source: emoji is embedded and needs no input; docs/data.md has what the others read.
         output: ROOT of the DATA artifact.
         input: directory of the raw data.
+        inspect: ROOT of a DATA artifact to look at; nothing is prepared.
+        sheet: where --inspect writes its contact sheet, a PNG.
+        sheet_rows: rows of each class and modality on it.
         features_output: ROOT of a FEATURES artifact; for wikipedia, and parquet that has a feature column.
+        classes: rows of other classes are quarantined: "published" for the data set's own list, or a file of a name a
+            line; all are allowed without it.
         columns: what the parquet columns are called.
+        sketchy: which photos, and which rendering.
+        quickdraw: how strokes are drawn, and which.
         rows_per_shard: rows a parquet file holds at most.
+        bytes_per_shard: bytes of rows a parquet file holds at most; a slice of rows that has more makes several files.
         max_bad_rows: a count or a share beyond which the job stops with exit 3.
         seed: of the order of rows.
     """
 
-    source: Literal["emoji", "sketchy", "pairs", "wikipedia", "parquet"]
-    output: Path
+    source: registry.Name | None = None
+    output: Path | None = None
     input: Path | None = None
+    inspect: Path | None = None
+    sheet: Path = Path("contact_sheet.png")
+    sheet_rows: int = Field(4, ge=1, le=50)
     features_output: Path | None = None
+    classes: str = ""
     columns: Columns = Columns()
+    sketchy: SketchyOptions = SketchyOptions()
+    quickdraw: QuickDrawOptions = QuickDrawOptions()
     rows_per_shard: int = 10_000
+    bytes_per_shard: int = 512 << 20
     max_bad_rows: str = "1%"
     seed: int = 0
 
     def settings(self) -> rows.Prepare:
-        return rows.Prepare(self.rows_per_shard, self.max_bad_rows, self.seed)
+        return rows.Prepare(self.rows_per_shard, self.max_bad_rows, self.seed, self.bytes_per_shard)
 
     def open_source(self) -> Source:
-        if self.source == "emoji":
-            return Emoji()
-        root = directory(self.input, self.source)
-        if self.source == "parquet":
-            return Parquet(root, self.columns)
-        return FOLDERS[self.source](root)
+        if self.source is None:
+            raise ConfigError(f"--source is missing: one of {list(registry.NAMES)}, or --inspect DATA")
+        options = registry.Options(
+            classes=self.classes, columns=self.columns, sketchy=self.sketchy, quickdraw=self.quickdraw
+        )
+        return registry.open_source(self.source, self.input, options)
+
+    def store(self) -> Store:
+        if self.output is None:
+            raise ConfigError("--output is missing: the ROOT of the DATA artifact")
+        return Store.at(self.output)
 
 
 def plan(config: Config) -> Results:
-    listed = rows.listing(config.open_source(), config.seed)
-    shards = {m: -(-len(items) // config.rows_per_shard) for m, items in listed.items.items()}
-    counts = {m: len(items) for m, items in listed.items.items()}
-    allowed = config.settings().allowed(listed.count)
-    return {"rows": counts, "shards": shards, "classes": len(listed.labels), "bad_rows_allowed": allowed}
+    listed = listing(config.open_source(), config.seed)
+    settings = config.settings()
+    shards = {modality: -(-rows // settings.rows_per_shard) for modality, rows in listed.rows.items()}
+    return {
+        "rows": listed.rows,
+        "shards": shards,
+        "classes": len(listed.labels),
+        "refused": dict(sorted(listed.refused.kinds.items())),
+        "bad_rows_allowed": settings.allowed(listed.count),
+    }
 
 
 def work(config: Config) -> Results:
-    source, settings = config.open_source(), config.settings()
-    data = rows.prepare(source, Store.at(config.output), settings)
+    if config.inspect is not None:
+        return look(config.inspect, config)
+    source, settings, output = config.open_source(), config.settings(), config.store()
+    listed = listing(source, settings.seed)
+    data = rows.prepare(source, output, settings, listed)
     results = {"data": data.digest, "rows": data.manifest["rows"], "quarantine": data.facts["quarantine"]}
     if config.features_output is not None:
-        listed = rows.listing(source, settings.seed)
         features = import_features(source, listed, settings, data, Store.at(config.features_output))
         results |= {"features": features.digest, "feature_rows": features.facts["rows"]}
     return results
+
+
+def look(data: Path, config: Config) -> Results:
+    """`--inspect`: the report as results, and the contact sheet beside the caller."""
+    results, page = inspect.look(open_artifact(data, "data"), config.sheet_rows)
+    write_atomically(config.sheet, page)
+    return results | {"sheet": str(config.sheet)}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Artifacts are whole and verified, or they do not exist."""
 
+import errno
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, DiskFull,
 PLAN = Plan("data", {"rows": 3})
 
 
-def make(root: Path, plan: Plan = PLAN, content: bytes = b"hello") -> Artifact:
+def make(root: str | Path, plan: Plan = PLAN, content: bytes = b"hello") -> Artifact:
     store = Store.at(root)
     staging = store.staging(plan)
     staging.write("modality=photo/part-00000.parquet", content)
@@ -278,9 +279,18 @@ def test_a_crafted_shard_with_a_valid_digest_is_refused(tmp_path: Path, ray_is_l
         made.read_table("modality=photo/part-00000.parquet")
 
 
-def test_urls_are_refused_with_a_reason() -> None:
-    with pytest.raises(StorageError, match="POSIX"):
-        Store.at("s3://bucket/data")
+def test_a_storage_without_conditional_put_is_refused_before_any_work() -> None:
+    with pytest.raises(StorageError, match="no conditional put"):
+        Store.at("memory://bucket/data").made(PLAN)
+
+
+def test_a_file_system_without_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", str(target))  # what vfat and some network mounts answer
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StorageError, match="no hard links"):
+        make(tmp_path)
 
 
 def test_a_manifest_holds_no_path_and_no_time(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
-from zsr import worker
+from zsr import measure, worker
 from zsr.errors import Infeasible
+from zsr.storage import shared_environment
 
 logger = logging.getLogger("zsr")
 
@@ -42,6 +43,7 @@ def connect() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # Ray Train's own logging set-up would undo the levels of worker.setup
         **{f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")},
+        **shared_environment(),
         **{name: value for name, value in os.environ.items() if name == "ZSR_FAULT"},
     }
     runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
@@ -119,7 +121,7 @@ def map_pieces(
     """Run `function` once for every piece, each as a Ray task, and return its results in the order of `pieces`.
 
     Args:
-        what: a word for the progress lines.
+        what: a word for the progress lines and the metrics.
         function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of.
             It writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
         options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
@@ -130,7 +132,14 @@ def map_pieces(
     if not pieces:
         return []
     connect()
-    dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(function, **options)
+    if isinstance(function, type):
+        shared = options.pop("fn_constructor_kwargs", {})
+        options["fn_constructor_kwargs"] = {"stage": what, "kind": function, "shared": shared}
+        counted: Callable[..., Any] = measure.Actor
+    else:
+        options["fn_kwargs"] = {"stage": what, "function": function, "shared": options.pop("fn_kwargs", {})}
+        counted = measure.task
+    dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(counted, **options)
     return list(track(what, dataset.iter_rows(), len(pieces)))
 
 

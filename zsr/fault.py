@@ -2,7 +2,8 @@
 
 `here("artifact.seal")` is one dictionary look-up in production. A test arms a point through the environment variable
 ZSR_FAULT, `NAME=kill` (SIGKILL to this process) or `NAME=enospc` (OSError ENOSPC), with `@N` to fire at the N-th
-passing. `POINTS` lists every name, so that a test which iterates it covers a new point on the day it appears.
+passing, and with `@N@FILE` to do so only in the one process that can create FILE, so that its peers and a restart are
+spared. `POINTS` lists every name, so that a test which iterates it covers a new point on the day it appears.
 """
 
 import errno
@@ -17,15 +18,19 @@ POINTS: Final = (
     "artifact.manifest",
     "artifact.seal",
     "artifact.link",
+    "prepare.listing",
     "prepare.shard",
     "features.shard",
+    "train.report",
     "train.save",
+    "train.saved",
     "train.step",
     "embed.shard",
     "index.train",
     "index.add",
     "index.merge",
     "index.tune",
+    "index.change",
 )
 
 _passed: Counter[str] = Counter()
@@ -36,14 +41,25 @@ def here(point: str) -> None:
     armed = os.environ.get("ZSR_FAULT")
     if armed is None:
         return
-    name, _, action = armed.partition("=")
-    action, _, nth = action.partition("@")
+    name, _, rest = armed.partition("=")
+    action, nth, marker = (*rest.split("@", 2), "", "")[:3]
     if name != point:
         return
     _passed[point] += 1
-    if _passed[point] != int(nth or 1):
+    if _passed[point] != int(nth or 1) or not _first(marker):
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "enospc":
         raise OSError(errno.ENOSPC, "no space left on device (injected)", point)
+
+
+def _first(marker: str) -> bool:
+    """Whether no process has fired before, by a file that only one can create; always where there is no file."""
+    if not marker:
+        return True
+    try:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True

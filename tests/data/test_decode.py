@@ -112,3 +112,34 @@ def test_an_animation_is_refused() -> None:
     with pytest.raises(BadImage) as error:
         check_header(buffer.getvalue(), Limits())
     assert error.value.kind == "animated"
+
+
+def test_a_jpeg_with_a_second_view_behind_it_is_no_animation() -> None:
+    buffer = io.BytesIO()
+    views = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (200, 0)]
+    views[0].save(buffer, "MPO", save_all=True, append_images=views[1:])
+    assert Image.open(io.BytesIO(buffer.getvalue())).n_frames == 2  # type: ignore[attr-defined]
+    assert abs(int(decode(buffer.getvalue(), 8, Limits())[4, 4, 0]) - 200) < 6
+
+
+def test_an_animated_png_is_refused() -> None:
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (0, 255)]
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    with pytest.raises(BadImage) as error:
+        decode(buffer.getvalue(), 8, Limits())
+    assert error.value.kind == "animated"
+
+
+def test_cmyk_keeps_its_colours_roughly() -> None:
+    red = decode(encoded("JPEG", mode="CMYK", colour=(0, 255, 255, 0)), 8, Limits())[4, 4]
+    assert red[0] > 200 > 60 > max(red[1:])
+
+
+def test_what_is_wrong_is_said_alike_in_every_run() -> None:
+    said = set()
+    for _ in range(2):
+        with pytest.raises(BadImage) as error:
+            check_header(b"\xff\xd8\xff" + bytes(99), Limits())
+        said.add(str(error.value))
+    assert said == {"JPEG header: cannot identify image file"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
+from zsr.data.sampling import Draws, Pool, Reservoir, Sampler, seed_of
 from zsr.data.shards import Block
 from zsr.errors import ConfigError
 
@@ -29,7 +29,11 @@ def pool(rows: int, capacity: int = 1000, start: int = 0, offset: int = 0) -> Po
 
 def sampler(**options: Any) -> Sampler:
     photo = pool(60, offset=10_000)  # the ids that the sketches' pairs name
-    return Sampler(pool(40), photo, torch.eye(CLASSES), 0, **options)
+    return made(pool(40), photo, CLASSES, **options)
+
+
+def made(sketch: Pool, photo: Pool, classes: int, **options: Any) -> Sampler:
+    return Sampler(sketch, photo, Draws(sketch, photo, 0, **options), torch.eye(classes))
 
 
 def test_a_roomy_reservoir_holds_every_row_in_any_order_of_blocks() -> None:
@@ -101,7 +105,7 @@ def test_paired_batches_take_the_sketch_s_own_photo() -> None:
 
 def test_pairing_without_pairs_is_refused() -> None:
     with pytest.raises(ConfigError, match="none has one"):
-        Sampler(pool(40), pool(40), torch.eye(CLASSES), 0, paired=True)
+        made(pool(40), pool(40), CLASSES, paired=True)
 
 
 def test_negatives_are_of_another_class_and_uniform() -> None:
@@ -116,9 +120,7 @@ def test_negatives_follow_weights_and_never_the_anchor_or_a_class_without_rows()
     weights = torch.rand(CLASSES + 1, CLASSES + 1, generator=torch.Generator().manual_seed(0)) + 0.05
     held = Reservoir(CLASSES + 1, 1000, seed=0)  # of the last class there is no row
     held.add(block(0, 40))
-    drawer = Sampler(
-        held.finish("cpu"), held.finish("cpu"), torch.eye(CLASSES + 1), 0, triplets=True, negatives=weights
-    )
+    drawer = made(held.finish("cpu"), held.finish("cpu"), CLASSES + 1, triplets=True, negatives=weights)
     batch = drawer.batch(step=0, size=100_000)
     assert batch.negative is not None
     assert batch.negative_label is not None
@@ -152,7 +154,7 @@ def test_one_class_is_too_few() -> None:
     rows = block(0, 10)
     held.add(Block(rows.ids, rows.pairs, np.zeros(10, np.int64), rows.features))
     with pytest.raises(ConfigError, match="at least 2"):
-        Sampler(held.finish("cpu"), held.finish("cpu"), torch.eye(1), 0)
+        made(held.finish("cpu"), held.finish("cpu"), 1)
 
 
 def test_seeds_mix_their_parts_in_order() -> None:

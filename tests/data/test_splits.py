@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from zsr.data.published import published as published_data
 from zsr.data.splits import Split, choose, load, published
 from zsr.errors import ConfigError, Leakage
 
@@ -92,3 +93,25 @@ def test_half_of_ten_classes_leave_all_others_to_train_on_without_validation() -
 def test_too_few_classes_to_train_on(name: str, held_out: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(name, LABELS, held_out, 0)
+
+
+def test_a_split_finds_its_classes_under_the_spelling_of_the_data() -> None:
+    labels = [*(name.replace("_", "") for name in load("sketchy-21").unseen), "a", "b", "c"]
+    split = choose("sketchy-21", labels, 1, 0)
+    assert set(split.unseen) | set(split.validation) | set(split.training) == set(labels)
+    hot_dog = Split(("hot_dog",)).resolve(["hotdog", "a", "b"], 0, 0)
+    assert hot_dog.unseen == ("hotdog",)
+
+
+def test_an_unseen_class_under_a_second_spelling_is_a_leak() -> None:
+    with pytest.raises(Leakage, match="two ways"):
+        Split(("hot_dog",)).resolve(["hot_dog", "hotdog", "a", "b"], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("sketchy", "sketchy-extended"), ("tuberlin", "tuberlin-extended"), ("quickdraw", "quickdraw")]
+)
+def test_published_splits_name_classes_of_their_data_set(name: str, data: str) -> None:
+    for split in published():
+        if split.startswith(name):
+            assert set(load(split).unseen) <= set(published_data(data).classes)

@@ -1,41 +1,37 @@
-"""Augmentation of pictures in a batch: a random part of each, resized back and perhaps mirrored.
+"""Augmentation of a picture: a random part of it, resized back and perhaps mirrored.
 
-Drawn from torch's global generator, which the training loop seeds by (seed, step, rank).
+Each row of each batch has its own draw, a function of the batch's seed and of the row's place in the global batch.
 """
 
 from typing import Final
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
+from PIL import Image
 
-from zsr.batch import Batch
+from zsr.data.rows import order_key
 
 AREA: Final = (0.5, 1.0)  # share of the picture that is kept
 ASPECT: Final = (0.75, 4 / 3)
+DRAWS: Final = 5  # numbers that a picture takes
 
 
-def augmented(batch: Batch) -> Batch:
-    """`batch` with every picture cropped and mirrored, each by its own draw."""
-    changes = {"sketch": crop_and_mirror(batch.sketch), "photo": crop_and_mirror(batch.photo)}
-    if batch.negative is not None:
-        changes["negative"] = crop_and_mirror(batch.negative)
-    return batch.map(**changes)
+def uniform(seed: int, slots: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1) for the rows at `slots` (R,) of a batch, (R, DRAWS) float64."""
+    places = slots.astype(np.int64)[:, None] * DRAWS + np.arange(DRAWS)
+    return (order_key(places.reshape(-1), seed) >> np.uint64(11)).reshape(places.shape) * 2.0**-53
 
 
-def crop_and_mirror(pixels: Tensor) -> Tensor:
-    """Pictures (B, H, W, 3) uint8 -> (B, H, W, 3) float32, 0 to 255: a crop of each, every second mirrored."""
-    count = len(pixels)
-    draw = torch.rand(5, count).to(pixels.device)
+def crop_and_mirror(picture: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """A part of a picture (H, W, 3) uint8 in its size, mirrored if the last draw is below a half.
+
+    Args:
+        draw: (DRAWS,) in [0, 1): area, aspect, where to cut across and down, and whether to mirror.
+    """
+    height, width = picture.shape[:2]
     area = AREA[0] + (AREA[1] - AREA[0]) * draw[0]
     aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** draw[1]
-    # in the coordinates of `affine_grid`, where a side goes from -1 to 1
-    width, height = (area * aspect).sqrt().clamp(max=1.0), (area / aspect).sqrt().clamp(max=1.0)
-    sign = torch.where(draw[4] < 0.5, 1.0, -1.0)
-    theta = torch.zeros(count, 2, 3, device=pixels.device)
-    theta[:, 0, 0], theta[:, 0, 2] = sign * width, (1.0 - width) * (2.0 * draw[2] - 1.0)
-    theta[:, 1, 1], theta[:, 1, 2] = height, (1.0 - height) * (2.0 * draw[3] - 1.0)
-    images = pixels.permute(0, 3, 1, 2).float()
-    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
-    cropped = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return cropped.permute(0, 2, 3, 1)
+    across, down = min(1.0, (area * aspect) ** 0.5) * width, min(1.0, (area / aspect) ** 0.5) * height
+    left, top = draw[2] * (width - across), draw[3] * (height - down)
+    box = (left, top, min(left + across, width), min(top + down, height))
+    cut = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR, box=box))
+    return cut[:, ::-1] if draw[4] < 0.5 else cut

@@ -6,6 +6,7 @@ least twice the wanted size; everything else, and JPEGs that it refuses, go to P
 
 import io
 import math
+import re
 import struct
 import warnings
 from dataclasses import dataclass
@@ -63,16 +64,22 @@ def check_header(data: bytes, limits: Limits) -> tuple[int, int]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the tighter one
             with Image.open(io.BytesIO(data), formats=[kind]) as picture:
                 width, height = picture.size
-                frames = getattr(picture, "n_frames", 1)
+                # a JPEG of a phone may hold a depth map or a second view behind its picture, and is no animation
+                frames = 1 if kind == "JPEG" else getattr(picture, "n_frames", 1)
     except Image.DecompressionBombError as error:
         raise BadImage("oversized", str(error)) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise BadImage("undecodable", f"{kind} header: {error}") from error
+        raise BadImage("undecodable", f"{kind} header: {_plain(error)}") from error
     if width * height > limits.pixels:
         raise BadImage("oversized", f"{width} x {height} pixels, at most {limits.pixels} are decoded")
     if frames > 1:
         raise BadImage("animated", f"{frames} frames, expected one")
     return width, height
+
+
+def _plain(error: Exception) -> str:
+    """What `error` says, without the address of the object that it is about: messages go into artifacts."""
+    return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,22 @@ class Resize:
     size: int
     interpolation: Interpolation = "bilinear"
     crop: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """How the pictures of a data set are to look, and what a stream is asked for in place of FEATURES.
+
+    Attributes:
+        invert_sketches: white strokes on black.
+    """
+
+    resize: Resize
+    invert_sketches: bool = False
+
+    def look(self, modality: str, pixels: np.ndarray) -> np.ndarray:
+        """Pixels (..., 3) uint8 of a modality, resized already, with black and white exchanged where that is asked."""
+        return 255 - pixels if self.invert_sketches and modality == "sketch" else pixels
 
 
 def decode(data: bytes, resize: int | Resize, limits: Limits) -> np.ndarray:
@@ -108,9 +131,14 @@ def decode(data: bytes, resize: int | Resize, limits: Limits) -> np.ndarray:
             pass  # CMYK and slightly broken files that Pillow may still read
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return _resize(_on_white(picture), wanted)
+            return square(picture, wanted)
     except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise BadImage("undecodable", str(error)) from error
+        raise BadImage("undecodable", _plain(error)) from error
+
+
+def square(picture: Image.Image, wanted: Resize) -> np.ndarray:
+    """An open picture as (size, size, 3) uint8 RGB. Transparency becomes white."""
+    return _resize(_on_white(picture), wanted)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from zsr import fault
-from zsr.artifact import Artifact, Plan, Staging, Store, canonical, sha256
+from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
-from zsr.data.prepare import Listing, Prepare, stage_listing, staged_items
+from zsr.data.listing import Listing
+from zsr.data.prepare import Prepare, stage_listing
 from zsr.data.rows import row_id
 from zsr.data.sources import Source
+from zsr.data.writing import slice_of, staged_items
 from zsr.errors import ConfigError, DamagedArtifact
 
 
@@ -72,13 +74,13 @@ def import_features(source: Source, rows: Listing, settings: Prepare, data: Arti
         ConfigError: vectors of different widths, or none at all.
     """
     # the vectors are not in DATA, so nothing of the content tells old ones from new ones before they are read
-    guards = sha256(canonical([item.guard for items in rows.items.values() for item in items]))
-    guard = {"files": guards, "source": dict(source.facts)}
+    guard = {"files": rows.guards, "source": dict(source.facts)}
     plan = Plan("features", {"backbone": "imported"}, {"data": data.digest}, guard)
     if done := output.made(plan):
         return done
     staging = output.staging(plan)
-    names = stage_listing(staging, rows, settings.rows_per_shard)
+    stage_listing(staging, rows, settings.rows_per_shard)
+    names = [entry.path for entry in data.shards()]
     todo = [{"name": name} for name in names if staging.finished(name) is None]
     map_pieces("import features", _import_shard, todo, fn_kwargs={"source": source, "data": data, "staging": staging})
     return seal_features(staging, output, names, {"backbone": "imported"})
@@ -88,10 +90,11 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     """Stage the vectors of one shard's rows. Runs in a Ray task."""
     name = piece["name"]
     used = set(data.read_table(name, columns=["id"]).column("id").to_pylist())
-    items = staged_items(staging, name)
-    read = {i.key: source.feature(i) for i in sorted(items, key=lambda i: i.where)}  # each file once
-    found = {row_id(i.modality, i.key): read[i.key] for i in items}
-    ids = [identity for identity in found if identity in used and found[identity] is not None]
+    items = {row_id(i.modality, i.key): i for i in staged_items(staging, slice_of(name))}
+    items = {identity: item for identity, item in items.items() if identity in used}
+    # each file once
+    found = {identity: source.feature(items[identity]) for identity in sorted(items, key=lambda i: items[i].where)}
+    ids = [identity for identity in items if found[identity] is not None]
     kept = [vector for identity in ids if (vector := found[identity]) is not None]
     widths = {vector.shape[0] for vector in kept}
     if len(widths) > 1:

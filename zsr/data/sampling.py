@@ -1,4 +1,4 @@
-"""How a batch is drawn: a bounded reservoir a class, and samplers that are functions of (seed, epoch, step, rank).
+"""How a batch is drawn: a bounded reservoir a class, and draws that are functions of (seed, step, rank).
 
 The papers draw same-class pairs uniformly over classes. A reservoir that holds every row of a class makes that draw
 exact; a bounded one makes it from a seeded sample of the rows streamed so far. What a reservoir holds depends only on
@@ -7,6 +7,7 @@ the rows that were added, in their order.
 
 import logging
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -114,39 +115,83 @@ class Pool:
         """Whether any row names the photo that it belongs to."""
         return bool((self.pairs != self.ids).any())
 
-    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """A uniform row of each label: (B,) labels -> (B,) row numbers."""
+    def draw(self, labels: Tensor, generator: torch.Generator, consumed: int) -> Tensor:
+        """A uniform row of each label: (B,) labels -> (B,) row numbers. A pool is the same at any time."""
         starts = torch.cumsum(self.sizes, 0) - self.sizes
         uniform = torch.rand(labels.shape[0], generator=generator, dtype=torch.float64)
         return starts[labels] + (uniform * self.sizes[labels]).long()
 
 
-class Sampler:
+class Side(Protocol):
+    """Rows of one modality that can be drawn by class: a `Pool`, or the rolling reservoirs of a stream.
+
+    Attributes:
+        ids, pairs: (N,) int64, see `shards.Block`.
+    """
+
+    @property
+    def ids(self) -> np.ndarray: ...
+    @property
+    def pairs(self) -> np.ndarray: ...
+    @property
+    def sizes(self) -> Tensor:
+        """(C,) int64: rows of each class that can be drawn."""
+        ...
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any row names the photo that it belongs to."""
+        ...
+
+    def draw(self, labels: Tensor, generator: torch.Generator, consumed: int) -> Tensor:
+        """A uniform row of each label, (B,) -> (B,) row numbers, when `consumed` rows have gone by since step 0."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Which rows a batch is made of.
+
+    Attributes:
+        labels: (B,) class of each row.
+        sketch, photo: (B,) row numbers of the two sides.
+        negative_labels, negative: (B,) class and photo row of each negative; only in triplet batches.
+    """
+
+    labels: Tensor
+    sketch: Tensor
+    photo: Tensor
+    negative_labels: Tensor | None = None
+    negative: Tensor | None = None
+
+
+class Draws:
     """Draws the global batch of a step, and gives each rank its rows.
 
-    Every rank holds the same pools, so (seed, step) alone fixes the global batch: 1 rank x 2B and 2 ranks x B see the
-    same rows.
+    Every rank knows all rows, so (seed, step) alone fixes the global batch: 1 rank x 2B and 2 ranks x B see the same
+    rows.
 
     Args:
-        sketch, photo: pools with the same classes.
-        words: (C, S) class vectors.
-        paired: take the very photo that a sketch was drawn from where the pool holds it, instead of any of its class.
+        sketch, photo: sides with the same classes.
+        paired: take the very photo that a sketch was drawn from where there is one, instead of any of its class.
         triplets: add a photo of another class.
         negatives: (C, C) weights of that class, row by the anchor's class; None weighs all other classes alike.
+
+    Raises:
+        ConfigError: fewer than two classes have both modalities, no sketch has its photo, or see `_cumulative`.
     """
 
     def __init__(
         self,
-        sketch: Pool,
-        photo: Pool,
-        words: Tensor,
+        sketch: Side,
+        photo: Side,
         seed: int,
         *,
         paired: bool = False,
         triplets: bool = False,
         negatives: Tensor | None = None,
     ) -> None:
-        self.sketch, self.photo, self.words, self.seed = sketch, photo, words, seed
+        self.sketch, self.photo, self.seed = sketch, photo, seed
         self.triplets = triplets
         self.classes = torch.nonzero((sketch.sizes > 0) & (photo.sizes > 0)).flatten()
         if len(self.classes) < 2:
@@ -157,33 +202,32 @@ class Sampler:
         self.cumulative = None if negatives is None else self._cumulative(negatives)
 
     def _partners(self) -> Tensor:
-        """Photo row of each sketch row; raises ConfigError where no sketch has its photo in the pool."""
-        place = {int(identity): row for row, identity in enumerate(self.photo.ids)}
-        partner = torch.tensor([place.get(int(pair), -1) for pair in self.sketch.pairs], dtype=torch.int64)
-        if not bool((partner >= 0).any()):
+        """Photo row of each sketch row, -1 for none; raises ConfigError where no sketch has its photo."""
+        order = np.argsort(self.photo.ids, kind="stable")
+        place = np.minimum(np.searchsorted(self.photo.ids, self.sketch.pairs, sorter=order), len(order) - 1)
+        found = np.where(self.photo.ids[order[place]] == self.sketch.pairs, order[place], -1)
+        if not (found >= 0).any():
             raise ConfigError("paired sampling wants sketches with a `pair`, and none has one; leave --paired off")
-        return partner
+        return torch.from_numpy(found.astype(np.int64))
 
-    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Batch:
-        """Rank `rank`'s `size` rows of the global batch of `step`; another one for each repetition."""
+    def of(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Draw:
+        """Rank `rank`'s `size` rows of the global batch of `step`; another one for each repetition.
+
+        Each step consumes as many rows of either stream as its global batch has.
+        """
         generator = torch.Generator().manual_seed(seed_of(self.seed, step, repetition))
         total = size * world
         labels = self.classes[torch.randint(len(self.classes), (total,), generator=generator)]
-        sketch = self.sketch.draw(labels, generator)
-        photo = self.photo.draw(labels, generator)
+        sketch = self.sketch.draw(labels, generator, step * total)
+        photo = self.photo.draw(labels, generator, step * total)
         if self.partner is not None:
             photo = torch.where(self.partner[sketch] >= 0, self.partner[sketch], photo)
-        negative_label = self._others(labels, generator) if self.triplets else None
-        negative = None if negative_label is None else self.photo.draw(negative_label, generator)
         mine = slice(rank * size, (rank + 1) * size)
-        return Batch(
-            sketch=self._rows(self.sketch, sketch[mine]),
-            photo=self._rows(self.photo, photo[mine]),
-            label=labels[mine].to(self.words.device),
-            word=self.words[labels[mine].to(self.words.device)],
-            negative=None if negative is None else self._rows(self.photo, negative[mine]),
-            negative_label=None if negative_label is None else negative_label[mine].to(self.words.device),
-        )
+        if not self.triplets:
+            return Draw(labels[mine], sketch[mine], photo[mine])
+        others = self._others(labels, generator)
+        negative = self.photo.draw(others, generator, step * total)
+        return Draw(labels[mine], sketch[mine], photo[mine], others[mine], negative[mine])
 
     def _cumulative(self, weights: Tensor) -> Tensor:
         """Cumulative probability of each class as the negative of each anchor, (C', C') over the classes held.
@@ -216,6 +260,41 @@ class Sampler:
         jump = torch.randint(1, len(self.classes), labels.shape, generator=generator)
         return self.classes[(place + jump) % len(self.classes)]
 
+
+class Sampler:
+    """Batches of rows that lie in memory.
+
+    Args:
+        sketch, photo: the pools that `draws` is about.
+        words: (C, S) class vectors.
+
+    Attributes:
+        waited: seconds that callers of `batch` waited for data; none here, where all of it was read before.
+    """
+
+    waited = 0.0
+
+    def __init__(self, sketch: Pool, photo: Pool, draws: Draws, words: Tensor) -> None:
+        self.sketch, self.photo, self.draws, self.words = sketch, photo, draws, words
+
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Batch:
+        """See `Draws.of`."""
+        draw = self.draws.of(step, size, rank, world, repetition)
+        negative = None if draw.negative is None else self._rows(self.photo, draw.negative)
+        return labelled(
+            draw, self.words, self._rows(self.sketch, draw.sketch), self._rows(self.photo, draw.photo), negative
+        )
+
+    def close(self) -> None:
+        """Nothing is read ahead, so there is nothing to stop."""
+
     @staticmethod
     def _rows(pool: Pool, rows: Tensor) -> Tensor:
         return pool.features[rows.to(pool.features.device)]
+
+
+def labelled(draw: Draw, words: Tensor, sketch: Tensor, photo: Tensor, negative: Tensor | None) -> Batch:
+    """The batch of `draw`, whose rows are at hand, on the device of `words` (C, S)."""
+    labels = draw.labels.to(words.device)
+    others = None if draw.negative_labels is None else draw.negative_labels.to(words.device)
+    return Batch(sketch=sketch, photo=photo, label=labels, word=words[labels], negative=negative, negative_label=others)

@@ -16,26 +16,16 @@ from ray.data import Dataset
 
 from zsr.artifact import Artifact
 from zsr.cluster import connect
-from zsr.data.decode import BadImage, Limits, Resize, decode
+from zsr.data.decode import BadImage, Pictures
 from zsr.data.features import vectors
+from zsr.data.pictures import pixels, shard
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError
 
 logger = logging.getLogger("zsr")
 
+ROW: Final = ("id", "key", "label", "pair")
 DECODED: Final = 128  # pictures in one block of a stream: a shard's worth of them would be hundreds of megabytes
-
-
-@dataclass(frozen=True, slots=True)
-class Pictures:
-    """What a stream is asked for in place of FEATURES: decoded pictures.
-
-    Attributes:
-        invert_sketches: white strokes on black.
-    """
-
-    resize: Resize
-    invert_sketches: bool = False
 
 
 Source = Artifact | Pictures
@@ -77,7 +67,11 @@ def stream(
     """
     names = _features_of(data, source, modality) if isinstance(source, Artifact) else _shards_of(data, modality)
     connect()
-    dataset = ray.data.from_items(names, override_num_blocks=len(names)).map_batches(
+    items = ray.data.from_items(names, override_num_blocks=len(names))
+    if not isinstance(source, Artifact):
+        # before the map, which takes it over; blocks of more bytes than this leave their task at once
+        items.context.target_max_block_size = (DECODED - 1) * 3 * source.resize.size**2
+    dataset = items.map_batches(
         cast(Any, _join if isinstance(source, Artifact) else _decode),  # Ray's own type admits one argument only
         fn_args=(data, source, classes, keys),
         batch_size=1,
@@ -134,8 +128,8 @@ def _decode(
     batch: Mapping[str, Any], data: Artifact, pictures: Pictures, classes: tuple[str, ...] | None, keys: bool
 ) -> Iterator[pa.Table]:
     """One DATA shard with its pictures decoded, some rows at a time. Runs in a Ray task."""
-    for rows, pixels in pictured_rows(data, pictures, str(batch["item"][0]), classes):
-        yield _table(rows, pixels.reshape(len(pixels), -1), classes, keys)
+    for rows, found in pictured_rows(data, pictures, str(batch["item"][0]), classes):
+        yield _table(rows, found.reshape(len(found), -1), classes, keys)
 
 
 def featured_rows(
@@ -157,25 +151,37 @@ def pictured_rows(
 
     `prepare` has decoded every picture at a small size; one that fails at this size is left out with a warning.
     """
-    rows = rows_of(data, name, classes, "image")
-    inverted = pictures.invert_sketches and name.startswith("modality=sketch/")
-    for start in range(0, max(1, len(rows)), DECODED):
-        part = rows[start : start + DECODED]
+    modality = name.partition("/")[0].partition("=")[2]
+    for part in _encoded_rows(data, name, classes):
         kept: list[int] = []
-        pixels = [np.zeros((0, pictures.resize.size, pictures.resize.size, 3), np.uint8)]
+        found = [np.zeros((0, pictures.resize.size, pictures.resize.size, 3), np.uint8)]
         for row, image in enumerate(part.column("image").to_pylist()):
             try:
-                pixels.append(decode(image or b"", pictures.resize, Limits())[None])
+                found.append(pixels(image, pictures, modality)[None])
                 kept.append(row)
             except BadImage as error:
                 logger.warning("%s: row %s is left out: %s", name, part.column("key")[row], error)
-        stacked = np.concatenate(pixels)
-        yield part.take(pa.array(kept, pa.int64())), 255 - stacked if inverted else stacked
+        yield part.take(pa.array(kept, pa.int64())), np.concatenate(found)
 
 
-def rows_of(data: Artifact, name: str, classes: tuple[str, ...] | None, *more: str) -> pa.Table:
-    """Columns id, key, label, pair and `more` of a DATA shard: all rows, or those of `classes`."""
-    rows = data.read_table(name, columns=["id", "key", "label", "pair", *more])
+def _encoded_rows(data: Artifact, name: str, classes: tuple[str, ...] | None) -> Iterator[pa.Table]:
+    """Rows of shard `name` with their encoded pictures, DECODED at a time; at least one part, maybe empty."""
+    file, columns = shard(data, name).file, [*ROW, "image"]
+    waiting = file.schema_arrow.empty_table().select(columns)
+    for batch in file.iter_batches(DECODED, columns=columns, use_threads=False):
+        waiting = pa.concat_tables([waiting, _of_classes(pa.Table.from_batches([batch]), classes)])
+        while len(waiting) > DECODED:
+            yield waiting[:DECODED]
+            waiting = waiting[DECODED:]
+    yield waiting
+
+
+def rows_of(data: Artifact, name: str, classes: tuple[str, ...] | None) -> pa.Table:
+    """Columns ROW of a DATA shard: all rows, or those of `classes`."""
+    return _of_classes(shard(data, name).file.read(columns=list(ROW)), classes)
+
+
+def _of_classes(rows: pa.Table, classes: tuple[str, ...] | None) -> pa.Table:
     if classes is None:
         return rows
     return rows.filter(pc.is_in(rows.column("label"), value_set=pa.array(list(classes), pa.string())))

@@ -3,11 +3,12 @@
 import json
 import random
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from zsr.data.published import Spellings, squeezed
 from zsr.data.rows import canonical_label
 from zsr.errors import ConfigError, Leakage
 
@@ -51,12 +52,28 @@ class Split:
 
         Raises:
             ConfigError: the split names a class that the data lacks, or no class is left to train on.
+            Leakage: an unseen class stands in the data under two spellings, of which one would be trained on.
         """
         present = sorted(set(labels))
+        return self._spelt_as(Spellings(present))._resolved(present, validation_classes, seed)
+
+    def _spelt_as(self, spelling: Spellings) -> "Split":
+        """The split with the spelling that the data has for each class, where they differ in punctuation only."""
+        unseen, validation, training, seen = (
+            tuple(sorted(map(spelling, names))) for names in (self.unseen, self.validation, self.training, self.seen)
+        )
+        return replace(self, unseen=unseen, validation=validation, training=training, seen=seen)
+
+    def _resolved(self, present: list[str], validation_classes: int, seed: int) -> "Split":
         if missing := sorted(set(self.unseen + self.validation + self.training + self.seen) - set(present)):
             raise ConfigError(
                 f"split {self.source!r} names {missing}, which the data has not; its {len(present)} classes begin with "
                 f"{present[:5]}"
+            )
+        unseen = {squeezed(label): label for label in self.unseen}
+        if twins := [f"{unseen[squeezed(n)]}, {n}" for n in present if n not in self.unseen and squeezed(n) in unseen]:
+            raise Leakage(
+                f"split {self.source!r}: the data spells one class in two ways ({twins}); prepare it with one"
             )
         seen = self.seen or tuple(label for label in present if label not in self.unseen)
         pool = self.training or seen

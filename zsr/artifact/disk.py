@@ -1,0 +1,91 @@
+"""Files on a POSIX disk: opened without following links, written whole or not at all, hashed and compared."""
+
+import errno
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zsr.artifact.format import CHUNK, FileEntry
+from zsr.errors import DamagedArtifact, DiskFull, StorageError
+
+
+def check_size(path: Path, found: int, entry: FileEntry) -> None:
+    if found != entry.bytes:
+        raise DamagedArtifact(
+            f"{path}: {found} bytes (sha256 not computed) but the manifest says {entry.bytes} (sha256 "
+            f"{entry.sha256[:12]}); restore the file, or remove this object and run the job that made it again"
+        )
+
+
+def check_hash(path: Path, found: str, entry: FileEntry) -> None:
+    if found != entry.sha256:
+        raise DamagedArtifact(
+            f"{path}: sha256 {found[:12]} but the manifest says {entry.sha256[:12]}; restore the file, or remove this "
+            "object and run the job that made it again"
+        )
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[Any]:
+    """Open without following a link; refuse what is not a plain file with one name."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
+            raise DamagedArtifact(f"{path}: missing, or a link or device ({error.strerror}); restore it") from error
+        raise StorageError(f"{path}: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as handle:
+        info = os.fstat(handle.fileno())
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise DamagedArtifact(f"{path}: not a plain file with a single name; artifacts hold nothing else")
+        yield handle
+
+
+def hash_handle(handle: Any) -> str:
+    handle.seek(0)
+    digest = hashlib.sha256()
+    while chunk := handle.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
+    """Turn an OSError of a write into StorageError or DiskFull, naming the path and the bytes wanted."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{path}" + ("" if size is None else f" ({size} bytes)")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(f"{what}: no space left; free some and run the same command again") from error
+        raise StorageError(f"{what}: {error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write, fsync and rename into place: a reader sees the whole file or none."""
+    temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")
+    with disk_errors(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)

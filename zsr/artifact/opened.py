@@ -1,0 +1,164 @@
+"""An artifact, opened for reading: every byte is checked against its manifest before a parser sees it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zsr.artifact.bucket import Bucket
+from zsr.artifact.disk import check_hash, check_size, hash_handle, open_regular
+from zsr.artifact.format import FileEntry, Json, refuse_extension_types, safe_name, sha256
+from zsr.errors import DamagedArtifact
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed artifact, opened: its manifest was read under a size cap and its digest checked.
+
+    `plan` is the digest of the plan that made it, known to its writer and to its version file only. In an object store,
+    at `url`, `root` is the local mirror that files are fetched into.
+    """
+
+    root: Path
+    digest: str
+    manifest: Json
+    plan: str = ""
+    url: str = ""
+
+    @property
+    def directory(self) -> Path:
+        return self.root / "objects" / self.digest
+
+    @property
+    def place(self) -> str:
+        """The ROOT that it lies in, a path or a URL."""
+        return self.url or str(self.root)
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The store that it lies in; None for a folder."""
+        return Bucket(self.url, self.root) if self.url else None
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest["kind"])
+
+    @property
+    def config(self) -> Json:
+        config: Json = self.manifest["config"]
+        return config
+
+    @property
+    def facts(self) -> Json:
+        facts: Json = self.manifest["facts"]
+        return facts
+
+    @property
+    def parents(self) -> Mapping[str, str]:
+        parents: Mapping[str, str] = self.manifest["parents"]
+        return parents
+
+    @cached_property
+    def files(self) -> tuple[FileEntry, ...]:
+        return tuple(FileEntry(**entry) for entry in self.manifest["files"])
+
+    @cached_property
+    def _by_path(self) -> dict[str, FileEntry]:
+        return {entry.path: entry for entry in self.files}
+
+    def entry(self, name: str) -> FileEntry:
+        """The entry of `name`.
+
+        Raises:
+            DamagedArtifact: the manifest lists no such file.
+        """
+        try:
+            return self._by_path[name]
+        except KeyError:
+            raise DamagedArtifact(
+                f"{self.directory}: no file {name!r} in the manifest; it lists {sorted(self._by_path)[:5]} ..."
+            ) from None
+
+    def shards(self, modality: str | None = None) -> tuple[FileEntry, ...]:
+        """Parquet shards in name order, of one modality or of all."""
+        prefix = "modality=" if modality is None else f"modality={modality}/"
+        return tuple(e for e in sorted(self.files, key=lambda e: e.path) if e.path.startswith(prefix))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of `name`, after its size and hash have been checked."""
+        entry = self.entry(name)
+        path = self.directory / safe_name(name) if self.bucket is None else self.local(name)
+        with open_regular(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            check_size(self.directory / name, size, entry)
+            data: bytes = handle.read()
+        check_hash(self.directory / name, sha256(data), entry)
+        return data
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """`name` as an Arrow table, parsed from the very bytes that were verified.
+
+        Raises:
+            DamagedArtifact: wrong size or hash, not parquet, or a schema with an extension type (which may run code).
+        """
+        data = self.read(name)
+        try:
+            parquet = pq.ParquetFile(pa.BufferReader(data))
+            refuse_extension_types(parquet.schema_arrow, f"{self.directory / name}")
+            return parquet.read(columns=columns)
+        except DamagedArtifact:
+            raise
+        except Exception as error:  # a registered extension type parses its metadata here, and may raise anything
+            raise DamagedArtifact(f"{self.directory / name}: not readable as parquet: {error}") from error
+
+    def local(self, name: str) -> Path:
+        """Path of `name` for a parser that wants a path (faiss mmap); hashed once a process and unchanged inode."""
+        entry = self.entry(name)
+        try:
+            return self._checked(entry)
+        except DamagedArtifact:
+            if not self.url:
+                raise
+            # what is damaged is the copy here, unless the store refuses to give a better one
+            (self.directory / safe_name(name)).unlink(missing_ok=True)
+            return self._checked(entry)
+
+    def _here(self, entry: FileEntry) -> Path:
+        """Where the file lies on this machine, fetched there if need be; `safe_name` keeps it inside the root."""
+        name = str(safe_name(entry.path))
+        if self.bucket is None:
+            return self.directory / name
+        return self.bucket.fetch(f"objects/{self.digest}/{name}", entry)
+
+    def _checked(self, entry: FileEntry) -> Path:
+        path = self._here(entry)
+        with open_regular(path) as handle:
+            info = os.fstat(handle.fileno())
+            inode = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, entry.sha256)
+            if inode not in _verified:
+                check_size(path, info.st_size, entry)
+                check_hash(path, hash_handle(handle), entry)
+                _verified.add(inode)
+        return path
+
+    def complete(self) -> bool:
+        """Whether every file is there in its size: a cheap look, which does not replace `verify`."""
+        try:
+            if self.bucket is not None:
+                sizes = self.bucket.sizes(f"objects/{self.digest}")
+                return all(sizes.get(e.path) == e.bytes for e in self.files)
+            return all((self.directory / safe_name(e.path)).lstat().st_size == e.bytes for e in self.files)
+        except OSError:
+            return False
+
+    def verify(self) -> None:
+        """Hash every file. Raises DamagedArtifact for the first that is not as the manifest says."""
+        for entry in self.files:
+            self.local(entry.path)
+
+
+_verified: set[tuple[int, int, int, int, str]] = set()

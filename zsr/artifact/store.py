@@ -1,0 +1,266 @@
+"""A ROOT and its versions: the only file that creates one, and does so by put-if-absent."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zsr import fault
+from zsr.artifact.bucket import Bucket, cache_directory
+from zsr.artifact.disk import disk_errors, fsync_directory, open_regular, write_atomically
+from zsr.artifact.format import MANIFEST, MANIFEST_CAP, SCHEMA_VERSION, Plan, canonical, safe_name, sha256
+from zsr.artifact.opened import Artifact
+from zsr.artifact.staging import Staging
+from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, StorageError
+from zsr.storage import local_path, url_of
+
+POINTER_CAP = 4096  # bytes of a version's file
+
+
+@dataclass(frozen=True)
+class Store:
+    """A ROOT, directory or prefix of an object store, that holds the versions of one artifact.
+
+    Attributes:
+        root: the directory, or what this machine mirrors of the store at `url`.
+    """
+
+    root: Path
+    url: str = ""
+
+    @classmethod
+    def at(cls, path: str | Path) -> "Store":
+        """The store at `path`, a directory or a URL such as s3://bucket/prefix."""
+        url = url_of(path)
+        return cls(local_path(path)) if url is None else cls(cache_directory(url), url)
+
+    def __str__(self) -> str:
+        return self.url or str(self.root)
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """The object store; None for a directory."""
+        return Bucket(self.url, self.root) if self.url else None
+
+    def staging(self, plan: Plan) -> Staging:
+        """Where `plan` is worked on; finished pieces of a killed run are found there."""
+        return Staging(self.root, plan, self.url)
+
+    def made(self, plan: Plan, check: Callable[[Artifact], None] | None = None) -> Artifact | None:
+        """The artifact that this very plan already made, published now if a kill came after sealing.
+
+        Args:
+            check: called before such a late publication, where sealing alone does not make an artifact fit to publish;
+                what it raises is passed on, and nothing is published.
+
+        Raises:
+            StorageError: an object store without conditional put, which is found out before anything is made.
+        """
+        if self.bucket is not None:
+            self.bucket.require_conditional_put()
+        for number in reversed(self.versions()):
+            artifact = self._at_version(number)
+            if artifact is not None and artifact.plan == plan.digest and artifact.complete():
+                if number != self.versions()[-1]:
+                    self.publish(artifact)  # who asks for this plan again wants the next job to read it
+                return artifact
+        try:
+            sealed = json.loads(self._read(f"staging/{plan.digest}/sealed.json"))
+            artifact = self.open(str(sealed["digest"]), plan.digest)
+        except (OSError, ValueError, DamagedArtifact):
+            return None
+        if check is not None:
+            check(artifact)
+        self.publish(artifact)
+        return artifact
+
+    def discard(self, plan: Plan) -> None:
+        """Forget what a killed run of `plan` had finished. Published versions stay."""
+        self._remove(f"staging/{plan.digest}")
+
+    def versions(self) -> tuple[int, ...]:
+        """Published version numbers, ascending."""
+        if self.bucket is not None:
+            names = list(self.bucket.sizes("versions"))
+        else:
+            folder = self.root / "versions"
+            names = os.listdir(folder) if folder.is_dir() else []
+        return tuple(sorted(int(name) for name in names if name.isdigit()))
+
+    def digest_of(self, number: int) -> str:
+        """The digest that version `number` names. Raises StorageError if there is no such version."""
+        try:
+            return str(json.loads(self._read(f"versions/{number}"))["digest"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{self}/versions/{number}: not readable as a version: {error!r}") from error
+
+    def _read(self, name: str) -> bytes:
+        """A small file of this root. Raises OSError, StorageError."""
+        if self.bucket is not None:
+            return self.bucket.read(name, POINTER_CAP)
+        with open(self.root / name, "rb") as handle:
+            return handle.read(POINTER_CAP)
+
+    def _remove(self, folder: str) -> None:
+        if self.bucket is not None:
+            self.bucket.remove(folder)
+        else:
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def publish(self, artifact: Artifact) -> int:
+        """Make a freshly sealed `artifact` the next version and clear its staging.
+
+        Publishing what the current version holds already, from the same plan, is a no-op.
+
+        Raises:
+            AlreadyPublished: another publisher created the same version number first.
+        """
+        numbers = self.versions()
+        current = self._at_version(numbers[-1]) if numbers else None
+        if current and (current.digest, current.plan) == (artifact.digest, artifact.plan):
+            self._clear(artifact)
+            return numbers[-1]
+        number = self._link(artifact, (numbers[-1] if numbers else 0) + 1)
+        self._clear(artifact)
+        return number
+
+    def _link(self, artifact: Artifact, number: int) -> int:
+        """Create version `number`, in one step that fails if it is there."""
+        content = {"digest": artifact.digest, "plan": artifact.plan}
+        if self.bucket is None:
+            won = self._link_file(content, number)
+        else:
+            fault.here("artifact.link")
+            won = self.bucket.create(f"versions/{number}", content)
+        if not won:
+            raise AlreadyPublished(
+                f"{self}/versions/{number} was created by another publisher; run again to publish after it"
+            )
+        return number
+
+    def _link_file(self, content: dict[str, str], number: int) -> bool:
+        folder = self.root / "versions"
+        temporary = folder / f".{uuid.uuid4().hex}"
+        write_atomically(temporary, canonical(content))
+        fault.here("artifact.link")
+        try:
+            with disk_errors(folder / str(number)):
+                os.link(temporary, folder / str(number))
+                fsync_directory(folder)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                return False
+            if getattr(error.__cause__, "errno", None) in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise StorageError(
+                    f"{folder}: this file system has no hard links, so two publishers could take one version; use "
+                    "another one, or an object store with conditional put"
+                ) from error
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _clear(self, artifact: Artifact) -> None:
+        if artifact.plan:
+            self._remove(f"staging/{artifact.plan}")
+
+    def latest(self) -> Artifact:
+        """The highest version whose manifest verifies.
+
+        Raises:
+            StorageError: nothing is published here.
+            DamagedArtifact: versions exist, and none verifies.
+        """
+        numbers = self.versions()
+        if not numbers:
+            raise StorageError(f"{self}: no published version; has the job that writes it finished?")
+        for number in reversed(numbers):
+            artifact = self._at_version(number)
+            if artifact is not None:
+                return artifact
+        raise DamagedArtifact(f"{self}: none of the versions {numbers} verifies; restore objects/ from a copy")
+
+    def _at_version(self, number: int) -> Artifact | None:
+        try:
+            pointer = json.loads(self._read(f"versions/{number}"))
+            return self.open(str(pointer["digest"]), str(pointer["plan"]))
+        except (OSError, ValueError, KeyError, TypeError, DamagedArtifact):
+            return None
+
+    def open(self, digest: str, plan: str = "") -> Artifact:
+        """The object `digest`, published or not; `plan` is the digest of the plan that made it, where it is known.
+
+        Raises:
+            DamagedArtifact: missing, or its manifest does not verify.
+        """
+        if not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise DamagedArtifact(f"{self}: {digest!r} is not a digest")
+        path = f"{self}/objects/{digest}/{MANIFEST}"
+        data = self._manifest(f"objects/{digest}/{MANIFEST}")
+        if len(data) > MANIFEST_CAP:
+            raise DamagedArtifact(f"{path}: larger than {MANIFEST_CAP} bytes; a manifest never is")
+        if sha256(data) != digest:
+            raise DamagedArtifact(
+                f"{path}: sha256 {sha256(data)[:12]} but it is filed under {digest[:12]}; restore it from a copy"
+            )
+        try:
+            manifest = json.loads(data)
+            if manifest["schema"] != SCHEMA_VERSION:
+                raise DamagedArtifact(f"{path}: schema {manifest['schema']}, this version reads {SCHEMA_VERSION}")
+            for entry in manifest["files"]:
+                safe_name(entry["path"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedArtifact(f"{path}: not a manifest: {error!r}") from error
+        return Artifact(self.root, digest, manifest, plan, self.url)
+
+    def _manifest(self, name: str) -> bytes:
+        if self.bucket is not None:
+            try:
+                return self.bucket.read(name, MANIFEST_CAP + 1)
+            except FileNotFoundError:
+                raise DamagedArtifact(f"{self}/{name}: missing; restore it from a copy") from None
+        with open_regular(self.root / name) as handle:
+            data: bytes = handle.read(MANIFEST_CAP + 1)
+        return data
+
+
+def open_artifact(path: str | Path, kind: str) -> Artifact:
+    """Open an artifact by its ROOT (the highest version that verifies) or by one of its object directories.
+
+    Args:
+        path: ROOT or ROOT/objects/DIGEST.
+        kind: what it must be: data, features, semantics, checkpoint, embeddings or index.
+
+    Raises:
+        StorageError: no such directory, or nothing published in it.
+        DamagedArtifact: the manifest does not verify.
+        ConfigError: it is an artifact of another kind.
+    """
+    store, digest = _located(Store.at(path))
+    artifact = store.open(digest) if digest else store.latest()
+    if artifact.kind != kind:
+        raise ConfigError(f"{path} holds {artifact.kind!r} but {kind!r} was expected; check the flag that names it")
+    return artifact
+
+
+def _located(place: Store) -> tuple[Store, str]:
+    """The ROOT that `place` is, or is in, and the digest if `place` is one of its objects."""
+    if place.url:
+        root, folder, name = _parted(place.url)
+        return (Store.at(root), name) if folder == "objects" and re.fullmatch(r"[0-9a-f]{64}", name) else (place, "")
+    if not place.root.is_dir():
+        raise StorageError(f"{place}: no such artifact; expected the --output of an earlier job")
+    if (place.root / MANIFEST).exists() and place.root.parent.name == "objects":
+        return Store(place.root.parent.parent), place.root.name
+    return place, ""
+
+
+def _parted(url: str) -> tuple[str, str, str]:
+    rest, _, name = url.rpartition("/")
+    root, _, folder = rest.rpartition("/")
+    return root, folder, name

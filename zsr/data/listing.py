@@ -1,0 +1,250 @@
+"""What a source holds, in the order of the seeded hash, without holding it in memory.
+
+Items are gathered a run at a time, cut into buckets by the first bits of their order key, and spilled to a file
+without a name, which is gone with the process however that ends. A bucket is a range of the order: reading bucket by
+bucket, each sorted in memory, gives all rows in order, with equal ids side by side. So memory holds one run or one
+bucket (1/256 of a modality), and the result depends neither on the size of a run nor on the order in which a source
+lists.
+
+On disk (in TMPDIR) a row takes about the bytes of its strings, compressed; docs/data.md has the figures.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from zsr.artifact import canonical, disk_errors
+from zsr.data.rows import MODALITIES, order_key, row_id
+from zsr.data.sources import Item, Source
+
+RUN_ROWS: Final = 50_000
+RUN_BYTES: Final = 32 << 20  # of texts
+BUCKET_BITS: Final = 8
+LISTING: Final = pa.schema([(each.name, pa.string()) for each in fields(Item)])
+PLACED: Final = LISTING.insert(0, pa.field("order", pa.uint64())).insert(0, pa.field("id", pa.int64()))
+CONTENT: Final = ("modality", "key", "label", "pair", "text", "problem")
+Span = tuple[int, int, int]  # where a batch lies in its file, its bytes there, and its bytes unpacked
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A quarantined row: where it was to go, what it is, and why it is not used."""
+
+    shard: str
+    row: int
+    id: int
+    key: str
+    kind: str
+    message: str
+
+    def line(self) -> bytes:
+        """One line of JSON."""
+        return json.dumps(vars(self), sort_keys=True).encode() + b"\n"
+
+
+def _nameless() -> IO[bytes]:
+    return tempfile.TemporaryFile(prefix="zsr-listing-")
+
+
+@dataclass
+class Refused:
+    """Rows that listing itself refuses, as lines of a nameless file: there may be as many as rows."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    file: IO[bytes] = field(default_factory=_nameless)
+
+    def __len__(self) -> int:
+        return self.kinds.total()
+
+    def __iter__(self) -> Iterator[Bad]:
+        self.file.seek(0)
+        for line in self.file:
+            yield Bad(**json.loads(line))
+
+    def add(self, modality: str, key: str, kind: str, message: str) -> None:
+        self.kinds[kind] += 1
+        self.file.seek(0, 2)
+        self.file.write(Bad(f"modality={modality}", -1, 0, key, kind, message).line())
+
+
+@dataclass
+class Spill:
+    """Arrow batches of the columns PLACED in a nameless file."""
+
+    file: IO[bytes] = field(default_factory=_nameless)
+    end: int = 0
+
+    def add(self, batch: pa.RecordBatch) -> Span:
+        """Append; where it lies. Raises DiskFull."""
+        raw = batch.serialize()
+        data = pa.compress(raw, "lz4", asbytes=True)
+        with disk_errors(Path(tempfile.gettempdir()), len(data)):
+            self.file.seek(self.end)
+            self.file.write(data)
+        self.end += len(data)
+        return self.end - len(data), len(data), len(raw)
+
+    def read(self, spans: Iterable[Span]) -> pa.Table:
+        """The batches at `spans` as one table."""
+        batches = []
+        for offset, length, raw in spans:
+            self.file.seek(offset)
+            data = pa.decompress(self.file.read(length), raw, "lz4")
+            batches.append(pa.ipc.read_record_batch(data, PLACED))
+        return pa.Table.from_batches(batches, PLACED)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All items in order, on disk, and what a plan needs to know of them.
+
+    Attributes:
+        rows: how many, by modality; those refused while listing are not among them.
+        labels: every class name, sorted.
+        digest: of what shapes the content: keys, labels, pairs, texts, problems, in order.
+        guards: digest of the items' guards, in order.
+        refused: bad keys, repeated ones (the first one stays), colliding ids.
+    """
+
+    rows: dict[str, int]
+    labels: tuple[str, ...]
+    digest: str
+    guards: str
+    refused: Refused
+    _spill: Spill
+    _spans: dict[str, list[Span]]
+
+    @property
+    def count(self) -> int:
+        return sum(self.rows.values()) + len(self.refused)
+
+    def slices(self, size: int) -> Iterator[tuple[str, pa.Table]]:
+        """Name and rows (columns LISTING) of each shard of `size` rows, modality by modality, in order."""
+        for modality, spans in self._spans.items():
+            number, rest = 0, LISTING.empty_table()
+            for span in spans:
+                rest = pa.concat_tables([rest, self._spill.read([span]).select(LISTING.names)])
+                while len(rest) >= size:
+                    yield shard_name(modality, number), rest.slice(0, size)
+                    number, rest = number + 1, rest.slice(size)
+            if len(rest):
+                yield shard_name(modality, number), rest
+
+    def names(self, size: int) -> list[str]:
+        """Names of the shards that `slices` makes."""
+        return [shard_name(m, i) for m, rows in self.rows.items() for i in range(-(-rows // size))]
+
+    def items(self) -> Iterator[Item]:
+        """Every item, in order."""
+        for _, table in self.slices(RUN_ROWS):
+            yield from (Item(**row) for row in table.to_pylist())
+
+
+def shard_name(modality: str, number: int) -> str:
+    """The file that the slice `number` of a modality goes to, or begins with."""
+    return f"modality={modality}/part-{number:05d}.parquet"
+
+
+def listing(source: Source, seed: int) -> Listing:
+    """Every item of `source` with its place. A repeated key or a colliding id is refused, the first one stays.
+
+    Raises:
+        DiskFull: the directory for temporary files (TMPDIR) has no room.
+    """
+    refused, spill = Refused(), Spill()
+    spans: dict[tuple[str, int], list[Span]] = {}
+    for run in _runs(source.items(), refused):
+        for place, batch in _bucketed(run, seed):
+            spans.setdefault(place, []).append(spill.add(batch))
+    return _ordered(spill, spans, refused)
+
+
+def _runs(items: Iterable[Item], refused: Refused) -> Iterator[list[Item]]:
+    """Items with a usable key, some at a time."""
+    run: list[Item] = []
+    size = 0
+    for item in items:
+        if problem := _unusable(item):
+            refused.add(item.modality, str(item.key).encode(errors="backslashreplace").decode(), "bad_key", problem)
+            continue
+        run.append(item)
+        size += len(item.text or "")
+        if len(run) >= RUN_ROWS or size >= RUN_BYTES:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _unusable(item: Item) -> str:
+    if not item.key or "\0" in item.key:
+        return f"key {item.key!r}; expected a non-empty string without NUL"
+    try:
+        "".join(filter(None, (item.key, item.label, item.pair, item.where, item.text, item.problem))).encode()
+    except UnicodeEncodeError as error:
+        return f"key {item.key!r}: its strings are not valid Unicode: {error.reason}"
+    return ""
+
+
+def _bucketed(run: list[Item], seed: int) -> Iterator[tuple[tuple[str, int], pa.RecordBatch]]:
+    """The items of one run by (modality, bucket)."""
+    for modality in sorted({item.modality for item in run}):
+        items = [item for item in run if item.modality == modality]
+        ids = np.array([row_id(modality, item.key) for item in items], dtype=np.int64)
+        order = order_key(ids, seed)
+        columns = [pa.array([getattr(item, name) for item in items], pa.string()) for name in LISTING.names]
+        batch = pa.RecordBatch.from_arrays([pa.array(ids), pa.array(order), *columns], schema=PLACED)
+        bucket = (order >> np.uint64(64 - BUCKET_BITS)).astype(np.int64)
+        rows = np.argsort(bucket, kind="stable")
+        starts = np.searchsorted(bucket[rows], np.arange((1 << BUCKET_BITS) + 1))
+        batch = batch.take(pa.array(rows))
+        for number in np.unique(bucket):
+            start, end = int(starts[number]), int(starts[number + 1])
+            yield (modality, int(number)), batch.slice(start, end - start)
+
+
+def _ordered(spill: Spill, spans: dict[tuple[str, int], list[Span]], refused: Refused) -> Listing:
+    """Sort bucket by bucket, refuse what stands twice, and digest what is left."""
+    result = Spill()
+    placed: dict[str, list[Span]] = {}
+    rows: Counter[str] = Counter()
+    labels: set[str] = set()
+    content, guards = hashlib.sha256(), hashlib.sha256()
+    for modality, number in sorted(spans, key=lambda place: (MODALITIES.index(place[0]), place[1])):
+        table = spill.read(spans[modality, number]).sort_by([(c, "ascending") for c in ("order", "key", "where")])
+        table = _unique(table, modality, refused)
+        content.update(canonical([table.column(name).to_pylist() for name in CONTENT]))
+        guards.update(canonical(table.column("guard").to_pylist()))
+        labels.update(name for name in pc.unique(table.column("label")).to_pylist() if name is not None)
+        rows[modality] += len(table)
+        placed.setdefault(modality, []).append(result.add(table.combine_chunks().to_batches()[0]))
+    return Listing(dict(rows), tuple(sorted(labels)), content.hexdigest(), guards.hexdigest(), refused, result, placed)
+
+
+def _unique(table: pa.Table, modality: str, refused: Refused) -> pa.Table:
+    """The first row of every id of a sorted table."""
+    order = table.column("order").to_numpy()
+    again = np.append(False, order[1:] == order[:-1])
+    if not again.any():
+        return table
+    first = 0
+    keys: list[Any] = table.column("key").to_pylist()
+    for row, repeated in enumerate(again):
+        if not repeated:
+            first = row
+        elif keys[row] == keys[first]:
+            message = f"{keys[row]!r} stands twice in {modality}; the first one is used"
+            refused.add(modality, keys[row], "duplicate_key", message)
+        else:
+            message = f"the id of {keys[row]!r} equals that of {keys[first]!r}; rename one"
+            refused.add(modality, keys[row], "id_collision", message)
+    return table.filter(pa.array(~again))

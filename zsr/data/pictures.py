@@ -1,0 +1,207 @@
+"""What the tasks of a picture stream do: list rows, read them by their place, decode and augment them.
+
+No torch here: each process of Ray that runs these tasks would pay seconds for it before the first batch.
+
+Shapes: R rows of a batch (all its sides, one after the other), S side in pixels.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zsr.artifact import Artifact, refuse_extension_types
+from zsr.data.augment import crop_and_mirror, uniform
+from zsr.data.decode import BadImage, Limits, Pictures, decode
+from zsr.data.rows import row_id
+from zsr.errors import DamagedArtifact
+
+CACHE: Final = 256 << 20  # bytes of encoded pictures that a process holds: the row groups that it draws from
+OPEN: Final = 64  # shards that a process keeps open
+LISTED: Final = pa.schema(
+    [("shard", pa.int32()), ("row", pa.int32()), ("id", pa.int64()), ("pair", pa.int64()), ("label", pa.int64())]
+)
+
+
+class Shard:
+    """An open DATA shard whose bytes were verified.
+
+    Attributes:
+        path: where it lies on this machine.
+        bounds: (G + 1,) first row of each of G row groups, and the number of rows.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.file = pq.ParquetFile(path, pre_buffer=False)
+            refuse_extension_types(self.file.schema_arrow, path)
+        except DamagedArtifact:
+            raise
+        except Exception as error:  # a registered extension type parses its metadata here, and may raise anything
+            raise DamagedArtifact(f"{path}: not readable as parquet: {error}") from error
+        about = self.file.metadata
+        self.bounds = np.cumsum([0] + [about.row_group(g).num_rows for g in range(about.num_row_groups)])
+
+    def group(self, number: int) -> pa.Array:
+        """The encoded pictures of one row group."""
+        return self._column(number).combine_chunks()
+
+    def pictured(self) -> np.ndarray:
+        """(N,) bool: which rows have a picture. Pictures are read only where the footer does not tell."""
+        return np.concatenate([np.zeros(0, bool), *(self._has(g) for g in range(len(self.bounds) - 1))])
+
+    def _has(self, number: int) -> np.ndarray:
+        about = self.file.metadata.row_group(number).column(self.file.schema_arrow.get_field_index("image"))
+        counts = about.statistics
+        if counts is not None and counts.has_null_count and counts.null_count in (0, about.num_values):
+            return np.full(int(np.diff(self.bounds)[number]), counts.null_count == 0)
+        return np.asarray(self._column(number).is_valid())
+
+    def _column(self, number: int) -> pa.ChunkedArray:
+        return self.file.read_row_group(number, columns=["image"], use_threads=False).column(0)
+
+
+@lru_cache(maxsize=OPEN)
+def _opened(path: str) -> Shard:
+    return Shard(path)
+
+
+def shard(data: Artifact, name: str) -> Shard:
+    """Shard `name`, verified once a process and kept open.
+
+    Raises:
+        DamagedArtifact: wrong size or hash, or not parquet.
+    """
+    return _opened(str(Path(data.local(name))))
+
+
+class Cache:
+    """The encoded pictures of the row groups that were used last, at most `limit` bytes of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self.held: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
+
+    def picture(self, of: Shard, row: int) -> bytes | None:
+        """The encoded picture of one row; None where it has none."""
+        number = int(np.searchsorted(of.bounds, row, side="right")) - 1
+        key = (of.path, number)
+        if key not in self.held:
+            self.held[key] = of.group(number)
+            self.bytes += self.held[key].nbytes
+        self.held.move_to_end(key)
+        while self.bytes > self.limit and len(self.held) > 1:
+            self.bytes -= self.held.popitem(last=False)[1].nbytes
+        found: bytes | None = self.held[key][row - int(of.bounds[number])].as_py()
+        return found
+
+
+_cache = Cache(CACHE)  # one a process; the tasks of a stream share it, since consecutive ones read the same row groups
+
+
+def pixels(encoded: bytes | None, pictures: Pictures, modality: str) -> np.ndarray:
+    """A picture as a model of `pictures` wants it, (S, S, 3) uint8 RGB.
+
+    Raises:
+        BadImage: see `decode`.
+    """
+    return pictures.look(modality, decode(encoded or b"", pictures.resize, Limits()))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all tasks of a stream share.
+
+    Attributes:
+        names: shards by number.
+        augment: cut and mirror each picture by a draw of its own.
+        slots: (R,) place of each row in the global batch, by which its augmentation is seeded.
+    """
+
+    data: Artifact
+    names: tuple[str, ...]
+    pictures: Pictures
+    augment: bool
+    slots: np.ndarray
+
+
+def list_rows(item: Mapping[str, Any], data: Artifact, classes: tuple[str, ...]) -> pa.Table:
+    """The rows of one shard that have a picture and a label among `classes`. Nothing of a picture is looked at.
+
+    Args:
+        item: `name` and `number` of the shard.
+
+    Returns:
+        LISTED: number of the shard, row in it, id, pair (id of the photo that it belongs to, its own without one),
+        label (index in `classes`), in the order of the rows.
+    """
+    name, number = str(item["name"][0]), int(item["number"][0])
+    at = shard(data, name)
+    rows = at.file.read(columns=["id", "label", "pair"])
+    index = {label: i for i, label in enumerate(classes)}
+    label_N = np.array([index.get(label, -1) for label in rows.column("label").to_pylist()], np.int64)
+    kept = np.flatnonzero((label_N >= 0) & at.pictured())
+    ids = rows.column("id").to_numpy()[kept]
+    keys = rows.column("pair").take(pa.array(kept)).to_pylist()
+    pairs = [own if key is None else row_id("photo", key) for own, key in zip(ids.tolist(), keys, strict=True)]
+    columns = [np.full(len(kept), number), kept, ids, np.array(pairs, np.int64), label_N[kept]]
+    return pa.table(columns, LISTED.names).cast(LISTED)
+
+
+def decode_batches(item: Mapping[str, Any], work: Work) -> Iterator[pa.Table]:
+    """Some consecutive batches of one rank, each a table of one row.
+
+    Args:
+        item: `places`, bytes of (batches, R, 2) int32, shard number and row of each picture; `seeds`, bytes of
+            (batches,) int64; `first`, the number of the first batch.
+
+    Yields:
+        Columns number; decoded, how many pictures were decoded for it; pixels, R * S * S * 3 of uint8.
+
+    Raises:
+        DamagedArtifact: a shard is not what its manifest says, or a picture that `prepare` decoded does not decode.
+    """
+    places = np.frombuffer(item["places"][0], np.int32).reshape(-1, len(work.slots), 2)
+    seeds = np.frombuffer(item["seeds"][0], np.int64)
+    uses = Counter((n, row) for n, row in places.reshape(-1, 2).tolist())
+    shards = {n: shard(work.data, work.names[n]) for n in sorted({n for n, _ in uses})}
+    held: dict[tuple[int, int], np.ndarray] = {}
+    for number, (batch_R2, seed) in enumerate(zip(places, seeds, strict=True), int(item["first"][0])):
+        batch = [(n, row) for n, row in batch_R2.tolist()]
+        new = set(batch) - held.keys()
+        held |= {(n, row): _decoded(work, shards[n], n, row) for n, row in sorted(new)}
+        found = _augmented(work, [held[place] for place in batch], int(seed))
+        uses.subtract(batch)
+        held = {place: picture for place, picture in held.items() if uses[place]}
+        yield pa.table({"number": [number], "decoded": [len(new)], "pixels": _one_row(found)})
+
+
+def _decoded(work: Work, at: Shard, number: int, row: int) -> np.ndarray:
+    name = work.names[number]
+    modality = name.partition("/")[0].partition("=")[2]
+    try:
+        return pixels(_cache.picture(at, row), work.pictures, modality)
+    except BadImage as error:
+        raise DamagedArtifact(
+            f"{work.data.directory / name}: row {row} decoded when it was prepared, and now: {error}; prepare it again"
+        ) from error
+
+
+def _augmented(work: Work, pictures: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """The pictures of a batch in one array (R, S, S, 3)."""
+    if not work.augment:
+        return np.stack(pictures)
+    draws = uniform(seed, work.slots)
+    return np.stack([crop_and_mirror(picture, draw) for picture, draw in zip(pictures, draws, strict=True)])
+
+
+def _one_row(pixels_RSS3: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(pixels_RSS3.reshape(-1)), pixels_RSS3.size)

@@ -1,0 +1,108 @@
+"""What is published about the data sets: class names, rows a class, and one spelling of names spelt variously.
+
+`published.json` holds the lists. Nothing here refuses anything: a subset is a fair thing to work with, and a user
+wants to know that it is one.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+from zsr.data.rows import canonical_label
+
+SHOWN: Final = 5  # classes that a message names
+
+Counts = Mapping[str, Mapping[str, int]]  # rows by modality and class
+
+
+def squeezed(name: str) -> str:
+    """What two spellings of one class have in common: its letters and digits, in lower case.
+
+    >>> squeezed("hot-air_balloon") == squeezed("Hot Air Balloon") == "hotairballoon"
+    True
+    """
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+class Spellings:
+    """Known class names, found under any spelling that differs in case, spaces and punctuation only."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._by_squeezed: dict[str, list[str]] = {}
+        for name in sorted(self._names):
+            self._by_squeezed.setdefault(squeezed(name), []).append(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __call__(self, name: str) -> str:
+        """The known spelling of `name`, or its canonical one if it is not known, or if two known names fit."""
+        label = canonical_label(name)
+        found = self._by_squeezed.get(squeezed(name), [])
+        return found[0] if label not in self._names and len(found) == 1 else label
+
+
+@dataclass(frozen=True)
+class Published:
+    """One data set as its authors, or those who use it, describe it.
+
+    Attributes:
+        name: of the data set and its layout, such as sketchy-extended.
+        classes: canonical names.
+        source: whose figures these are.
+        totals: rows by modality.
+        each: rows a class by modality; a number stands for every class.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    source: str = ""
+    totals: Mapping[str, int] = field(default_factory=dict)
+    each: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
+
+    def differences(self, counts: Counts) -> list[str]:
+        """Where `counts` (good and bad rows by modality and class) differ from what was published, a sentence each."""
+        found = {label for rows in counts.values() for label in rows}
+        known = set(self.classes)
+        lines = []
+        if missing := sorted(known - found):
+            lines.append(f"{len(missing)} of {len(known)} classes are missing: {_some(missing)}")
+        if unknown := sorted(found - known):
+            lines.append(f"{len(unknown)} classes are not among the published ones: {_some(unknown)}")
+        for modality in sorted(set(self.totals) | set(self.each)):
+            lines += self._compare(modality, counts.get(modality, {}), sorted(known & found))
+        return [f"{self.name}: {line}" for line in lines]
+
+    def _compare(self, modality: str, rows: Mapping[str, int], labels: list[str]) -> list[str]:
+        lines, total = [], sum(rows.values())
+        if modality in self.totals and total != self.totals[modality]:
+            lines.append(f"{total} {modality} rows, published are {self.totals[modality]}")
+        each = self.each.get(modality)
+        if each is not None:
+            expected = {label: each if isinstance(each, int) else each[label] for label in labels}
+            off = [label for label in labels if rows.get(label, 0) != expected[label]]
+            shown = [f"{label} {rows.get(label, 0)} for {expected[label]}" for label in off]
+            if off:
+                lines.append(f"{modality} rows of {len(off)} classes differ: {_some(shown)}")
+        return lines
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+@cache
+def published(name: str) -> Published:
+    """The entry `name` of published.json: sketchy, sketchy-extended, tuberlin-extended or quickdraw.
+
+    Raises:
+        KeyError: no such entry; names are constants of the sources.
+    """
+    content: dict[str, Any] = json.loads(resources.files("zsr.data").joinpath("published.json").read_text())[name]
+    return Published(name, tuple(content["classes"]), content["source"], content["totals"], content["each"])

@@ -1,0 +1,71 @@
+"""Any source with a list of classes that its rows may have: a row of another class is bad, and quarantined as such."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zsr.data.published import Published, Spellings
+from zsr.data.sources import Item, Known, Source
+from zsr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Restricted:
+    """`source`, whose labels must be among `classes` and take their spelling. A row without a label stays."""
+
+    source: Source
+    classes: tuple[str, ...]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {**self.source.facts, "allowed_classes": list(self.classes)}
+
+    @property
+    def published(self) -> Published:
+        return self.source.published if isinstance(self.source, Known) else Published("--classes", self.classes)
+
+    def items(self) -> Iterator[Item]:
+        """The source's items, those of other classes with a problem."""
+        spelling = Spellings(self.classes)
+        for item in self.source.items():
+            label = None if item.label is None else spelling(item.label)
+            if item.problem or label is None or label in spelling:
+                yield replace(item, label=label)
+            else:
+                problem = f"unknown_class: {item.label!r} is none of the {len(self.classes)} classes of --classes"
+                yield replace(item, label=None, problem=problem)
+
+    def load(self, item: Item) -> bytes:
+        item.refuse()
+        return self.source.load(item)
+
+    def feature(self, item: Item) -> np.ndarray | None:
+        """The source's own feature of `item`."""
+        return self.source.feature(item)
+
+
+def restricted(source: Source, classes: str) -> Source:
+    """`source` with the classes that the flag `classes` names: "" for all, "published", or a file of a name a line.
+
+    Raises:
+        ConfigError: nothing is published about the source; the file is missing, empty or names a class twice.
+    """
+    if not classes:
+        return source
+    if classes == "published":
+        if not isinstance(source, Known):
+            raise ConfigError(
+                f"--classes published: no list is known for the source {source.facts['name']}; give a file"
+            )
+        return Restricted(source, source.published.classes)
+    try:
+        lines = [line.strip() for line in Path(classes).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--classes {classes}: {error}; expected 'published' or a file of a name a line") from error
+    names = sorted({Spellings(())(line) for line in lines})
+    if not names or len(names) < len(lines):
+        raise ConfigError(f"--classes {classes}: {len(lines)} lines, {len(names)} distinct classes; expected each once")
+    return Restricted(source, tuple(names))

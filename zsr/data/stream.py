@@ -1,0 +1,279 @@
+"""Streams of pictures: rolling reservoirs of row numbers, and batches that Ray Data decodes ahead of the trainer.
+
+A reservoir holds no pictures. Which rows a batch takes follows from the rows' ids and labels, the seed and the step;
+the tasks of the stream read and decode those rows and no others. So a batch is the same however Ray schedules, a
+resumed run decodes nothing that was passed, and memory depends neither on the size of the data nor on the reservoirs'.
+
+Shapes: N rows, C classes, B rows of a rank's batch, R rows of all its sides, S side of a picture.
+"""
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import Dataset
+from torch import Tensor
+
+from zsr.artifact import Artifact
+from zsr.batch import Batch
+from zsr.cluster import connect
+from zsr.data.decode import Pictures
+from zsr.data.pictures import LISTED, Work, decode_batches, list_rows
+from zsr.data.sampling import Draw, Draws, labelled, seed_of
+from zsr.errors import ConfigError
+
+CHUNK: Final = 64 << 20  # bytes of decoded pictures that one task makes; it yields them a batch at a time
+LEG: Final = 256  # tasks that are planned at once
+AHEAD: Final = 2  # batches that are fetched from the object store before they are asked for
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """The reservoirs of one modality, by row number alone.
+
+    The rows have a fixed order, that of the shards. When n of them have been consumed, the reservoir of a class holds
+    its last `capacity` rows before the n-th, counted around the end; so a class with no more rows than that is held in
+    full, always. This is a closed form in n: nothing has to be replayed to know it.
+
+    Attributes:
+        ids, pairs: (N,) int64, see `shards.Block`.
+        places: (N, 2) int32, number of the shard and row in it.
+        keys: (N,) int64, sorted: label * N + row number.
+        totals: (C,) int64 rows of each class.
+        capacity: rows that a reservoir holds at most.
+        start: rows consumed before step 0.
+    """
+
+    ids: np.ndarray
+    pairs: np.ndarray
+    places: np.ndarray
+    keys: np.ndarray
+    totals: np.ndarray
+    capacity: int
+    start: int
+
+    @classmethod
+    def of(cls, rows: pa.Table, classes: int, capacity: int, seed: int) -> "Rolling":
+        """Reservoirs over `rows`, as `pictures.list_rows` makes them; the seed turns where the stream starts."""
+        labels = rows.column("label").to_numpy()
+        places = np.stack([rows.column(name).to_numpy() for name in ("shard", "row")], axis=1)
+        return cls(
+            ids=rows.column("id").to_numpy(),
+            pairs=rows.column("pair").to_numpy(),
+            places=places,
+            keys=np.sort(labels * len(labels) + np.arange(len(labels))),
+            totals=np.bincount(labels, minlength=classes),
+            capacity=capacity,
+            start=seed % max(1, len(labels)),
+        )
+
+    @property
+    def sizes(self) -> Tensor:
+        """(C,) int64: rows that each reservoir holds."""
+        return torch.from_numpy(np.minimum(self.totals, self.capacity))
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any row names the photo that it belongs to."""
+        return bool((self.pairs != self.ids).any())
+
+    def draw(self, labels: Tensor, generator: torch.Generator, consumed: int) -> Tensor:
+        """A uniform row of the reservoir of each label, (B,) -> (B,) row numbers, after `consumed` rows."""
+        label_B = labels.numpy()
+        total_B = self.totals[label_B]
+        first_B = np.cumsum(self.totals)[label_B] - total_B
+        uniform_B = torch.rand(len(label_B), generator=generator, dtype=torch.float64).numpy()
+        back_B = (uniform_B * np.minimum(total_B, self.capacity)).astype(np.int64)
+        count = len(self.ids)
+        passed_B = np.searchsorted(self.keys, label_B * count + (self.start + consumed) % count) - first_B
+        return torch.from_numpy(self.keys[first_B + (passed_B - 1 - back_B) % total_B] % count)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What a stream knows before it starts: its shards by number, and the rows of both modalities."""
+
+    names: tuple[str, ...]
+    sketch: Rolling
+    photo: Rolling
+
+
+def survey(data: Artifact, modalities: tuple[str, str], classes: tuple[str, ...], capacity: int, seed: int) -> Sides:
+    """List the rows of two modalities, sketches first, without reading a picture.
+
+    Args:
+        capacity: rows of a class and modality that batches are drawn from at a time.
+
+    Raises:
+        ConfigError: a modality has no picture of these classes.
+        DamagedArtifact: see `pictures.shard`.
+    """
+    names = [entry.path for modality in modalities for entry in data.shards(modality)]
+    items = [{"name": name, "number": number} for number, name in enumerate(names)]
+    sides: list[Rolling] = []
+    listed = _listed(data, items, classes)
+    for modality in modalities:
+        own = np.array([name.startswith(f"modality={modality}/") for name in names])
+        rows = listed.filter(pa.array(own[listed.column("shard").to_numpy()], pa.bool_()))
+        if not len(rows):
+            raise ConfigError(
+                f"data {data.digest[:12]}: no {modality} of the classes {list(classes)[:5]} ... has a picture; "
+                "check the split, or train on features"
+            )
+        sides.append(Rolling.of(rows, len(classes), capacity, seed_of(seed, len(sides))))
+    return Sides(tuple(names), *sides)
+
+
+def _listed(data: Artifact, items: list[dict[str, Any]], classes: tuple[str, ...]) -> pa.Table:
+    """The rows of all shards, in their order."""
+    if not items:
+        raise ConfigError(f"data {data.digest[:12]} hold neither modality; they hold {sorted(data.facts['rows'])}")
+    connect()
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        cast(Any, list_rows), fn_args=(data, classes), batch_size=1, batch_format="numpy"
+    )
+    tables = [cast(pa.Table, t) for t in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
+    return pa.concat_tables([LISTED.empty_table(), *tables]).combine_chunks()
+
+
+def first_pictures(data: Artifact, pictures: Pictures, sides: Sides, side: Rolling, count: int) -> Iterator[np.ndarray]:
+    """About `count` pictures from the beginning of a side, (at most 64, S, S, 3) uint8 at a time.
+
+    They are a sample of all, since rows are in hashed order. Fewer than 64 that are left at the end are left out.
+    """
+    places = side.places[:count]
+    size = min(64, len(places))
+    parts = np.split(places[: len(places) // size * size], len(places) // size)
+    seeds = np.zeros(1, np.int64)
+    items = [{"places": part.tobytes(), "seeds": seeds.tobytes(), "first": i} for i, part in enumerate(parts)]
+    work = Work(data, sides.names, pictures, False, np.arange(size))
+    with closing(_rows(_dataset(items, work))) as rows:
+        for table in rows:
+            yield _pixels(table, pictures)
+
+
+class Stream:
+    """Batches of pictures, made in Ray tasks ahead of the steps that ask for them.
+
+    Args:
+        draws: which rows each batch has.
+        words: (C, S) class vectors, on the device that batches go to.
+        augment: cut and mirror each picture, by a draw of its own for every batch.
+        last_step: the last step that will ask.
+        repetitions: batches of a step, see `repetitions_of`.
+
+    Attributes:
+        waited: seconds that callers of `batch` waited for data.
+        decoded: pictures that were decoded for the batches that were given out.
+    """
+
+    def __init__(
+        self,
+        data: Artifact,
+        pictures: Pictures,
+        sides: Sides,
+        draws: Draws,
+        words: Tensor,
+        *,
+        augment: bool,
+        last_step: int,
+        repetitions: int = 1,
+    ) -> None:
+        self.data, self.pictures, self.sides, self.draws, self.words = data, pictures, sides, draws, words
+        self.augment, self.last_step, self.repetitions = augment, last_step, repetitions
+        self.waited = 0.0
+        self.decoded = 0
+        self._running: Generator[Batch] | None = None
+        self._asked: tuple[int, ...] = ()
+        self._step: list[Batch] = []
+
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Batch:
+        """Rank `rank`'s `size` rows of the global batch of `step`.
+
+        Steps that follow each other are read ahead; any other step, as after a resumption, starts the reading there.
+        """
+        started = time.perf_counter()
+        asked = (size, rank, world, step)
+        if asked != self._asked:
+            if self._running is None or self._asked != (size, rank, world, step - 1):
+                self.close()
+                self._running = self._batches(step, size, rank, world)
+            self._step = [next(self._running) for _ in range(self.repetitions)]
+            self._asked = asked
+        self.waited += time.perf_counter() - started
+        return self._step[repetition]
+
+    def close(self) -> None:
+        """Stop reading ahead. Call it at the end, see `_rows`."""
+        if self._running is not None:
+            self._running.close()
+        self._running, self._asked, self._step = None, (), []
+
+    def _batches(self, step: int, size: int, rank: int, world: int) -> Generator[Batch]:
+        """The batches of `step` and all later ones, each step's repetitions one after the other."""
+        sides = 2 + self.draws.triplets
+        slots = np.concatenate([np.arange(size) + size * (world * side + rank) for side in range(sides)])
+        work = Work(self.data, self.sides.names, self.pictures, self.augment, slots)
+        each = max(1, CHUNK // (len(slots) * 3 * self.pictures.resize.size**2))
+        turns = ((s, r) for s in range(step, self.last_step + 1) for r in range(self.repetitions))
+        while leg := list(islice(turns, each * LEG)):
+            plans = deque(self.draws.of(s, size, rank, world, r) for s, r in leg)
+            items = [self._item(leg[i : i + each], list(plans)[i : i + each], i) for i in range(0, len(leg), each)]
+            with closing(_rows(_dataset(items, work))) as rows:
+                for number, table in enumerate(rows):
+                    if table.column("number")[0].as_py() != number:
+                        raise RuntimeError(f"batch {number} came out of order; Ray Data has to preserve it")
+                    self.decoded += table.column("decoded")[0].as_py()
+                    yield self._batch(plans.popleft(), table, size)
+
+    def _item(self, turns: list[tuple[int, int]], plans: list[Draw], first: int) -> dict[str, Any]:
+        """What one task is told: where the pictures of its batches lie."""
+        seeds = np.array([seed_of(self.draws.seed, *turn, 1) for turn in turns], np.int64)
+        places = np.stack([self._places(plan) for plan in plans])
+        return {"places": places.tobytes(), "seeds": seeds.tobytes(), "first": first}
+
+    def _places(self, plan: Draw) -> np.ndarray:
+        photos = plan.photo if plan.negative is None else torch.cat([plan.photo, plan.negative])
+        return np.concatenate([self.sides.sketch.places[plan.sketch.numpy()], self.sides.photo.places[photos.numpy()]])
+
+    def _batch(self, plan: Draw, table: pa.Table, size: int) -> Batch:
+        pixels = torch.from_numpy(_pixels(table, self.pictures)).to(self.words.device)
+        sketch, photo, *negative = torch.split(pixels, size)
+        return labelled(plan, self.words, sketch, photo, negative[0] if negative else None)
+
+
+def _dataset(items: list[dict[str, Any]], work: Work) -> Dataset:
+    """The decoding of `items`, an Arrow row a batch and a block a row, in order."""
+    connect()
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    # before the map, which takes it over; a block leaves its task as soon as it holds more than this, so with one row
+    dataset.context.target_max_block_size = len(work.slots) * 3 * work.pictures.resize.size**2
+    return dataset.map_batches(cast(Any, decode_batches), fn_args=(work,), batch_size=1, batch_format="numpy")
+
+
+def _rows(dataset: Dataset) -> Generator[pa.Table]:
+    """The rows of a dataset one by one. To be closed: Ray Data stops at the latest then.
+
+    Left to the garbage collector, it would be stopped in whatever thread collects; in one of Ray Data's own that waits
+    for ever on a lock that it holds.
+    """
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD))
+    with closing(cast(Any, blocks)):
+        for block in blocks:
+            table = cast(pa.Table, block)
+            for row in range(len(table)):
+                yield table.slice(row, 1)
+
+
+def _pixels(table: pa.Table, pictures: Pictures) -> np.ndarray:
+    """The pictures of a row, (R, S, S, 3): a copy, since a block's memory is read-only and goes back to its store."""
+    side = pictures.resize.size
+    return np.array(table.column("pixels").chunk(0).flatten().to_numpy().reshape(-1, side, side, 3))

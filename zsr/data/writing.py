@@ -1,0 +1,174 @@
+"""One slice of the listing to DATA shards of bounded bytes: load, check, write; or quarantine.
+
+A slice has `rows_per_shard` rows. What it loads goes to a spool that moves to disk beyond some megabytes, in the order
+of the source's own files, each of which is then read once; from there rows are written in their order, in row groups of
+bounded bytes, to one file or, beyond `bytes_per_shard`, to several: part-00007.parquet, part-00007_001.parquet ... So a
+task's memory does not depend on the size of pictures, a reader can go group by group, and a slice is made again alone.
+"""
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zsr import fault
+from zsr.artifact import Staging, canonical
+from zsr.data.decode import BadImage, Limits, decode
+from zsr.data.listing import Bad
+from zsr.data.rows import SCHEMA, row_id
+from zsr.data.sources import Item, Source
+
+PROBE: Final = 32  # pixels: a full decode proves that a picture is whole, and at this size it is cheap
+TEXT_CAP: Final = 100_000  # characters
+SPOOL: Final = 64 << 20  # bytes of loaded pictures that a task holds in memory
+ROW_GROUP: Final = 1 << 20  # bytes of rows in a row group, unless one row has more; a draw of a stream reads one
+LAYOUT: Final = 2  # of the files that this module writes; part of the plan
+
+
+@dataclass(frozen=True, slots=True)
+class Good:
+    """A row to be written: its place in the listing, and where its picture lies in the spool."""
+
+    item: Item
+    identity: int
+    start: int
+    length: int
+
+    @property
+    def bytes(self) -> int:
+        texts = (self.item.key, self.item.label, self.item.pair, self.item.text)
+        return 8 + self.length + sum(len(text.encode()) for text in texts if text)
+
+
+def slice_of(name: str) -> str:
+    """The slice that shard `name` belongs to: the name of its first file.
+
+    >>> slice_of("modality=photo/part-00007_001.parquet")
+    'modality=photo/part-00007.parquet'
+    """
+    return re.sub(r"_\d{3,}\.parquet$", ".parquet", name)
+
+
+def staged_items(staging: Staging, name: str) -> list[Item]:
+    """The items that listing assigned to the slice `name`."""
+    data = staging.read(f"listing/{name}", scratch=True)
+    return [Item(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
+
+
+def files_of(staging: Staging, name: str) -> list[str]:
+    """The shards that the slice `name` was written to; none as long as one of them is missing."""
+    if staging.finished(f"slices/{name}.json", scratch=True) is None:
+        return []
+    names: list[str] = json.loads(staging.read(f"slices/{name}.json", scratch=True))
+    return names if all(staging.finished(each) for each in names) else []
+
+
+def write_slice(piece: dict[str, Any], source: Source, staging: Staging, bytes_per_shard: int) -> dict[str, Any]:
+    """Load, check and stage the rows of one slice and its quarantine. Runs in a Ray task."""
+    name = str(piece["name"])
+    with tempfile.SpooledTemporaryFile(max_size=SPOOL) as spool:
+        good, bad = _load_all(source, staged_items(staging, name), name, spool)
+        if bad:
+            staging.write(f"_quarantine/{name}.jsonl", b"".join(each.line() for each in bad))
+        fault.here("prepare.shard")
+        groups = _parted([row.bytes for row in good], ROW_GROUP)
+        sizes = [sum(row.bytes for row in good[start:end]) for start, end in groups]
+        files = [
+            [good[a:b] for a, b in groups[start:end]] for start, end in _parted(sizes, bytes_per_shard) or [(0, 0)]
+        ]
+        names = [name, *(name.replace(".parquet", f"_{i:03d}.parquet") for i in range(1, len(files)))]
+        for file, rows in zip(names, files, strict=True):
+            _write(staging, file, rows, spool, len(bad) if file == name else 0)
+    staging.write(f"slices/{name}.json", canonical(names), scratch=True)
+    return {"name": name, "rows": len(good), "quarantined": len(bad)}
+
+
+def _load_all(source: Source, items: list[Item], name: str, spool: IO[bytes]) -> tuple[list[Good], list[Bad]]:
+    """Good and bad rows, in the order of the listing; pictures lie in `spool`."""
+    good: dict[int, Good] = {}
+    bad: dict[int, Bad] = {}
+    end = 0
+    for row, item in sorted(enumerate(items), key=lambda pair: pair[1].where):
+        identity = row_id(item.modality, item.key)
+        try:
+            data = _checked(source, item)
+        except BadImage as error:
+            bad[row] = Bad(name, row, identity, item.key, error.kind, str(error))
+            continue
+        spool.write(data)
+        good[row] = Good(item, identity, end, len(data))
+        end += len(data)
+    return [good[row] for row in sorted(good)], [bad[row] for row in sorted(bad)]
+
+
+def _checked(source: Source, item: Item) -> bytes:
+    """The bytes of `item`, its picture proved to decode. Raises BadImage with the quarantine's kind."""
+    try:
+        data = source.load(item)
+    except OSError as error:
+        raise BadImage("unreadable", str(error)) from error
+    if data:
+        decode(data, PROBE, Limits())
+    elif item.where and item.text is None and source.feature(item) is None:
+        raise BadImage("empty", "0 bytes, expected an encoded picture")
+    if item.text is not None and (not item.text.strip() or len(item.text) > TEXT_CAP or "\0" in item.text):
+        raise BadImage("bad_text", f"text of {len(item.text)} characters; expected 1 to {TEXT_CAP} without NUL")
+    return data
+
+
+def _parted(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Consecutive ranges of `sizes`, each of the most that sum to `limit` or less, but never empty.
+
+    >>> _parted([2, 2, 9, 1], 4)
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    ranges, start, held = [], 0, 0
+    for at, size in enumerate(sizes):
+        if at > start and held + size > limit:
+            ranges.append((start, at))
+            start, held = at, 0
+        held += size
+    return [*ranges, (start, len(sizes))] if sizes else []
+
+
+def _write(staging: Staging, name: str, groups: list[list[Good]], spool: IO[bytes], quarantined: int) -> None:
+    classes = Counter(row.item.label for group in groups for row in group if row.item.label is not None)
+    facts = {
+        "rows": sum(map(len, groups)),
+        "quarantined": quarantined,
+        "classes": {str(label): classes[label] for label in sorted(classes)},
+    }
+    # encoded pictures do not get smaller; their statistics tell a stream how many rows have none
+    packing = {column: "none" if column == "image" else "zstd" for column in SCHEMA.names}
+    with (
+        staging.piece(name, facts=facts) as path,
+        pq.ParquetWriter(
+            path,
+            SCHEMA,
+            compression=packing,
+            use_dictionary=["label"],
+            write_statistics=["id", "image"],
+            write_page_checksum=True,
+        ) as writer,
+    ):
+        for group in groups:
+            writer.write_table(pa.Table.from_pylist([_row(row, spool) for row in group], schema=SCHEMA))
+
+
+def _row(good: Good, spool: IO[bytes]) -> dict[str, Any]:
+    spool.seek(good.start)
+    item = good.item
+    return {
+        "id": good.identity,
+        "key": item.key,
+        "label": item.label,
+        "pair": item.pair,
+        "image": spool.read(good.length) or None,
+        "text": item.text,
+    }

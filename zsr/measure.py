@@ -1,0 +1,120 @@
+"""What stages count while they run: pieces, rows, seconds and CPU seconds, for Prometheus and for a job's timeline.
+
+Prometheus reads the `ray.util.metrics` from every node's metrics port (`cluster/grafana.json` shows them). The timeline
+wants sums over processes that may be gone by then, so `spend` also leaves them in the cluster's key-value store, and
+`spent` takes them out there.
+"""
+
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Final
+
+import ray
+from ray.experimental import internal_kv
+from ray.util import metrics
+
+COUNTERS: Final = {
+    "zsr_pieces": "pieces of work (shards) that a stage has finished",
+    "zsr_rows": "rows that a stage has written",
+    "zsr_cpu_seconds": "CPU seconds that a stage's tasks and actors have used",
+}
+SECONDS: Final = ("zsr_piece_seconds", "how long one piece took", (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000))
+STAGE: Final = ("zsr_stage_seconds", "how long the last run of a stage took, as its driver saw it")
+
+
+def exported() -> list[str]:
+    """The names under which Prometheus finds them: Ray puts `ray_` before, and `_total` behind what only grows."""
+    return [*(f"ray_{name}_total" for name in COUNTERS), f"ray_{SECONDS[0]}_bucket", f"ray_{STAGE[0]}"]
+
+
+@cache
+def _counter(name: str) -> metrics.Counter:
+    return metrics.Counter(name, COUNTERS[name], tag_keys=("stage",))
+
+
+@cache
+def _histogram() -> metrics.Histogram:
+    name, about, boundaries = SECONDS
+    return metrics.Histogram(name, about, boundaries=list(boundaries), tag_keys=("stage",))
+
+
+@cache
+def _gauge() -> metrics.Gauge:
+    name, about = STAGE
+    return metrics.Gauge(name, about, tag_keys=("stage",))
+
+
+def count(stage: str, *, rows: int, seconds: float) -> None:
+    """One finished piece of `stage`: its rows, and how long it took."""
+    tags = {"stage": stage}
+    _counter("zsr_pieces").inc(1, tags)
+    if rows:
+        _counter("zsr_rows").inc(rows, tags)
+    _histogram().observe(seconds, tags)
+
+
+def stage_took(stage: str, seconds: float) -> None:
+    """The driver's clock of a whole stage. Before the driver has connected to a cluster there is nobody to tell."""
+    if ray.is_initialized():
+        _gauge().set(seconds, {"stage": stage})
+
+
+def _prefix() -> bytes:
+    return f"zsr/spent/{ray.get_runtime_context().get_job_id()}/".encode()
+
+
+def spend(stage: str, cpu_seconds: float) -> None:
+    """CPU seconds that this process has used for `stage` and not reported yet. For tasks, actors and workers."""
+    _counter("zsr_cpu_seconds").inc(cpu_seconds, {"stage": stage})
+    value = json.dumps({"stage": stage, "cpu_seconds": cpu_seconds}).encode()
+    internal_kv._internal_kv_put(_prefix() + uuid.uuid4().hex.encode(), value)
+
+
+def spent() -> Counter[str]:
+    """CPU seconds by stage that this job's processes have reported since the last call."""
+    found: Counter[str] = Counter()
+    if not ray.is_initialized():
+        return found
+    for key in internal_kv._internal_kv_list(_prefix()):
+        value = json.loads(internal_kv._internal_kv_get(key) or b"{}")
+        internal_kv._internal_kv_del(key)
+        if value:
+            found[value["stage"]] += value["cpu_seconds"]
+    return found
+
+
+@contextmanager
+def _measured(stage: str, results: dict[str, Any], cpu: float) -> Iterator[None]:
+    """Count the piece that the block fills `results` with; `cpu` is the processor's clock since when it counts."""
+    began = time.monotonic()
+    yield
+    spend(stage, time.process_time() - cpu)
+    count(stage, rows=int(results.get("rows", 0)), seconds=time.monotonic() - began)
+
+
+def task(piece: dict[str, Any], *, stage: str, function: Callable[..., Any], shared: Mapping[str, Any]) -> Any:
+    """`function(piece, **shared)`, counted; runs in a Ray task."""
+    results: dict[str, Any] = {}
+    with _measured(stage, results, time.process_time()):
+        results |= function(piece, **shared)
+    return results
+
+
+class Actor:
+    """An object of `kind`, whose calls are counted; runs as a Ray actor. What making it cost goes to its first call."""
+
+    def __init__(self, *, stage: str, kind: Callable[..., Any], shared: Mapping[str, Any]) -> None:
+        self.stage, self.cpu = stage, time.process_time()
+        self.inner = kind(**shared)
+
+    def __call__(self, piece: dict[str, Any]) -> Any:
+        results: dict[str, Any] = {}
+        with _measured(self.stage, results, self.cpu):
+            results |= self.inner(piece)
+        self.cpu = time.process_time()
+        return results
