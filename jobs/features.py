@@ -8,8 +8,9 @@ from typing import Literal
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.embedding.backbone import BackboneSettings, extract
+from zsr.embedding.backbone import extract
 from zsr.embedding.backbone import plan as plan_features
+from zsr.embedding.encode import BackboneSettings
 from zsr.embedding.finetune import Finetune, finetune
 from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import backbones

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import create_model
+from pydantic import Field, create_model
 
 from jobs._job import JobConfig, Results, file_values, main
 from zsr.artifact import Artifact, Store, open_artifact
@@ -14,8 +14,10 @@ from zsr.errors import ConfigError
 from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import MODELS, backbones, configure
 from zsr.models.protocol import ModelConfig, Query, Tower
+from zsr.training import metrics, trackers
 from zsr.training.config import TrainSettings
-from zsr.training.run import Run, TowerStart, describe, train_model
+from zsr.training.engines import Precision, Stage, deepspeed_config
+from zsr.training.run import Run, TowerStart, describe, metrics_path, train_model
 
 
 class Config(TrainSettings, JobConfig):
@@ -43,6 +45,13 @@ class Config(TrainSettings, JobConfig):
         output: ROOT of the checkpoint artifact.
         model: which model.
         preset: a named set of the model's options, such as the paper's own; single options go on top.
+        track: TensorBoard's event files (beside the metrics), mlflow or wandb, in addition to the JSONL.
+        log_every: steps from one line of metrics to the next.
+        zero_stage: what DeepSpeed shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights;
+            by default as cluster/deepspeed.yaml says.
+        precision: of the forward passes, of weights that stay in 32 bits; fp16 on GPUs only. Default as above.
+        recompute: an image tower forgets its activations and makes them again for the backward pass: less memory, about
+            a third more time, the same bits.
         resume: latest continues a killed run of the same plan; never starts it again.
     """
 
@@ -67,6 +76,11 @@ class Config(TrainSettings, JobConfig):
     query: Query = "sketch"
     model: str = "sem-pcyc"
     preset: str | None = None
+    track: tuple[trackers.Name, ...] = ()
+    log_every: int = Field(10, ge=1)
+    zero_stage: Stage | None = None
+    precision: Precision | None = None
+    recompute: bool = False
     resume: Literal["latest", "never"] = "latest"
 
     def inputs(self) -> Artifact | TowerStart:
@@ -113,6 +127,9 @@ def prepare_run(config: Config, options: ModelConfig) -> Run:
         output=Store.at(config.output),
         score=mean_average_precision,
         query=config.query,
+        deepspeed=deepspeed_config(config.zero_stage, config.precision),
+        recompute=config.recompute,
+        tracking=trackers.Tracking(config.track, config.log_every),
     )
 
 
@@ -130,6 +147,7 @@ def work(config: Any) -> Results:
         "steps": facts["steps"],
         "validation_map_all": facts["validation_map_all"],
         "model": config.model,
+        metrics.WAIT: metrics.waited_share(metrics_path(run, checkpoint.plan)),
     }
 
 

@@ -10,11 +10,12 @@ __version__ = "0.1.0"
 
 _PUBLIC: Final = {
     "ZsrError": "zsr.errors",
+    "load": "zsr.exported",
     "open_artifact": "zsr.artifact",
     "open_model": "zsr.training.checkpoint",
     "Searcher": "zsr.index.search",
 }
-__all__ = ["Searcher", "ZsrError", "__version__", "open_artifact", "open_model"]  # resolved lazily
+__all__ = ["Searcher", "ZsrError", "__version__", "load", "open_artifact", "open_model"]  # resolved lazily
 
 
 def __getattr__(name: str) -> Any:

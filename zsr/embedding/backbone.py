@@ -1,57 +1,24 @@
 """Features of DATA's pictures by a backbone, and of its texts by a sentence encoder: DATA -> FEATURES."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from ray.data import ActorPoolStrategy
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import gpus, map_pieces, own_device
-from zsr.data.decode import VERSION, BadImage, Limits, Resize, decode
+from zsr.data.decode import VERSION, BadImage
 from zsr.data.features import feature_table, seal_features
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
+from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
 from zsr.models import backbones
-from zsr.models.protocol import Inputs, Tower
-from zsr.training.checkpoint import open_model
-from zsr.training.source import pictures_of, resize_of
 
 TEXT: Final = "modality=text/"
-
-
-class BackboneSettings(BaseModel):
-    """What shapes FEATURES.
-
-    Attributes:
-        backbone: name in `backbones.BACKBONES`.
-        layer: which of its outputs; None takes the first.
-        size: side in pixels that pictures are resized to; None takes the backbone's own.
-        fit: `stretch` keeps the whole picture and not its aspect, as the papers of this field do; `published` cuts out
-            the middle as the backbone's publishers do.
-        scaling: of pixels: as published with the backbone, or `unit`, pixels / 255 and nothing else.
-        invert_sketches: white strokes on black, as SEM-PCYC's backbones were tuned on.
-        texts: what text rows go through, if there are any; `none` leaves them without features.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    backbone: str = "lite0"
-    layer: str | None = None
-    size: int | None = None
-    fit: backbones.Fit = "stretch"
-    scaling: backbones.Scaling = "published"
-    invert_sketches: bool = False
-    texts: Literal["minilm", "none"] = "minilm"
-
-    def architecture(self, weights: Path) -> dict[str, Any]:
-        """See `backbones.architecture`."""
-        return backbones.architecture(self.backbone, weights, layer=self.layer, scaling=self.scaling)
 
 
 def plan(data: Artifact, settings: BackboneSettings, weights: Path | Artifact) -> Plan:
@@ -77,14 +44,6 @@ def plan(data: Artifact, settings: BackboneSettings, weights: Path | Artifact) -
     if any(name.startswith(TEXT) for name in shards(data, settings)):
         config["texts"] = encoder_digest(encoder_folder(None))
     return Plan("features", config, parents)
-
-
-def tower_of(checkpoint: Artifact) -> Tower:
-    """The image tower that a checkpoint was trained with. Raises ConfigError if it has none."""
-    tower = Inputs.model_validate(checkpoint.config["inputs"]).tower
-    if tower is None:
-        raise ConfigError(f"checkpoint {checkpoint.digest[:12]} has no image tower to make features with")
-    return tower
 
 
 def extract(
@@ -138,21 +97,6 @@ def pool(actors: int, pieces: int) -> dict[str, Any]:
     return {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if have else 0}
 
 
-def _network(
-    settings: BackboneSettings, weights: Path | Artifact, sha256: str
-) -> tuple[Mapping[str, backbones.Backbone], Resize]:
-    """What makes features of each modality's pictures, and what becomes of the pictures before."""
-    if isinstance(weights, Artifact):
-        model = open_model(weights)
-        towers = {side: cast(backbones.Backbone, model.tower(side)) for side in ("sketch", "photo")}
-        return towers, pictures_of(tower_of(weights)).resize
-    loaded = backbones.load(settings.backbone, weights, sha256, layer=settings.layer, scaling=settings.scaling)
-    made = settings.architecture(weights)
-    return dict.fromkeys(("sketch", "photo"), loaded), resize_of(
-        made, backbones.side(made, settings.size), settings.fit
-    )
-
-
 class Extractor:
     """A Ray actor that holds the backbone and turns one DATA shard after the other into a feature shard."""
 
@@ -167,10 +111,9 @@ class Extractor:
         batch: int,
     ) -> None:
         torch.set_num_threads(1)  # one thread an actor: the same bits whatever the number of cores, and no contention
-        self.data, self.settings, self.staging, self.batch = data, settings, staging, batch
+        self.data, self.staging, self.batch = data, staging, batch
         self.device = own_device()
-        found, self.resize = _network(settings, weights, sha256)
-        self.backbones = {side: backbone.to(self.device) for side, backbone in found.items()}
+        self.featurizer = featurizer(settings, weights, sha256).to(self.device)
         self.texts = TextExtractor(encoder_folder(None), texts, self.device, batch) if texts else None
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +121,7 @@ class Extractor:
         if self.texts is not None and name.startswith(TEXT):
             table = self.data.read_table(name, columns=["id", "key", "text"])
             return self._stage(name, *self.texts(name, table), self.texts.dim)
-        backbone = self.backbones["sketch" if name.startswith("modality=sketch/") else "photo"]
+        side = "sketch" if name.startswith("modality=sketch/") else "photo"
         table = self.data.read_table(name, columns=["id", "key", "image"])
         ids: list[int] = []
         bad: list[dict[str, Any]] = []
@@ -186,29 +129,17 @@ class Extractor:
         features: list[np.ndarray] = []
         for row in table.to_pylist():
             try:
-                pixels.append(self._pixels(name, row["image"]))
+                pixels.append(self.featurizer.pixels(side, row["image"]))
                 ids.append(row["id"])
             except BadImage as error:
                 bad.append(
                     {"shard": name, "id": row["id"], "key": row["key"], "kind": error.kind, "message": str(error)}
                 )
             if len(pixels) == self.batch:
-                features.append(self._forward(backbone, pixels))
+                features.append(self.featurizer.features(side, np.stack(pixels)))
                 pixels = []
-        features += [self._forward(backbone, pixels)] if pixels else []
-        return self._stage(name, ids, features, bad, backbone.dim)
-
-    def _pixels(self, name: str, image: bytes | None) -> np.ndarray:
-        if image is None:
-            raise BadImage("empty", "the row has no picture")
-        decoded = decode(image, self.resize, Limits())
-        inverted = self.settings.invert_sketches and name.startswith("modality=sketch/")
-        return 255 - decoded if inverted else decoded
-
-    @torch.inference_mode()
-    def _forward(self, backbone: backbones.Backbone, pixels: list[np.ndarray]) -> np.ndarray:
-        batch = torch.from_numpy(np.stack(pixels)).to(self.device)
-        return np.asarray(backbone(batch).half().cpu().numpy())
+        features += [self.featurizer.features(side, np.stack(pixels))] if pixels else []
+        return self._stage(name, ids, features, bad, self.featurizer.backbones[side].dim)
 
     def _stage(
         self, name: str, ids: list[int], features: list[np.ndarray], bad: list[dict[str, Any]], dim: int

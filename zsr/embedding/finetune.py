@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from zsr.artifact import Artifact, Store
 from zsr.data import splits
-from zsr.embedding.backbone import BackboneSettings
+from zsr.embedding.encode import BackboneSettings
 from zsr.models import backbones, configure
 from zsr.models.protocol import Tower
 from zsr.training.config import TrainSettings

@@ -10,22 +10,19 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.nn import functional
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces, own_device
 from zsr.data.shards import Source, featured_rows, pictured_rows
 from zsr.embedding.backbone import pool
+from zsr.embedding.encode import vectors_of
 from zsr.errors import ConfigError
-from zsr.models.protocol import Embedder, Inputs
+from zsr.models.protocol import Inputs
 from zsr.training.checkpoint import open_model
 from zsr.training.source import pictures_of
 
 Classes = Literal["all", "unseen", "validation", "training"]
-
-BATCH = 1024  # feature rows in one forward pass
-PICTURES = 64
 
 
 def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | None:
@@ -120,15 +117,6 @@ def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, mod
             f"{modality} features are {dims[modality]}-d, checkpoint {checkpoint.digest[:12]} was trained on "
             f"{wanted[modality]}-d"
         )
-
-
-def vectors_of(model: Embedder, modality: str, items: np.ndarray, device: str) -> np.ndarray:
-    """Embeddings (N, P, D) float32 of raw features (N, F) or pictures (N, H, W, 3), unit length under the cosine."""
-    found = []
-    for block in torch.split(torch.from_numpy(items), BATCH if items.ndim == 2 else PICTURES):
-        embedded = model.encode(modality, block.to(device))
-        found.append((functional.normalize(embedded, dim=-1) if model.metric == "cosine" else embedded).cpu())
-    return torch.cat(found).numpy() if found else np.zeros((0, 1, model.dim), np.float32)
 
 
 class ShardEmbedder:

@@ -249,6 +249,7 @@ class Cfsa(Model):
     """
 
     paired = True
+    second_order = True
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         super().__init__(inputs)

@@ -34,6 +34,7 @@ class Classifier(Model):
 
     scaling: Scaling = "none"
     wants_words = False
+    coupled = False
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         super().__init__(inputs)

@@ -140,6 +140,7 @@ class Doodle2Search(Model):
     """
 
     eats: Literal["pairs", "triplets"] = "triplets"
+    coupled = False
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         super().__init__(inputs)

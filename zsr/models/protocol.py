@@ -52,7 +52,11 @@ class Optimizer:
     clip: float = 0.0
 
     def build(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimizer over parameters, or over torch's parameter groups."""
+        """The torch optimizer over parameters, or over torch's parameter groups.
+
+        Fused: one pass over the memory in place of some ten. It rounds the last numbers of a tensor in another way than
+        the others, so ZeRO stages, which cut parameters up differently, agree up to rounding.
+        """
         if self.name == "sgd":
             return torch.optim.SGD(
                 parameters,
@@ -60,6 +64,7 @@ class Optimizer:
                 momentum=self.momentum,
                 nesterov=self.nesterov,
                 weight_decay=self.weight_decay,
+                fused=True,
             )
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         return kind(
@@ -69,6 +74,7 @@ class Optimizer:
             eps=self.eps,
             weight_decay=self.weight_decay,
             amsgrad=self.amsgrad,
+            fused=True,
         )
 
 
@@ -78,12 +84,15 @@ class Group:
 
     Attributes:
         tower: a part of `module` that is stepped at `tower_rate` times the rate, or None.
+        whole: whether each rank has to hold all of its parameters (ZeRO stage 2 at most), as a term reads one outside
+            of its module's forward.
     """
 
     module: nn.Module
     optimizer: Optimizer
     tower: nn.Module | None = None
     tower_rate: float = 1.0
+    whole: bool = False
 
     def build(self) -> torch.optim.Optimizer:
         """The torch optimizer over the group's parameters."""
@@ -234,10 +243,15 @@ class Model(Embedder):
     Attributes:
         eats: the kind of batch it wants.
         paired: whether its paper draws a sketch's own photo instead of any photo of its class.
+        coupled: whether a row's part in the loss depends on the batch's other rows, or it has several phases. Only the
+            terms of one phase that are all means over rows may be taken a piece of the batch at a time.
+        second_order: whether a term is made of gradients, as a gradient penalty is.
     """
 
     eats: Literal["pairs", "triplets"] = "pairs"
     paired: bool = False
+    coupled: bool = True
+    second_order: bool = False
 
     @property
     @abstractmethod

@@ -238,7 +238,9 @@ class SemPcyc(Model):
         c = self.config
         moved = [self.to_code, self.to_feature] + ([self.classifiers] if c.classifiers == "trained" else [])
         return {
-            "autoencoder": Group(self.autoencoder, Optimizer("sgd", c.autoencoder_lr, momentum=c.autoencoder_momentum)),
+            "autoencoder": Group(
+                self.autoencoder, Optimizer("sgd", c.autoencoder_lr, momentum=c.autoencoder_momentum), whole=True
+            ),
             "generators": Group(nn.ModuleList(moved), Optimizer("adam", c.generator_lr, betas=c.generator_betas)),
             "discriminators": Group(
                 self.discriminators, Optimizer("sgd", c.discriminator_lr, momentum=c.discriminator_momentum)

@@ -6,13 +6,15 @@ it saw and how its embeddings compare. While a run is on, its states lie in the 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from zsr import fault
 from zsr.artifact import Artifact, Staging, canonical
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import build
@@ -73,6 +75,14 @@ class Progress:
         scored = [(value, -at) for at, value in history if value is not None]
         return Progress(step, history, -max(scored)[1] if scored else step)
 
+    def kept(self, keep: str) -> set[int]:
+        """The steps whose weights are kept: of the best epoch, of all, or of a number of the best."""
+        if keep == "best":
+            return {self.best_step}
+        most = len(self.history) if keep == "all" else int(keep)
+        ranked = sorted(self.history, key=lambda h: (h[1] is None, -(h[1] or 0.0), h[0] if h[1] is not None else -h[0]))
+        return {step for step, _ in ranked[:most]}
+
     def epochs_since_best(self) -> int:
         """Epochs after the best one."""
         return sum(step > self.best_step for step, _ in self.history)
@@ -82,18 +92,43 @@ def save_progress(
     staging: Staging, progress: Progress, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: str
 ) -> None:
     """Stage the state after an epoch: weights, then the state that refers to them; old ones are dropped after that."""
-    weights = f"steps/{progress.step:08d}.safetensors"
-    kept = keep == "all"
-    if kept or progress.best_step == progress.step:
-        staging.write(weights, save(dict(model)), scratch=not kept)
+    kept = {f"steps/{step:08d}.safetensors" for step in progress.kept(keep)}
+    weights, newest = f"steps/{progress.step:08d}.safetensors", f"state/{progress.step:08d}.safetensors"
+    scratch = keep == "best"
+    if weights in kept:
+        staging.write(weights, save(dict(model)), scratch=scratch)
     state = {f"model/{k}": v for k, v in model.items()} | {f"optimizer/{k}": v for k, v in optimizer.items()}
     facts = {"step": progress.step, "history": [list(h) for h in progress.history], "best_step": progress.best_step}
-    staging.write(f"state/{progress.step:08d}.safetensors", save(state), scratch=True, facts=facts)
+    fault.here("train.save")
+    staging.write(newest, save(state), scratch=True, facts=facts)
+    fault.here("train.saved")
     for name in staging.pieces(scratch=True):
-        stale_state = name.startswith("state/") and name < f"state/{progress.step:08d}"
-        stale_best = name.startswith("steps/") and name != f"steps/{progress.best_step:08d}.safetensors"
-        if stale_state or stale_best:
+        if name.startswith("state/") and name < newest:
             staging.drop(name, scratch=True)
+    for name in staging.pieces(scratch=scratch):
+        if name.startswith("steps/") and name not in kept:
+            staging.drop(name, scratch=scratch)
+
+
+class Writer:
+    """Writes one state at a time behind the steps' back, in the order given; on leaving it, all is on disk."""
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+        return self
+
+    def write(self, save: Callable[[], None]) -> None:
+        """Start `save` once the one before is done. Raises what that one raised."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(save)
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Raise what the last `save` raised, unless another error is on its way."""
+        self._pool.shutdown(wait=True)
+        if self._last is not None and error is None:
+            self._last.result()
 
 
 def last_progress(staging: Staging) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]] | None:
@@ -127,7 +162,7 @@ def seal(staging: Staging, keep: str, facts: Mapping[str, Any]) -> Artifact:
     if found is None:
         raise ConfigError(f"{staging.directory}: no finished epoch to make a checkpoint of")
     progress = found[0]
-    best = staging.read(f"steps/{progress.best_step:08d}.safetensors", scratch=keep != "all")
+    best = staging.read(f"steps/{progress.best_step:08d}.safetensors", scratch=keep == "best")
     staging.write("model.safetensors", best)
     score = dict(progress.history)[progress.best_step]
     run = {"history": [list(h) for h in progress.history], "best_step": progress.best_step, "steps": progress.step}

@@ -1,15 +1,18 @@
 """One DeepSpeed engine a parameter group.
 
-DeepSpeed owns the step: it averages gradients over ranks and applies the group's own torch optimizer. The disk is ours:
-its checkpoint files are pickles, so states are taken out here as plain tensors.
+DeepSpeed owns the step: it scales the loss, averages gradients over ranks, shards what its ZeRO stage shards and
+applies the group's own torch optimizer. The disk is ours: its checkpoint files are pickles, so states are taken out
+here as plain, whole tensors.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,14 +21,27 @@ from torch import Tensor, nn
 
 from zsr.batch import Batch
 from zsr.errors import ConfigError
-from zsr.models.protocol import Model, Phase, Terms
+from zsr.models.layers import world_size
+from zsr.models.protocol import Embedder, Group, Model, Phase, Terms
+from zsr.training import accumulate
+from zsr.training.recompute import recomputed
+from zsr.training.zero import put_back, stage_of, whole_state
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Stage = Literal[0, 1, 2, 3]
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST: Final = "torch_autocast"  # DeepSpeed's section for computing in 16 bits with 32-bit weights
 
 
-def deepspeed_config() -> dict[str, Any]:
+def deepspeed_config(stage: Stage | None = None, precision: Precision | None = None) -> dict[str, Any]:
     """The content of deepspeed.yaml: $ZSR_DEEPSPEED if set, else cluster/deepspeed.yaml of the checkout.
 
+    Args:
+        stage, precision: in place of the file's own.
+
     Raises:
-        ConfigError: the file is missing, or asks for a ZeRO stage or precision that the checkpoints do not cover.
+        ConfigError: the file is missing, or asks for what the checkpoints do not cover.
     """
     default = Path(str(resources.files("zsr"))).parent / "cluster" / "deepspeed.yaml"
     path = Path(os.environ.get("ZSR_DEEPSPEED", default))
@@ -33,14 +49,53 @@ def deepspeed_config() -> dict[str, Any]:
         config: dict[str, Any] = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}; it holds the DeepSpeed settings of every engine") from error
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage != 0:
-        raise ConfigError(f"{path}: ZeRO stage {stage}, but checkpoints gather optimizer states of stage 0 only; use 0")
     if wrapped := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]:
         raise ConfigError(
-            f"{path}: {wrapped} enabled, but checkpoints take optimizer states in fp32 only; switch it off"
+            f"{path}: section {wrapped[0]} keeps 16-bit weights beside 32-bit ones, which checkpoints do not cover; "
+            f"use --precision {wrapped[0]}, or section {AUTOCAST} with enabled and dtype"
         )
+    zero = dict(config.get("zero_optimization", {}))
+    if offloaded := [name for name in zero if name.startswith("offload_")]:
+        raise ConfigError(f"{path}: zero_optimization.{offloaded[0]} is not covered by the checkpoints; leave it out")
+    zero["stage"] = zero.get("stage", 0) if stage is None else stage
+    if zero["stage"] == 1 and zero.get("overlap_comm"):
+        raise ConfigError(
+            f"{path}: overlap_comm loses accumulated gradients at ZeRO stage 1; leave it out, or use stage 2"
+        )
+    config["zero_optimization"] = zero
+    if precision is not None:
+        config[AUTOCAST] = {**config.get(AUTOCAST, {}), "enabled": precision != "fp32"}
+        if precision != "fp32":
+            config[AUTOCAST]["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     return config
+
+
+def precision_of(config: Mapping[str, Any]) -> Precision:
+    """What a DeepSpeed configuration computes in."""
+    section = config.get(AUTOCAST, {})
+    if not section.get("enabled"):
+        return "fp32"
+    return "fp16" if section.get("dtype") in ("float16", "fp16") else "bf16"
+
+
+def refuse(model: type[Model], config: Mapping[str, Any], device: str, accumulate: int) -> None:
+    """Raise ConfigError, naming the way out, where a model, a ZeRO stage and a precision do not go together."""
+    name, precision = model.__name__, precision_of(config)
+    if config["zero_optimization"]["stage"] == 3 and model.second_order:
+        raise ConfigError(
+            f"{name} has a gradient penalty, whose second derivatives ZeRO stage 3 cannot take; use --zero-stage 2"
+        )
+    if config["zero_optimization"]["stage"] == 3 and accumulate > 1 and model.coupled:
+        raise ConfigError(
+            f"{name} couples the rows of a batch, whose accumulation ZeRO stage 3 cannot take; use --zero-stage 2"
+        )
+    if precision == "fp16" and device == "cpu":
+        raise ConfigError("fp16 trains on GPUs only; on CPUs take --precision bf16 or fp32")
+    if precision == "fp16" and accumulate > 1 and model.coupled:
+        raise ConfigError(
+            f"{name} couples the rows of a batch, and its accumulation hands scaled gradients on; with --accumulate "
+            "take --precision bf16"
+        )
 
 
 def init_distributed(backend: str) -> None:
@@ -56,82 +111,196 @@ def init_distributed(backend: str) -> None:
 
 
 class Engines:
-    """The engines of a model, by group name."""
+    """The engines of a model, by group name.
 
-    def __init__(self, model: Model, batch_size: int, config: Mapping[str, Any]) -> None:
+    The model's weights are to be in place: engines shard, and broadcast from rank 0, what they find.
+
+    Args:
+        batch_size: rows that an image tower, or a model of per-sample terms, passes at a time. A batch may have more:
+            then its pieces are accumulated (see `accumulate`).
+        config: of `deepspeed_config`.
+        recompute: forget an image tower's activations in the forward pass, and make them again for the backward pass.
+
+    Raises:
+        ConfigError: an image tower whose blocks cannot be told apart, under `recompute`.
+    """
+
+    def __init__(self, model: Model, batch_size: int, config: Mapping[str, Any], *, recompute: bool = False) -> None:
         import deepspeed  # late, see init_distributed
 
         self.model = model
+        self.batch_size = batch_size
         self.groups = dict(model.trained)
-        base = {**config, "train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": 1}
+        self.parameters = {name: list(group.module.parameters()) for name, group in self.groups.items()}
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.device = next(model.parameters()).device.type
+        self.dtype = DTYPES.get(precision_of(config))
+        tower = model.inputs.tower
+        self.tower_trains = tower is not None and tower.rate > 0
+        # validation wants whole weights on one rank, and stage 3 leaves it a part of each
+        self.spare = copy.deepcopy(model) if self.stage == 3 and _rank() == 0 else None
+        if recompute and self.tower_trains:
+            for side in model.towers.values():
+                recomputed(side)
         self.engines: dict[str, Any] = {}
         for name, group in self.groups.items():
-            optimizer = group.build()
-            # always given: DeepSpeed's default of 1.0 would silently change every paper's optimizer
-            settings = base | {"gradient_clipping": group.optimizer.clip}
-            self.engines[name] = deepspeed.initialize(model=group.module, optimizer=optimizer, config=settings)[0]
+            group.module.requires_grad_(True)
+            settings = _settings(config, group, batch_size)
+            made = deepspeed.initialize(model=self._root(group), optimizer=group.build(), config=settings)[0]
+            # alone there is nobody to average with, and stage 0 would copy every gradient twice for it
+            made.enable_backward_allreduce = self.stage > 0 or world_size() > 1
+            self.engines[name] = made
+
+    def _root(self, group: Group) -> nn.Module:
+        """The module whose parameters an engine owns: a tower's as a whole, since stage 3 hooks into its forward."""
+        return group.module if group.tower is None else nn.ModuleList([group.module, self.model.towers])
 
     def train_batch(self, draw: Callable[[int], Batch]) -> Terms:
         """Pass one step's batch through every phase.
 
         Args:
-            draw: repetition -> batch; 0 is the step's own, higher ones are fresh for phases that ask for them.
+            draw: repetition -> batch of raw features or pictures; 0 is the step's own, higher ones are fresh for phases
+                that ask for them.
 
         Returns:
             The named terms, detached, as `PHASE/TERM`.
         """
-        for group in self.groups.values():
-            group.module.requires_grad_(True)
+        self._open(*self.groups)
         batch = draw(0)
-        shared = self.model.shared(batch)
+        if len(batch) > self.batch_size and (self.tower_trains or not self.model.coupled):
+            (phase,) = self.model.phases
+            return named(phase, accumulate.step(self, batch))
+        batch, shared = self.begin(batch)
         logged: Terms = {}
         for phase in self.model.phases:
-            for name, group in self.groups.items():
-                group.module.requires_grad_(name == phase.moves)
+            self._open(phase.moves)
             for repetition in range(phase.repeat):
                 if repetition and phase.fresh_batch:
-                    batch = draw(repetition)
-                if repetition:
-                    shared = self.model.shared(batch)  # the last step freed the graph, and moved the group
-                logged |= self._step(phase, batch, shared)
+                    batch, shared = self.begin(draw(repetition))
+                elif repetition:
+                    shared = self.share(batch)  # the last step freed the graph, and moved the group
+                terms = self.terms(phase, batch, shared)
+                self.backward(phase, terms)
+                self.engines[phase.moves].step()
+                logged |= named(phase, terms)
         return logged
 
-    def _step(self, phase: Phase, batch: Batch, shared: Any) -> Terms:
-        terms = phase.terms(batch, shared)
-        engine = self.engines[phase.moves]
-        engine.backward(torch.stack(list(terms.values())).sum())
-        engine.step()
-        return {f"{phase.name}/{name}": value.detach() for name, value in terms.items()}
+    def _open(self, *moved: str) -> None:
+        """Let only these groups take gradients."""
+        for name, parameters in self.parameters.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in moved)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which forward passes compute in the engines' precision."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device, self.dtype)
+
+    def begin(self, batch: Batch) -> tuple[Batch, Any]:
+        """The batch with features in place of pictures, and the work that its phases share."""
+        with self.autocast():
+            if self.model.inputs.tower is None or self.tower_trains:
+                batch = self.model.scaled(batch)
+            else:  # a frozen tower keeps nothing, so it may as well take a piece at a time
+                batch = accumulate.joined([self.model.scaled(p) for p in accumulate.split(batch, self.batch_size)])
+            return batch, self.model.shared(batch)
+
+    def share(self, batch: Batch) -> Any:
+        """The work that the phases of a batch share."""
+        with self.autocast():
+            return self.model.shared(batch)
+
+    def terms(self, phase: Phase, batch: Batch, shared: Any) -> Terms:
+        """A phase's named terms."""
+        with self.autocast():
+            return phase.terms(batch, shared)
+
+    def backward(self, phase: Phase, terms: Terms, share: float = 1.0) -> None:
+        """Send `share` of the sum of `terms` back into the group that the phase moves."""
+        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        self.engines[phase.moves].backward(loss if share == 1.0 else share * loss)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, whole, on the CPU, contiguous and unshared. Collective at stage 3."""
+        found = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            found[name] = _whole(value).detach().cpu().contiguous().clone()
+        return found
+
+    def whole_model(self, weights: Mapping[str, Tensor]) -> Embedder:
+        """On rank 0, the model as `weights` has it, to embed with."""
+        if self.spare is None:
+            return self.model
+        self.spare.load_state_dict(weights)
+        return self.spare
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer states as `GROUP/PARAMETER/FIELD`, on the CPU."""
+        """Optimizer states as `GROUP/PARAMETER/FIELD`, whole, on the CPU. Collective at stages 1 to 3."""
         found = {}
-        for group, name, parameter in self._parameters():
-            for field, value in self.engines[group].optimizer.state.get(parameter, {}).items():
-                found[f"{group}/{name}/{field}"] = torch.as_tensor(value).detach().cpu().clone()
+        for group, entry in self.groups.items():
+            for name, parameter in entry.module.named_parameters():
+                for field, value in whole_state(self.engines[group], parameter).items():
+                    found[f"{group}/{name}/{field}"] = value
+            if (scaler := _scaler(self.engines[group])) is not None:
+                found |= {f"{group}//{k}": torch.tensor(v, dtype=torch.float64) for k, v in scaler.state_dict().items()}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
+        """Put back what `state` returned, of whatever stage and number of ranks."""
         by_parameter: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, value in state.items():
             group, name, field = key.split("/")
             by_parameter.setdefault((group, name), {})[field] = value
-        for group, name, parameter in self._parameters():
-            fields = by_parameter.get((group, name))
-            if fields is not None:
-                # Adam's step counter stays on the CPU, moments live beside their parameter
-                self.engines[group].optimizer.state[parameter] = {
-                    field: value.clone() if value.dim() == 0 else value.to(parameter.device)
-                    for field, value in fields.items()
-                }
+        for group, entry in self.groups.items():
+            named = entry.module.named_parameters()
+            held = [(parameter, by_parameter.get((group, name), {})) for name, parameter in named]
+            put_back(self.engines[group], held)
+            scaler = _scaler(self.engines[group])
+            if scaler is not None and (group, "") in by_parameter:
+                scaler.load_state_dict({k: type(scaler.state_dict()[k])(v) for k, v in by_parameter[group, ""].items()})
 
-    def _parameters(self) -> list[tuple[str, str, nn.Parameter]]:
-        return [
-            (group, name, parameter)
-            for group, entry in self.groups.items()
-            for name, parameter in entry.module.named_parameters()
-        ]
+
+def _settings(config: Mapping[str, Any], group: Group, batch_size: int) -> dict[str, Any]:
+    """What one engine is given."""
+    zero = dict(config["zero_optimization"])
+    size = sum(p.numel() for p in group.module.parameters())
+    # a bucket is allocated whole, and once an engine
+    zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e7)), size)
+    if group.whole:
+        zero["stage"] = min(int(zero["stage"]), 2)
+    return {
+        **config,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+        # always given: DeepSpeed's default of 1.0 would silently change every paper's optimizer
+        "gradient_clipping": group.optimizer.clip,
+    }
+
+
+def _scaler(engine: Any) -> Any:
+    """The loss scaler of an engine that computes in fp16, or None."""
+    if stage_of(engine) == 0:
+        return engine.torch_autocast_z0_gradscaler
+    return engine.optimizer.torch_autocast_gradscaler
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A parameter that stage 3 has cut up, whole; anything else as it is."""
+    if not hasattr(value, "ds_id"):
+        return value
+    import deepspeed  # late, see init_distributed
+
+    with deepspeed.zero.GatheredParameters([value]):
+        return value.detach().clone()
+
+
+def named(phase: Phase, terms: Terms) -> Terms:
+    """The terms as they are logged: detached, as `PHASE/TERM`."""
+    return {f"{phase.name}/{name}": value.detach() for name, value in terms.items()}
 
 
 def broadcast(value: float) -> float:
@@ -142,3 +311,12 @@ def broadcast(value: float) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     dist.broadcast(tensor, 0)
     return float(tensor.item())
+
+
+def least(value: int) -> int:
+    """The least `value` of all ranks."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor.item())

@@ -1,19 +1,64 @@
 """What stands between rows and a model that is about to train: the scale of its features, and its batches."""
 
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zsr.data.sampling import Pool, Sampler
+from zsr.artifact import Artifact
+from zsr.batch import Batch
+from zsr.data.decode import Pictures
+from zsr.data.sampling import Draws, Pool, Sampler, Side
+from zsr.data.stream import Sides, Stream
 from zsr.errors import ConfigError
 from zsr.models.layers import Scale
 from zsr.models.protocol import Embedder, Model, Scaling
 
 
+class Batches(Protocol):
+    """Where a training loop takes its batches from: rows in memory, or a stream of pictures."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds that callers of `batch` waited for data."""
+        ...
+
+    def batch(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Batch:
+        """Rank `rank`'s `size` rows of the global batch of `step`; another one for each repetition."""
+        ...
+
+    def close(self) -> None:
+        """Stop what is read ahead."""
+        ...
+
+
 def begin(model: Model, query: Pool, photo: Pool, words: Tensor, seed: int, *, paired: bool | None = None) -> Sampler:
-    """Tell a model its class vectors, and draw the batches that it asks for.
+    """Batches of rows that lie in memory; arguments and errors as for `draws_of`."""
+    return Sampler(query, photo, draws_of(model, query, photo, words, seed, paired=paired), words)
+
+
+def begin_stream(
+    model: Model,
+    data: Artifact,
+    pictures: Pictures,
+    sides: Sides,
+    words: Tensor,
+    seed: int,
+    *,
+    paired: bool | None,
+    augment: bool,
+    last_step: int,
+) -> Stream:
+    """Batches of pictures that are decoded ahead of the steps; arguments and errors as for `draws_of` and `Stream`."""
+    draws = draws_of(model, sides.sketch, sides.photo, words, seed, paired=paired)
+    # `Engines.train_batch` asks for repetition 0, and for more where a phase repeats on fresh batches
+    repetitions = max(phase.repeat if phase.fresh_batch else 1 for phase in model.phases)
+    return Stream(data, pictures, sides, draws, words, augment=augment, last_step=last_step, repetitions=repetitions)
+
+
+def draws_of(model: Model, query: Side, photo: Side, words: Tensor, seed: int, *, paired: bool | None = None) -> Draws:
+    """Tell a model its class vectors, and make the draws that it asks for.
 
     Args:
         words: (N, S) class vectors, row i for label i.
@@ -21,13 +66,12 @@ def begin(model: Model, query: Pool, photo: Pool, words: Tensor, seed: int, *, p
         paired: draw a query's own photo; None does as the model's paper does, where any query names its photo.
 
     Raises:
-        ConfigError: see `Sampler`.
+        ConfigError: see `Draws`.
     """
     model.begin(words)
-    return Sampler(
+    return Draws(
         query,
         photo,
-        words,
         seed,
         paired=model.paired and query.has_pairs if paired is None else paired,
         triplets=model.eats == "triplets",

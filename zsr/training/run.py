@@ -6,9 +6,13 @@ states and data position are ours (see `checkpoint`), so that a restart and a re
 
 import json
 import logging
+import os
 import shutil
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,30 +22,35 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.exceptions import RayActorError
-from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from zsr import measure
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import connect, gpus, require_workers, set_data_context
+from zsr.cluster import gpus, own_device, require_workers, resources, set_data_context
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, seed_of
 from zsr.data.semantics import class_vectors
 from zsr.data.shards import Source, collect, stream
 from zsr.data.splits import Split
+from zsr.data.stream import first_pictures, survey
 from zsr.errors import ConfigError, DamagedArtifact, Leakage
 from zsr.models import MODELS, backbones, build
 from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Tower
 from zsr.models.protocol import Rows as FitRows
 from zsr.training import checkpoint
 from zsr.training.config import TrainSettings
-from zsr.training.engines import deepspeed_config, init_distributed
-from zsr.training.feed import Sums, begin, fit_scale
-from zsr.training.loop import PICTURES, Log, Place, Score, Validation, train
+from zsr.training.engines import deepspeed_config, init_distributed, refuse
+from zsr.training.estimate import memory
+from zsr.training.feed import Batches, Sums, begin, begin_stream, fit_scale
+from zsr.training.loop import Place, Score, Validation, train
+from zsr.training.metrics import Meter
 from zsr.training.source import pictures_of
+from zsr.training.trackers import Tracking, follow
 
 logger = logging.getLogger("zsr")
 
-SCALED = 512  # pictures a side whose first features fit the scale behind a tower
+SCALED = 512  # pictures a side whose features fit the scale behind a tower
 RESTARTS = 3  # after lost workers or nodes; an error of the code itself is never tried again
 
 
@@ -64,6 +73,8 @@ class Run:
         split: resolved: its training and validation classes are filled in.
         query: modality of the queries.
         chosen: in the second stage of a refit, the checkpoint whose step and options it takes over.
+        tracking: how the run is watched.
+        recompute: an image tower forgets its activations and makes them again; the same bits in less memory.
     """
 
     data: Artifact
@@ -78,6 +89,8 @@ class Run:
     query: Query = "sketch"
     chosen: Artifact | None = None
     deepspeed: dict[str, Any] = field(default_factory=deepspeed_config)
+    tracking: Tracking = field(default_factory=Tracking)
+    recompute: bool = False
 
     @property
     def source(self) -> Source:
@@ -163,7 +176,9 @@ class Run:
 
 def describe(run: Run) -> dict[str, Any]:
     """What `--plan` prints: sizes, steps and rows, without training. Of a refit it is the first stage's plan."""
-    model = build(run.model, run.options, run.inputs)
+    _refuse_combinations(run, "cuda")  # whether there are GPUs is seen when it runs
+    with torch.device("meta"):  # sizes alone are wanted
+        model = build(run.model, run.options, run.inputs)
     settings = run.settings
     first = replace(run, settings=settings.model_copy(update={"refit": False}))
     return {
@@ -171,15 +186,17 @@ def describe(run: Run) -> dict[str, Any]:
         "then_refit": settings.refit,
         "model": f"{run.model}: {checkpoint.describe(model)}",
         "bytes_of_parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "bytes_a_gpu": memory(model, settings.batch_size, settings.workers[1]),
         "classes": {k: len(v) for k, v in run.split.as_json().items() if isinstance(v, list)},
         "rows": dict(run.features.facts["rows"] if isinstance(run.features, Artifact) else run.data.facts["rows"]),
         "steps_at_most": settings.epochs * settings.steps_per_epoch,
-        "global_batch": settings.batch_size * settings.num_workers,
+        "global_batch": settings.rows(settings.workers[1]) * settings.workers[1],
+        "deepspeed": run.deepspeed,
         "workers": settings.num_workers,
     }
 
 
-def train_model(run: Run, *, fresh: bool = False) -> Artifact:
+def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifact:
     """Train, seal the chosen checkpoint and publish it. An equal run that was finished before is returned as it is.
 
     With `settings.refit` a run without it comes first; its checkpoint is a version of its own, and the last one is what
@@ -187,6 +204,8 @@ def train_model(run: Run, *, fresh: bool = False) -> Artifact:
 
     Args:
         fresh: forget what a killed run has staged, in place of going on from there.
+        alone: train in this process, a Ray task or actor, as the only worker: the same bits as with one Ray Train
+            worker, without its processes.
 
     Raises:
         NonFiniteLoss: see the loop.
@@ -195,7 +214,8 @@ def train_model(run: Run, *, fresh: bool = False) -> Artifact:
     if run.settings.refit and run.chosen is None:
         if not run.split.validation:
             raise ConfigError("--refit wants validation classes to choose the step on; give some, or leave it out")
-        first = train_model(replace(run, settings=run.settings.model_copy(update={"refit": False})), fresh=fresh)
+        once = replace(run, settings=run.settings.model_copy(update={"refit": False}))
+        first = train_model(once, fresh=fresh, alone=alone)
         run = replace(run, chosen=first, options={**run.options, **first.facts["chosen_options"]})
     _refuse_leaks(run)
     plan = run.plan()
@@ -204,15 +224,21 @@ def train_model(run: Run, *, fresh: bool = False) -> Artifact:
     if fresh:
         run.output.discard(plan)
     staging = run.output.staging(plan)
-    connect()
-    if learns_by_gradient(run.model) or run.settings.num_workers > 1:
-        _fit(run, staging)
+    _refuse_combinations(run, "cuda" if gpus() else "cpu")
+    if learns_by_gradient(run.model) or run.settings.workers[1] > 1:
+        with follow(metrics_path(run, plan.digest), run.last_step, run.tracking, plan):
+            (_fit_alone if alone else _fit)(run, staging)
     else:  # closed form needs no worker group: the stream does the reading, one process the sums
         torch.set_num_threads(run.settings.threads)
         _solve(run, staging, Place(0, 1, "cpu"))
     artifact = checkpoint.seal(staging, run.settings.keep_checkpoints, _facts(run, staging))
     run.output.publish(artifact)
     return artifact
+
+
+def metrics_path(run: Run, plan: str) -> Path:
+    """The metrics of a run, by the digest of its plan, beside the artifact."""
+    return run.output.root / "logs" / plan[:12] / "metrics.jsonl"
 
 
 def _refuse_leaks(run: Run) -> None:
@@ -224,6 +250,13 @@ def _refuse_leaks(run: Run) -> None:
             f"the backbone of features {run.features.digest[:12]} was fine-tuned on {leaked[:5]}, which split "
             f"{run.split.source!r} evaluates as unseen; fine-tune it on the seen classes of this split"
         )
+
+
+def _refuse_combinations(run: Run, device: str) -> None:
+    """Raise ConfigError where model, ZeRO stage and precision do not go together."""
+    model = MODELS[run.model].model
+    if issubclass(model, Model):
+        refuse(model, run.deepspeed, device, run.settings.accumulate)
 
 
 def learns_by_gradient(name: str) -> bool:
@@ -248,7 +281,7 @@ def _fit(run: Run, staging: Staging) -> None:
 
     Ray Train's own FailureConfig would retry errors of the code too; states are ours, so a fresh start is a resumption.
     """
-    require_workers(run.settings.num_workers)
+    require_workers(run.settings.workers[0])
     for attempt in range(RESTARTS + 1):
         # a name of its own each time: Ray Train would otherwise restore from its own state file, which is written in
         # place; ours is written once
@@ -256,14 +289,35 @@ def _fit(run: Run, staging: Staging) -> None:
         try:
             _trainer(run, staging, folder).fit()
             return
-        except (WorkerGroupError, RayActorError) as error:  # the latter: Ray Train's own controller was lost
-            failures = error.worker_failures if isinstance(error, WorkerGroupError) else {"controller": error}
+        except (WorkerGroupError, ControllerError, RayActorError) as error:
+            failures = _failures(error)
             if attempt == RESTARTS or not any(map(_is_loss, failures.values())):
                 raise
             lost = sorted(map(str, failures))
             logger.warning("workers %s failed; starting again from the last state (%d)", lost, attempt + 1)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fit_alone(run: Run, staging: Staging) -> None:
+    """Train in this process, on the device that Ray gave it."""
+    device = own_device()
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        _work(run, staging, Place(0, 1, device), lambda _: None)
+
+
+def _failures(error: Exception) -> Mapping[Any, Exception]:
+    """What failed, by rank; "controller" is Ray Train's own actor.
+
+    Where several Ray clusters run on one machine, Ray's guard of placement groups may ask the wrong one for the
+    controller, take it for dead and remove the workers from under it.
+    """
+    if isinstance(error, WorkerGroupError):
+        return cast(Mapping[Any, Exception], error.worker_failures)
+    return {"controller": error.controller_failure if isinstance(error, ControllerError) else error}
 
 
 def _is_loss(error: Exception) -> bool:
@@ -278,9 +332,22 @@ def _trainer(run: Run, staging: Staging, folder: Path) -> TorchTrainer:
         _worker,
         train_loop_config={"run": run, "staging": staging},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=run.settings.num_workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=_number(run.settings),  # type: ignore[arg-type]  # typed by a class that it shadows
+            use_gpu=use_gpu,
+        ),
         run_config=RunConfig(name=folder.name, storage_path=str(folder.parent)),
     )
+
+
+def _number(settings: TrainSettings) -> int | tuple[int, int]:
+    """How many workers to ask for. On CPUs one stays free of them: tasks read there what the workers eat."""
+    least, most = settings.workers
+    if least == most:
+        return most
+    offered = resources()
+    room = most if offered.get("GPU") else max(least, int(offered.get("CPU", 0)) - 1)
+    return least, min(most, room)
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -289,44 +356,51 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # as the driver chose for all workers
     place = Place(context.get_world_rank(), context.get_world_size(), device)
+    _work(run, staging, place, ray.train.report)
+    measure.spend("train", time.process_time())
+
+
+def _work(run: Run, staging: Staging, place: Place, report: Callable[[dict[str, float]], None]) -> None:
+    """Train or solve in a process group that is there already, and leave it."""
     set_data_context()
     torch.set_num_threads(run.settings.threads)
-    torch.use_deterministic_algorithms(device == "cpu")
+    torch.use_deterministic_algorithms(place.device == "cpu")
     try:
         if learns_by_gradient(run.model):
-            _train(run, staging, place)
+            _train(run, staging, place, report)
         else:
             _solve(run, staging, place)
-            ray.train.report({"step": 1.0})
+            report({"step": 1.0})
     finally:
         # otherwise rank 0 may abort at exit, while DeepSpeed's threads still hold the group
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _train(run: Run, staging: Staging, place: Place) -> None:
+def _train(run: Run, staging: Staging, place: Place, report: Callable[[dict[str, float]], None]) -> None:
     init_distributed(dist.get_backend())
     model, words = _new_model(run, place)
     if not isinstance(model, Model):
         raise ConfigError(f"model {run.model} is solved in closed form, not trained")
     if run.settings.augment and run.inputs.tower is None:
         raise ConfigError("--augment is for pictures; train with --tower, or leave it out")
-    query, photo = (_pool(run, model, side, place) for side in ("sketch", "photo"))
-    sampler = begin(model, query, photo, words, seed_of(run.settings.seed, 1), paired=run.settings.paired)
-    log = Log(run.output.root / "logs" / staging.plan.digest[:12] / "metrics.jsonl" if place.rank == 0 else None)
+    rows = run.settings.rows(place.world) * place.world
+    meter = Meter(metrics_path(run, staging.plan.digest) if place.rank == 0 else None, run.tracking.every, rows)
     validation = _validation(run)
-    train(
-        model,
-        sampler,
-        validation,
-        run.settings,
-        run.last_step,
-        run.deepspeed,
-        staging,
-        log,
-        place,
-        ray.train.report,
-    )
+    with closing(_batches(run, model, words, place)) as batches:
+        train(
+            model,
+            batches,
+            validation,
+            run.settings,
+            run.last_step,
+            run.deepspeed,
+            staging,
+            meter,
+            place,
+            report,
+            recompute=run.recompute,
+        )
 
 
 def _solve(run: Run, staging: Staging, place: Place) -> None:
@@ -374,32 +448,48 @@ def _modality(run: Run, side: str) -> str:
     return run.query if side == "sketch" else "photo"
 
 
-def _pool(run: Run, model: Model, side: str, place: Place) -> Pool:
-    """The training rows of one side on the device, and the model's scale fitted in the same pass.
+def _batches(run: Run, model: Model, words: torch.Tensor, place: Place) -> Batches:
+    """Where the steps take their batches: features are streamed once and lie on the device, pictures stream by."""
+    seed, paired = seed_of(run.settings.seed, 1), run.settings.paired
+    if isinstance(run.source, Artifact):
+        query, photo = (_pool(run, model, side, place) for side in ("sketch", "photo"))
+        return begin(model, query, photo, words, seed, paired=paired)
+    sides = survey(run.data, (run.query, "photo"), run.classes, run.settings.window, seed_of(run.settings.seed, 2))
+    if model.scaling != "none":
+        for side, rows in (("sketch", sides.sketch), ("photo", sides.photo)):
+            sums = Sums()
+            for part in first_pictures(run.data, run.source, sides, rows, SCALED):
+                sums.add(_unscaled(model, side, torch.from_numpy(part).to(place.device)))
+            fit_scale(model, side, sums)
+    return begin_stream(
+        model,
+        run.data,
+        run.source,
+        sides,
+        words,
+        seed,
+        paired=paired,
+        augment=run.settings.augment,
+        last_step=run.last_step,
+    )
 
-    Features give their own scale, all of them; pictures that of the tower's first features, of an even sample.
-    """
+
+def _pool(run: Run, model: Model, side: str, place: Place) -> Pool:
+    """The training rows of one side on the device, and the model's scale fitted to all features in the same pass."""
     held = Reservoir(len(run.classes), run.settings.rows_per_class, seed_of(run.settings.seed, 2))
     sums = Sums()
     for block in stream(run.data, run.source, _modality(run, side), run.classes):
         held.add(block)
-        if run.inputs.tower is None:
-            sums.add(block.features)
-    pool = held.finish(place.device)
-    if run.inputs.tower is not None and model.scaling != "none":
-        sums.add(_first_features(model, side, pool))
+        sums.add(block.features)
     fit_scale(model, side, sums)
-    return pool
+    return held.finish(place.device)
 
 
 @torch.no_grad()
-def _first_features(model: Model, side: str, pool: Pool) -> np.ndarray:
-    """What the untrained model's tower makes of an even sample of a pool, unscaled: (at most SCALED, F)."""
+def _unscaled(model: Model, side: str, pixels: torch.Tensor) -> np.ndarray:
+    """What the untrained model's tower makes of pictures (N, S, S, 3), (N, F)."""
     model.eval()
-    tower = cast(torch.nn.Module, model.tower(side))
-    rows = torch.arange(0, len(pool.features), max(1, len(pool.features) // SCALED))[:SCALED]
-    blocks = torch.split(pool.features[rows.to(pool.features.device)], PICTURES)
-    return np.asarray(torch.cat([tower(block) for block in blocks]).cpu().numpy())
+    return np.asarray(cast(torch.nn.Module, model.tower(side))(pixels).cpu().numpy())
 
 
 def _fit_rows(run: Run, place: Place) -> Iterator[FitRows]:

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from zsr.data.decode import Resize
-from zsr.data.shards import Pictures
+from zsr.data.decode import Pictures, Resize
 from zsr.models import backbones
 from zsr.models.protocol import Tower
 

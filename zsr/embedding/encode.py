@@ -1,0 +1,122 @@
+"""Pictures to features, and features or pictures to embeddings: what jobs.features, jobs.embed and an exported model
+share. It needs no Ray.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch.nn import functional
+
+from zsr.artifact import Artifact
+from zsr.data.decode import BadImage, Limits, Pictures, decode
+from zsr.errors import ConfigError
+from zsr.models import backbones
+from zsr.models.protocol import Embedder, Inputs, Tower
+from zsr.training.checkpoint import open_model
+from zsr.training.source import pictures_of, resize_of
+
+BATCH: Final = 1024  # feature rows in one forward pass
+PICTURES: Final = 64
+SIDES: Final = ("sketch", "photo")
+
+
+class BackboneSettings(BaseModel):
+    """What shapes FEATURES.
+
+    Attributes:
+        backbone: name in `backbones.BACKBONES`.
+        layer: which of its outputs; None takes the first.
+        size: side in pixels that pictures are resized to; None takes the backbone's own.
+        fit: `stretch` keeps the whole picture and not its aspect, as the papers of this field do; `published` cuts out
+            the middle as the backbone's publishers do.
+        scaling: of pixels: as published with the backbone, or `unit`, pixels / 255 and nothing else.
+        invert_sketches: white strokes on black, as SEM-PCYC's backbones were tuned on.
+        texts: what text rows go through, if there are any; `none` leaves them without features.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: str = "lite0"
+    layer: str | None = None
+    size: int | None = None
+    fit: backbones.Fit = "stretch"
+    scaling: backbones.Scaling = "published"
+    invert_sketches: bool = False
+    texts: Literal["minilm", "none"] = "minilm"
+
+    def architecture(self, weights: Path) -> dict[str, Any]:
+        """See `backbones.architecture`."""
+        return backbones.architecture(self.backbone, weights, layer=self.layer, scaling=self.scaling)
+
+
+def tower_of(checkpoint: Artifact) -> Tower:
+    """The image tower that a checkpoint was trained with. Raises ConfigError if it has none."""
+    tower = Inputs.model_validate(checkpoint.config["inputs"]).tower
+    if tower is None:
+        raise ConfigError(f"checkpoint {checkpoint.digest[:12]} has no image tower to make features with")
+    return tower
+
+
+@dataclass(frozen=True)
+class Featurizer:
+    """Makes features of pictures.
+
+    Attributes:
+        backbones: one a side, in eval mode; the same one twice where both sides share it.
+        pictures: how pictures are to look before.
+    """
+
+    backbones: Mapping[str, backbones.Backbone]
+    pictures: Pictures
+
+    def to(self, device: str) -> "Featurizer":
+        """The same on another device."""
+        return Featurizer({side: backbone.to(device) for side, backbone in self.backbones.items()}, self.pictures)
+
+    def pixels(self, side: str, image: bytes | None) -> np.ndarray:
+        """Pixels (H, W, 3) uint8 of an encoded picture. Raises BadImage if there is none, or if it does not decode."""
+        if image is None:
+            raise BadImage("empty", "the row has no picture")
+        return self.pictures.look(side, decode(image, self.pictures.resize, Limits()))
+
+    @torch.inference_mode()
+    def features(self, side: str, pixels: np.ndarray) -> np.ndarray:
+        """Features (N, F) float16 of pixels (N, H, W, 3) uint8, in one forward pass: FEATURES hold 16 bits."""
+        backbone = self.backbones[side]
+        device = next(backbone.parameters()).device
+        return np.asarray(backbone(torch.from_numpy(pixels).to(device)).half().cpu().numpy())
+
+
+def featurizer(settings: BackboneSettings, weights: Path | Artifact, sha256: str) -> Featurizer:
+    """What makes the features that `settings` describe.
+
+    Args:
+        weights: of the backbone, or a checkpoint whose image towers are the backbone, fine-tuned.
+        sha256: digest that the weights must have.
+
+    Raises:
+        ConfigError: no such backbone, layer or size.
+        DamagedArtifact: the weights have another digest, or do not fit the backbone.
+    """
+    if isinstance(weights, Artifact):
+        model, resize = open_model(weights), pictures_of(tower_of(weights)).resize
+        towers = {side: cast(backbones.Backbone, model.tower(side)) for side in SIDES}
+        return Featurizer(towers, Pictures(resize, settings.invert_sketches))
+    made = settings.architecture(weights)
+    resize = resize_of(made, backbones.side(made, settings.size), settings.fit)
+    loaded = backbones.load(settings.backbone, weights, sha256, layer=settings.layer, scaling=settings.scaling)
+    return Featurizer(dict.fromkeys(SIDES, loaded), Pictures(resize, settings.invert_sketches))
+
+
+def vectors_of(model: Embedder, modality: str, items: np.ndarray, device: str) -> np.ndarray:
+    """Embeddings (N, P, D) float32 of raw features (N, F) or pictures (N, H, W, 3), unit length under the cosine."""
+    found = []
+    for block in torch.split(torch.from_numpy(items), BATCH if items.ndim == 2 else PICTURES):
+        embedded = model.encode(modality, block.to(device))
+        found.append((functional.normalize(embedded, dim=-1) if model.metric == "cosine" else embedded).cpu())
+    return torch.cat(found).numpy() if found else np.zeros((0, 1, model.dim), np.float32)

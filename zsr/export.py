@@ -1,0 +1,245 @@
+"""A checkpoint as one safetensors file, its configuration and a model card, to be used where there is no Ray.
+
+    DIR/model.safetensors    weights under the model's own names; `backbone/SIDE/...` where the backbone is included
+    DIR/config.json          `Description`: what to build, what made its features, where it comes from
+    DIR/README.md            the model card
+
+config.json is written last and holds the SHA-256 of the weights: a directory without it, or with other weights, is no
+export. `zsr.load(DIR)` reads it back, see `zsr.exported`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save
+from torch import Tensor
+
+from zsr.artifact import Artifact, canonical, open_artifact, sha256, write_atomically
+from zsr.data.decode import VERSION
+from zsr.embedding.encode import BackboneSettings, Featurizer, featurizer
+from zsr.errors import ConfigError, DamagedArtifact
+from zsr.models import backbones
+from zsr.models.protocol import Inputs
+from zsr.training.checkpoint import describe, open_model, tensors
+
+WEIGHTS: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+CARD: Final = "README.md"
+BACKBONE: Final = "backbone/"  # before the names of its tensors, then SIDE/
+LARGEST: Final = 64 << 20  # bytes of a config.json that are read
+
+
+class Description(BaseModel):
+    """What config.json holds.
+
+    Attributes:
+        model, options, inputs: what `zsr.models.build` makes the model of.
+        features: configuration of the FEATURES that it was trained on; None where it eats pictures itself.
+        backbones: architecture of the included backbone by side; empty where it is not in the file.
+        settings, split, facts, parents: of the checkpoint: how it was trained, on what, and how it scored.
+        checkpoint: its digest.
+        weights: SHA-256 of model.safetensors.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    model: str
+    options: dict[str, Any]
+    inputs: Inputs
+    features: dict[str, Any] | None
+    backbones: dict[str, dict[str, Any]] = {}
+    settings: dict[str, Any]
+    split: dict[str, Any]
+    facts: dict[str, Any]
+    parents: dict[str, str]
+    checkpoint: str
+    weights: str
+
+
+def export(
+    checkpoint: Artifact,
+    output: Path,
+    *,
+    data: Artifact | None = None,
+    include_backbone: bool = False,
+    weights: Path | None = None,
+) -> Description:
+    """Write a checkpoint's chosen weights, configuration and model card to the directory `output`.
+
+    Args:
+        data: the DATA that it was trained on, for its name and attribution in the card.
+        include_backbone: put the backbone that made its features into the file; else `zsr.load` takes it from where
+            it lies.
+        weights: of that backbone, see `featurizer_of`.
+
+    Raises:
+        ConfigError: `output` holds something else; the data are not the checkpoint's; or see `featurizer_of`.
+        DamagedArtifact: the checkpoint does not verify, or the backbone has another digest.
+    """
+    if data is not None and data.digest != checkpoint.parents["data"]:
+        raise ConfigError(f"--data {data.digest[:12]}: trained on data {checkpoint.parents['data'][:12]}; give those")
+    config = checkpoint.config
+    model = open_model(checkpoint)
+    found = featurizer_of(config["features"], weights) if include_backbone else None
+    content = save({**tensors(model), **_backbone_tensors(found)})
+    description = Description(
+        **{name: config[name] for name in ("model", "options", "inputs", "features", "settings", "split")},
+        backbones={} if found is None else _architectures(found),
+        facts=dict(checkpoint.facts),
+        parents=dict(checkpoint.parents),
+        checkpoint=checkpoint.digest,
+        weights=sha256(content),
+    )
+    text = canonical(description.model_dump(mode="json"))
+    _refuse_other(output, text)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / WEIGHTS, content)
+    source = {} if data is None else dict(data.config["source"])
+    write_atomically(output / CARD, card(description, describe(model), source).encode())
+    write_atomically(output / CONFIG, text)
+    return description
+
+
+def read_description(directory: Path) -> Description:
+    """The configuration of an export.
+
+    Raises:
+        ConfigError: there is none.
+        DamagedArtifact: it is not what `export` writes.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{directory}: no {CONFIG}; expected a directory that jobs.export has written")
+    if (size := path.stat().st_size) > LARGEST:
+        raise DamagedArtifact(f"{path}: {size} bytes, at most {LARGEST} are read; export again")
+    try:
+        return Description.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise DamagedArtifact(f"{path}: {wrong}; export again with this version") from error
+
+
+def featurizer_of(features: Mapping[str, Any] | None, weights: Path | None) -> Featurizer:
+    """What made FEATURES of configuration `features`, with weights that must have the digest it names.
+
+    Args:
+        weights: a file or directory; of a fine-tuned backbone the ROOT of its checkpoint, OUTPUT/backbone of
+            jobs.features; None takes what the backbone's package brings.
+
+    Raises:
+        ConfigError: the checkpoint eats pictures itself, its features were imported or made by another version's
+            decoding, or no weights are known.
+        DamagedArtifact: the weights have another digest.
+    """
+    settings = settings_of(features)
+    wanted = str(dict(features or {})["weights"])
+    if "saw" not in dict(features or {}):
+        return featurizer(settings, backbones.weights_path(settings.backbone, weights), wanted)
+    if weights is None:
+        raise ConfigError(f"backbone {settings.backbone} was fine-tuned; give its checkpoint {wanted} as weights")
+    tuned = open_artifact(weights, "checkpoint")
+    if tuned.digest != wanted:
+        raise DamagedArtifact(f"{weights}: checkpoint {tuned.digest[:12]}, expected {wanted[:12]}")
+    return featurizer(settings, tuned, wanted)
+
+
+def settings_of(features: Mapping[str, Any] | None) -> BackboneSettings:
+    """The settings in the configuration of FEATURES. Raises ConfigError where none of our backbones made them."""
+    if features is None:
+        raise ConfigError("this checkpoint has an image tower of its own and needs no other backbone")
+    if features["backbone"] == "imported":
+        raise ConfigError("the features of this checkpoint were imported: what made them is not known here")
+    if features["decode"] != VERSION:
+        raise ConfigError(f"its pictures were decoded by version {features['decode']}, this is {VERSION}; train again")
+    return BackboneSettings(**{k: features[k] for k in BackboneSettings.model_fields if k != "texts"})
+
+
+def _backbone_tensors(found: Featurizer | None) -> dict[str, Tensor]:
+    named = {} if found is None else _distinct(found)
+    return {f"{BACKBONE}{side}/{k}": v for side, backbone in named.items() for k, v in tensors(backbone).items()}
+
+
+def _distinct(found: Featurizer) -> dict[str, backbones.Backbone]:
+    """One backbone a side, or one for `both`."""
+    shared = found.backbones["sketch"] is found.backbones["photo"]
+    return {"both": found.backbones["photo"]} if shared else dict(found.backbones)
+
+
+def _architectures(found: Featurizer) -> dict[str, dict[str, Any]]:
+    return {side: backbone.architecture.model_dump(mode="json") for side, backbone in _distinct(found).items()}
+
+
+def _refuse_other(output: Path, text: bytes) -> None:
+    """Raise ConfigError where `output` holds anything but an earlier attempt at the very same export."""
+    if output.is_file():
+        raise ConfigError(f"--output {output}: is a file; expected a directory to make")
+    there = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
+    same = (output / CONFIG).is_file() and (output / CONFIG).read_bytes() == text
+    if CONFIG in there and not same:
+        raise ConfigError(f"--output {output}: holds another export; give a new directory")
+    if strange := sorted(there - {WEIGHTS, CONFIG, CARD}):
+        raise ConfigError(f"--output {output}: holds {strange[:5]}; give an empty or new directory")
+
+
+def card(description: Description, size: str, source: Mapping[str, Any]) -> str:
+    """The model card as Markdown.
+
+    Args:
+        size: one line on parameters and width.
+        source: of the data: its name and attribution, if known.
+    """
+    return "\n\n".join((*_what(description, size), *_where_from(description, source))) + "\n"
+
+
+def _what(description: Description, size: str) -> tuple[str, ...]:
+    query = description.inputs.query
+    example = {"sketch": '["drawing.png"]', "text": '["a red bicycle"]'}[query]
+    use = (
+        '    import zsr\n\n    model = zsr.load("DIR")\n'
+        f'    queries = model.embed_{query}({example})\n    photos = model.embed_photo(["one.jpg", "two.jpg"])'
+    )
+    return (
+        f"# {description.model}: {query} to photo",
+        f"{size}, compared by {description.facts['metric']}. Made by zsr from checkpoint `{description.checkpoint}`.",
+        "## Use",
+        use,
+        _backbone_line(description),
+    )
+
+
+def _backbone_line(description: Description) -> str:
+    if description.inputs.tower is not None:
+        return f"Pictures go through its own image tower, {description.inputs.tower.architecture['name']}."
+    features = description.features or {}
+    if features.get("backbone") == "imported":
+        return "It eats features that were imported: use `model.embed_features`."
+    where = "in the file" if description.backbones else "not in the file; zsr.load wants its weights"
+    return (
+        f"Pictures go through the backbone {features['backbone']} (layer {features['layer']}, {features['size']} "
+        f"pixels, sha256 `{features['weights']}`), which is {where}."
+    )
+
+
+def _where_from(description: Description, source: Mapping[str, Any]) -> tuple[str, ...]:
+    facts, split = description.facts, description.split
+    score, trained = facts["validation_map_all"], description.inputs.classes
+    chosen = "no class was held out: the last step" if score is None else f"mAP@all {score:.4f} on validation classes"
+    attribution = f" {source['attribution']}" if source.get("attribution") else ""
+    return (
+        "## Training",
+        f"- data {source.get('name', '')} `{description.parents['data']}`, split {split['source']}\n"
+        f"- chosen by: {chosen}, step {facts['best_step']} of {facts['steps']}; unseen classes took no part\n"
+        f"- classes seen: {len(facts['saw'])}; trained on {len(trained)}: {', '.join(trained)}\n"
+        f"- classes held out as unseen: {len(split['unseen'])}: {', '.join(split['unseen'])}",
+        "## Options",
+        "\n".join(f"- {name}: {json.dumps(value)}" for name, value in sorted(description.options.items())),
+        "## Settings",
+        "\n".join(f"- {name}: {json.dumps(value)}" for name, value in sorted(description.settings.items())),
+        "## Licence",
+        "The code of zsr is Apache-2.0. What these weights may be used for depends on the data and on the weights that "
+        f"training began with; zsr grants nothing there.{attribution}",
+    )

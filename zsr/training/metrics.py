@@ -1,0 +1,199 @@
+"""What a run measures of itself: JSONL beside the artifact, written by rank 0. JSONL is the record; all else reads it.
+
+A line of kind `step` each few steps: the mean of each loss since the line before, the norm of each group's gradient in
+that step, learning rates, samples a second, the share of time that went into waiting for data, and peak memory. A line
+of kind `epoch` after each epoch: the validation score, the same means over the epoch, and what held it up.
+
+Nothing waits for the device inside a step: losses and norms stay tensors, and are read when a line is due.
+"""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zsr.artifact import write_atomically
+from zsr.training.engines import Engines
+from zsr.training.zero import inner, stage_of
+
+WAIT: Final = "data_wait_share"  # of the seconds of a line, what rank 0 waited for data
+NETWORK: Final = "network_share"
+PROBE: Final = 4 << 20  # numbers in the all-reduce that the network is measured with, at most
+
+Values = dict[str, Any]
+
+
+class Meter:
+    """Measures the steps of a run, and writes lines where `path` is given: on rank 0.
+
+    Args:
+        path: of the JSONL file; None on other ranks.
+        every: steps from one step line to the next.
+        rows: rows of the global batch.
+    """
+
+    def __init__(self, path: Path | None, every: int, rows: int) -> None:
+        self.path, self.every, self.rows = path, every, rows
+        self._norms: dict[str, Tensor] = {}
+        self._due = False
+        self._since = self._epoch_began = (0.0, 0.0)  # clock, and seconds waited for data
+
+    def begin(self, engines: Engines, step: int) -> None:
+        """Start or go on after `step`: what a killed run has logged beyond it will be logged again, and goes."""
+        self.engines = engines
+        self._due = (step + 1) % self.every == 0
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, "".join(_kept(self.path, step)).encode())
+        for name, engine in engines.engines.items():
+            if stage_of(engine) == 0:  # at the others DeepSpeed takes the norm itself, for all ranks together
+                inner(engine).register_step_pre_hook(self._hook(name))
+
+    def start_epoch(self, waited: float) -> None:
+        """Set the clocks. `waited` is the total of seconds that the run has waited for data."""
+        self._since = self._epoch_began = (time.perf_counter(), waited)
+
+    def step(self, step: int, names: Sequence[str], losses: Sequence[Tensor], waited: float) -> None:
+        """Call after each step.
+
+        Args:
+            names, losses: of the terms, and their values (T,) in each step of this epoch so far.
+            waited: see `start_epoch`.
+        """
+        due, self._due = self._due, (step + 1) % self.every == 0
+        if self.path is None or not due:
+            return
+        means = torch.stack(list(losses[-self.every :])).mean(0).tolist()  # the device is waited for here
+        now = (time.perf_counter(), waited)
+        values = {
+            "kind": "step",
+            "step": step,
+            **_pace(self._since, now, self.rows * min(self.every, len(losses))),
+            "memory_bytes": peak_memory(),
+            **{f"loss/{name}": mean for name, mean in zip(names, means, strict=True)},
+            **{f"norm/{group}": float(norm) for group, norm in self._gradients().items()},
+            **learning_rates(self.engines),
+        }
+        self._since = now
+        self._write(values)
+
+    def pace(self, steps: int, waited: float) -> Values:
+        """How fast the epoch's `steps` went, and what held them up; call right after the last. Collective."""
+        now = (time.perf_counter(), waited)
+        found = _pace(self._epoch_began, now, self.rows * steps)
+        seconds = max(now[0] - self._epoch_began[0], 1e-9)
+        network = min(1.0 - found[WAIT], steps * network_seconds(self.engines) / seconds)
+        return {**found, NETWORK: round(network, 4), "bottleneck": bottleneck(found[WAIT], network)}
+
+    def epoch(self, step: int, score: float | None, pace: Values, means: Mapping[str, float]) -> None:
+        """Call after each epoch, before its state is saved: a resumption then finds no epoch saved and not logged.
+
+        Args:
+            score: of validation.
+            pace: see there.
+            means: of each term over the epoch.
+        """
+        losses = {f"loss/{name}": mean for name, mean in means.items()}
+        self._write({"kind": "epoch", "step": step, "validation_map_all": score, **pace, **losses})
+
+    def _hook(self, name: str) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
+        """Takes the norm of a group's gradient in steps that are logged, as the optimizer is about to use it."""
+
+        def take(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if self._due:
+                held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+                self._norms[name] = torch.nn.utils.get_total_norm(held)
+
+        return take
+
+    def _gradients(self) -> dict[str, Any]:
+        """The norm of each group's gradient in its last step, averaged over ranks; of a clipped one after clipping."""
+        sharded = {name: e.get_global_grad_norm() for name, e in self.engines.engines.items() if stage_of(e)}
+        return {**self._norms, **{name: norm for name, norm in sharded.items() if norm is not None}}
+
+    def _write(self, values: Values) -> None:
+        if self.path is not None:
+            with self.path.open("a") as handle:
+                handle.write(json.dumps({name: _finite(value) for name, value in values.items()}) + "\n")
+
+
+def waited_share(path: Path) -> float | None:
+    """Share of a run's seconds in which rank 0 waited for data, from the epoch lines at `path`; None without any."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    epochs = [(line[WAIT], 1.0 / line["samples_a_second"]) for line in lines if line["kind"] == "epoch"]
+    seconds = sum(each for _, each in epochs)  # of a sample: epochs have equally many
+    return round(sum(share * each for share, each in epochs) / seconds, 4) if epochs else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _kept(path: Path, step: int) -> list[str]:
+    """Lines of `path` up to `step`; one that a kill cut short goes."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _pace(since: tuple[float, float], now: tuple[float, float], rows: int) -> dict[str, float]:
+    seconds = max(now[0] - since[0], 1e-9)
+    return {"samples_a_second": round(rows / seconds, 1), WAIT: round(min(1.0, (now[1] - since[1]) / seconds), 4)}
+
+
+def learning_rates(engines: Engines) -> dict[str, float]:
+    """The rate of each group, and of the tower in it, as `rate/GROUP` and `rate/GROUP.tower`."""
+    found = {}
+    for name, engine in engines.engines.items():
+        for place, group in zip((name, f"{name}.tower"), inner(engine).param_groups, strict=False):
+            found[f"rate/{place}"] = float(group["lr"])
+    return found
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held: of the GPU where it uses one, else of main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def network_seconds(engines: Engines) -> float:
+    """Seconds that the all-reduces of one step take when nothing else runs. Collective; 0 with one rank.
+
+    A buffer of the gradients' size, or of `PROBE` numbers and then in proportion, is summed over ranks after a barrier.
+    What overlaps with computing is not taken off, and a rank that is waited for counts as computing.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0.0
+    sizes = {name: sum(p.numel() for p in group.module.parameters()) for name, group in engines.groups.items()}
+    numbers = sum(sizes[phase.moves] * phase.repeat for phase in engines.model.phases)
+    buffer = torch.zeros(min(numbers, PROBE), device=next(engines.model.parameters()).device)
+    seconds = []
+    for _ in range(2):  # the first may still set up connections
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(buffer)
+        buffer[:1].cpu()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) * numbers / len(buffer)
+
+
+def bottleneck(data: float, network: float) -> str:
+    """What takes the largest share of the time: `data`, `network` or `compute`, which has the rest."""
+    shares = {"data": data, "network": network, "compute": 1.0 - data - network}
+    return max(shares, key=lambda name: shares[name])

@@ -1,0 +1,293 @@
+"""Shows a run while it is on: a progress bar or a line each 30 s, and TensorBoard, mlflow or wandb by choice.
+
+All of it reads the lines that rank 0 writes (see `metrics`), in the driver: workers know nothing of it, a tracker that
+fails costs a warning, and one that was not there can be filled from the same file later.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+from zsr.artifact import Plan
+from zsr.errors import ConfigError
+from zsr.training.metrics import NETWORK, WAIT
+
+logger = logging.getLogger("zsr")
+
+Name = Literal["tensorboard", "mlflow", "wandb"]
+Line = Mapping[str, Any]
+
+POLL: Final = 0.5  # seconds between two looks at the file
+QUIET: Final = 30.0  # seconds between two lines where there is no terminal
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How a run is watched. None of it enters the checkpoint's manifest.
+
+    Attributes:
+        names: trackers beside the JSONL.
+        every: steps from one line to the next.
+    """
+
+    names: tuple[Name, ...] = ()
+    every: int = 10
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a run, in the order of its steps."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Take the numbers of a step by name."""
+        ...
+
+    def close(self) -> None:
+        """Called once, after the last number."""
+        ...
+
+
+class TensorBoard:
+    """Event files in FOLDER/tensorboard, for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        from tensorboardX import SummaryWriter  # Ray Train brings it
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer.add_text("config", f"```\n{json.dumps(plan.config, indent=1, sort_keys=True)}\n```")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Mlflow:
+    """A run of experiment `zsr`, where $MLFLOW_TRACKING_URI says, else in FOLDER/mlflow.db. A resumed run goes on."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        try:
+            from mlflow import MlflowClient
+        except ImportError:
+            raise ConfigError("--track mlflow wants mlflow; install zsr with the extra 'mlflow'") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db")
+        found = self.client.get_experiment_by_name("zsr")
+        experiment = self.client.create_experiment("zsr") if found is None else found.experiment_id
+        held = self.client.search_runs([experiment], f"tags.plan = '{plan.digest}'")
+        if held:
+            self.run = held[0].info.run_id
+            self.client.update_run(self.run, status="RUNNING")
+        else:
+            name = f"{plan.config['model']} {plan.digest[:12]}"
+            self.run = self.client.create_run(experiment, tags={"plan": plan.digest}, run_name=name).info.run_id
+            for option, value in {**plan.config["options"], **plan.config["settings"]}.items():
+                self.client.log_param(self.run, option, value)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run, [Metric(name, value, now, step) for name, value in scalars.items()])
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
+
+
+class Wandb:
+    """A run of project `zsr` ($WANDB_PROJECT), with the first digits of the plan as its id, so that it goes on."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("--track wandb wants wandb; install zsr with the extra 'wandb'") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "zsr"),
+            id=plan.digest[:12],
+            resume="allow",
+            dir=str(folder),
+            config=dict(plan.config),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: Final[Mapping[Name, Callable[[Path, Plan], Tracker]]] = {
+    "tensorboard": TensorBoard,
+    "mlflow": Mlflow,
+    "wandb": Wandb,
+}
+
+
+@contextmanager
+def follow(path: Path, last_step: int, tracking: Tracking, plan: Plan) -> Iterator[None]:
+    """Watch the metrics file `path` of a run of `plan` while the body runs, and once more after it.
+
+    Args:
+        last_step: where the run ends, at the latest.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+    """
+    trackers: dict[str, Tracker] = {name: TRACKERS[name](path.parent, plan) for name in tracking.names}
+    over = threading.Event()
+    with _screen(last_step) as show:
+        watcher = Watcher(path, trackers, show)
+        thread = threading.Thread(target=_watch, args=(watcher, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            watcher.look()
+            show(watcher.latest, last=True)
+            watcher.close()
+
+
+def _watch(watcher: "Watcher", over: threading.Event) -> None:
+    while not over.wait(POLL):
+        watcher.look()
+
+
+class Show(Protocol):
+    """Shows the newest numbers to a person."""
+
+    def __call__(self, latest: Line, *, last: bool = False) -> None: ...
+
+
+class Watcher:
+    """Reads the lines that have come since it last looked. What was there before it began was another driver's.
+
+    Attributes:
+        latest: the newest value of every number.
+    """
+
+    def __init__(self, path: Path, trackers: dict[str, Tracker], show: Show) -> None:
+        self.path, self.trackers, self.show = path, trackers, show
+        self.latest: dict[str, Any] = {}
+        self.offset, self.inode = 0, 0
+        self.done: dict[str, int] = {}  # the last step by kind of line
+        for line in self._lines():
+            self.done[line["kind"]] = line["step"]
+
+    def look(self) -> None:
+        """Pass new lines on."""
+        for line in self._lines():
+            kind, step = str(line["kind"]), int(line["step"])
+            if step <= self.done.get(kind, 0):
+                continue  # logged again after a lost worker
+            self.done[kind] = step
+            self.latest.update(line)
+            self._track(kind, step, line)
+            self.show(self.latest)
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for name, tracker in self.trackers.items():
+            with _forgiven(name):
+                tracker.close()
+
+    def _track(self, kind: str, step: int, line: Line) -> None:
+        scalars = {
+            name if kind == "step" or name == "validation_map_all" else f"epoch/{name}": float(value)
+            for name, value in line.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        for name, tracker in list(self.trackers.items()):
+            with _forgiven(name, partial(self.trackers.pop, name)):
+                tracker.write(step, scalars)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """Whole lines that were not read yet; from the start again where a restarted run has cut the file back."""
+        try:
+            with self.path.open("rb") as handle:
+                inode = os.fstat(handle.fileno()).st_ino
+                self.offset = handle.seek(self.offset if inode == self.inode else 0)
+                data = handle.read()
+        except FileNotFoundError:
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self.inode, self.offset = inode, self.offset + len(whole)
+        yield from map(json.loads, whole.splitlines())
+
+
+@contextmanager
+def _forgiven(name: str, otherwise: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """No tracker is worth a training run: what it raises is said, and it is left."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("tracker %s is left: %s: %s", name, type(error).__name__, error)
+        otherwise()
+
+
+@contextmanager
+def _screen(last_step: int) -> Iterator[Show]:
+    """A bar on a terminal, lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield _Lines(last_step)
+        return
+    from rich.console import Console  # imported here: only a terminal needs it
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        yield _Bar(progress, last_step)
+
+
+class _Lines:
+    """A line each 30 s, and one at the end."""
+
+    def __init__(self, last_step: int) -> None:
+        self.last_step, self.shown = last_step, time.monotonic()
+
+    def __call__(self, latest: Line, *, last: bool = False) -> None:
+        if latest and (last or time.monotonic() - self.shown >= QUIET):
+            self.shown = time.monotonic()
+            logger.warning("train: %s", sentence(latest, self.last_step))
+
+
+class _Bar:
+    """A progress bar, and a line above it after each epoch."""
+
+    def __init__(self, progress: Any, last_step: int) -> None:
+        self.progress, self.last_step = progress, last_step
+        self.task = progress.add_task("train", total=last_step)
+
+    def __call__(self, latest: Line, *, last: bool = False) -> None:
+        if not latest or last:
+            return
+        self.progress.update(self.task, completed=latest["step"])
+        if latest["kind"] == "epoch":
+            self.progress.console.print(sentence(latest, self.last_step))
+
+
+def sentence(latest: Line, last_step: int) -> str:
+    """One line for a person: where a run stands, how good and how fast it is, and what holds it up."""
+    said = [f"step {latest['step']} of {last_step}"]
+    if latest.get("validation_map_all") is not None:
+        said.append(f"validation mAP {latest['validation_map_all']:.4f}")
+    said.append(f"{latest['samples_a_second']:.0f} samples a second")
+    if "bottleneck" in latest:
+        data, network = latest[WAIT], latest[NETWORK]
+        shares = f"data {data:.0%}, network {network:.0%}, compute {1 - data - network:.0%}"
+        said.append(f"bottleneck {latest['bottleneck']} ({shares})")
+    return ", ".join(said)
