@@ -1,4 +1,4 @@
-"""Indexes: build, inspect, verify, rollback.
+"""Indexes: plan, build, add, delete, rebuild, compact, purge, inspect, verify, rollback.
 
 python -m jobs.index build --embeddings EMB --queries EMB --index-dir OUT
 """
@@ -11,9 +11,12 @@ from typing import Any, Final
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Store, open_artifact
+from zsr.errors import ConfigError
+from zsr.index import edit
 from zsr.index.build import Job, build
 from zsr.index.plan import IndexConfig
 from zsr.index.publish import history, rollback, verify
+from zsr.index.purge import purge
 from zsr.index.search import Searcher
 
 
@@ -34,7 +37,8 @@ class Build(JobConfig, IndexConfig):
         """The build, planned."""
         config = IndexConfig.model_validate(self.model_dump(include=set(IndexConfig.model_fields)))
         embeddings = open_artifact(self.embeddings, "embeddings")
-        return Job.of(embeddings, open_artifact(self.queries, "embeddings"), config)
+        store = Store.at(self.index_dir)
+        return Job.of(embeddings, open_artifact(self.queries, "embeddings"), config, None if self.plan else store)
 
 
 class Inspect(JobConfig):
@@ -49,6 +53,65 @@ class Inspect(JobConfig):
 
 class Verify(Inspect):
     """Hash every file of an index, read every list, and measure the recall of its golden queries again."""
+
+
+class Delete(Inspect):
+    """Hide items from every search. Their vectors stay in the files until `compact`, in older versions until `purge`.
+
+    Attributes:
+        keys: of the items.
+        keys_from: a text file with a key a line.
+    """
+
+    keys: tuple[str, ...] = ()
+    keys_from: Path | None = None
+
+    def ids(self) -> list[int]:
+        """Ids of the items.
+
+        Raises:
+            ConfigError: no key, an unreadable file, or a key that the index does not hold.
+        """
+        try:
+            lines = self.keys_from.read_text().splitlines() if self.keys_from else []
+        except OSError as error:
+            raise ConfigError(f"--keys-from {self.keys_from}: {error}") from error
+        wanted = {*self.keys, *filter(None, lines)}
+        searcher = Searcher.open(self.index_dir)
+        found = {
+            key: int(identity)
+            for key, identity in zip(searcher.names.column("key").to_pylist(), searcher.ids, strict=True)
+            if key in wanted
+        }
+        if missing := sorted(wanted - found.keys()):
+            raise ConfigError(f"{self.index_dir}: {len(missing)} keys are not in the index, such as {missing[:3]}")
+        if not found:
+            raise ConfigError("nothing to delete; give --keys or --keys-from")
+        return list(found.values())
+
+
+class Add(Inspect):
+    """Add the items of more embeddings, without training again.
+
+    Attributes:
+        embeddings: EMB of the same checkpoint.
+        num_workers: most shards to add at once.
+    """
+
+    embeddings: Path
+    num_workers: int | None = None
+
+
+class Rebuild(Add):
+    """Make the index one of what the embeddings hold now; shards with the bytes of before are not touched."""
+
+
+class Compact(Inspect):
+    """Write one whole object without the vectors of deleted items, which finds what the live version finds."""
+
+
+class Purge(Inspect):
+    """Compact, remove every older version, and prove by a scan that nothing of a deleted item is left."""
 
 
 class Rollback(JobConfig):
@@ -69,7 +132,7 @@ def do_build(config: Build) -> Results:
 
 def do_inspect(config: Inspect) -> Results:
     artifact = open_artifact(config.index_dir, "index")
-    versions = {str(number): digest for number, digest in history(Store(artifact.root)).items()}
+    versions = {str(number): digest for number, digest in history(Store.at(artifact.place)).items()}
     size = sum(entry.bytes for entry in artifact.files)
     return {
         **artifact.facts,
@@ -86,6 +149,33 @@ def do_verify(config: Verify) -> Results:
     return {"digest": artifact.digest, "verified": len(artifact.files), "ntotal": artifact.facts["ntotal"]}
 
 
+def do_delete(config: Delete) -> Results:
+    return edit.delete(Store.at(config.index_dir), config.ids()).as_json()
+
+
+def do_add(config: Add) -> Results:
+    embeddings = open_artifact(config.embeddings, "embeddings")
+    return edit.add(Store.at(config.index_dir), embeddings, workers=config.num_workers).as_json()
+
+
+def do_rebuild(config: Rebuild) -> Results:
+    embeddings = open_artifact(config.embeddings, "embeddings")
+    return edit.rebuild(Store.at(config.index_dir), embeddings, workers=config.num_workers).as_json()
+
+
+def do_compact(config: Compact) -> Results:
+    return edit.compact(Store.at(config.index_dir)).as_json()
+
+
+def do_purge(config: Purge) -> Results:
+    return purge(Store.at(config.index_dir)).as_json()
+
+
+def do_plan(config: Build) -> Results:
+    """Measure the candidates, and keep what was measured for the build."""
+    return config.job().as_json()
+
+
 def do_rollback(config: Rollback) -> Results:
     return rollback(Store.at(config.index_dir), config.version).as_json()
 
@@ -99,6 +189,19 @@ def plan_read(config: Inspect) -> Results:
     return {"would": "read", "digest": artifact.digest, "bytes": sum(entry.bytes for entry in artifact.files)}
 
 
+def plan_delete(config: Delete) -> Results:
+    return {"would": "delete", "items": len(config.ids())}
+
+
+def plan_add(config: Add) -> Results:
+    return {**plan_read(config), "would": "add", "rows": open_artifact(config.embeddings, "embeddings").facts["rows"]}
+
+
+def plan_purge(config: Purge) -> Results:
+    versions = history(Store.at(config.index_dir))
+    return {**plan_read(config), "would": "compact and remove versions", "versions": sorted(versions)[:-1]}
+
+
 def plan_rollback(config: Rollback) -> Results:
     versions = history(Store.at(config.index_dir))
     return {"would": "publish", "digest": versions.get(config.version), "as_version": max(versions, default=0) + 1}
@@ -106,7 +209,13 @@ def plan_rollback(config: Rollback) -> Results:
 
 Command = tuple[Any, Callable[[Any], Results], Callable[[Any], Results]]
 COMMANDS: Final[Mapping[str, Command]] = {
+    "plan": (Build, plan_build, do_plan),
     "build": (Build, plan_build, do_build),
+    "add": (Add, plan_add, do_add),
+    "delete": (Delete, plan_delete, do_delete),
+    "rebuild": (Rebuild, plan_add, do_rebuild),
+    "compact": (Compact, plan_read, do_compact),
+    "purge": (Purge, plan_purge, do_purge),
     "inspect": (Inspect, plan_read, do_inspect),
     "verify": (Verify, plan_read, do_verify),
     "rollback": (Rollback, plan_rollback, do_rollback),

@@ -1,14 +1,22 @@
-"""Neighbours of embedded queries: `python -m jobs.search --index-dir I --queries EMB --output neighbours.json`."""
+"""Neighbours of sketches: `python -m jobs.search --index-dir I --queries EMB --output neighbours.json`.
+
+For a file or a folder of pictures, give `--sketch PATH --checkpoint C` instead of `--queries`.
+"""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import open_artifact
-from zsr.index.search import Searcher, require_suffix, write_answers
+from zsr.errors import ConfigError
+from zsr.index.answers import Answers, answer, require_suffix, write_answers
+from zsr.index.picture import draw, pictures_in
+from zsr.index.search import Searcher
+from zsr.index.sketches import embed_files, sketch_files
 
 
 class Search(JobConfig):
@@ -16,40 +24,99 @@ class Search(JobConfig):
 
     Attributes:
         index_dir: ROOT of the index, or one object in it.
-        queries: EMB of the queries, from the checkpoint that embedded the gallery.
         output: .json or .parquet, one row a neighbour.
+        queries: EMB of the queries, from the checkpoint that embedded the gallery.
+        sketch: a picture, or a folder of pictures, instead of `queries`; wants `checkpoint`.
+        checkpoint: the one that embedded the gallery.
+        weights: of the checkpoint's backbone, where its package has none.
         k: neighbours a query.
         nprobe: lists to look into; the published operating point if not given.
         refine_factor: candidates to re-rank, in multiples of k; the published operating point if not given.
+        labels: only items of these labels.
+        picture: a PNG that shows the first queries with what was found; wants `data`.
+        data: DATA with the pictures of the gallery.
     """
 
     index_dir: Path
-    queries: Path
     output: Path
+    queries: Path | None = None
+    sketch: Path | None = None
+    checkpoint: Path | None = None
+    weights: Path | None = None
     k: int = Field(default=10, ge=1)
     nprobe: int | None = Field(default=None, ge=1)
     refine_factor: int | None = Field(default=None, ge=1)
+    labels: tuple[str, ...] = ()
+    picture: Path | None = None
+    data: Path | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError for flags that do not go together."""
+        require_suffix(self.output)
+        if (self.queries is None) == (self.sketch is None):
+            raise ConfigError("give either --queries (embeddings) or --sketch (pictures)")
+        if self.sketch is not None and self.checkpoint is None:
+            raise ConfigError("--sketch wants --checkpoint, the one that embedded the gallery")
+        if self.picture is not None and self.data is None:
+            raise ConfigError("--picture wants --data, which holds the gallery's pictures")
 
 
 def plan(config: Search) -> Results:
-    require_suffix(config.output)
-    index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries, "embeddings")
+    config.check()
+    index = open_artifact(config.index_dir, "index")
     point = index.facts["operating_point"]
+    if config.queries is not None:
+        count = open_artifact(config.queries, "embeddings").facts["rows"]
+    else:
+        count = len(sketch_files(config.sketch or Path()))
     return {
         "index": index.digest,
-        "queries": queries.facts["rows"],
+        "queries": count,
         "nprobe": config.nprobe or point["nprobe"],
         "refine_factor": config.refine_factor or point["refine_factor"],
         "bytes_mapped": sum(entry.bytes for entry in index.files),
     }
 
 
+def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
+    """Answers to sketch files, and the files' bytes."""
+    files = sketch_files(config.sketch or Path())
+    checkpoint = open_artifact(config.checkpoint or Path(), "checkpoint")
+    if checkpoint.digest != searcher.space.checkpoint:
+        raise ConfigError(
+            f"checkpoint {checkpoint.digest[:12]} did not embed the gallery; "
+            f"give {searcher.space.checkpoint[:12]}, which did"
+        )
+    vectors = embed_files(files, checkpoint, config.weights)
+    labels = config.labels or None
+    hits = searcher.search(vectors, config.k, config.nprobe, config.refine_factor, labels=labels)
+    keys = np.array([str(path) for path in files], object)
+    return Answers(np.arange(len(files)), keys, np.full(len(files), None), hits), [p.read_bytes() for p in files]
+
+
+def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
+    """Answers to embeddings, and the queries' pictures where DATA has them."""
+    queries = open_artifact(config.queries or Path(), "embeddings")
+    wanted = searcher.mask(config.labels or None)
+    answers = answer(searcher, queries, config.k, config.nprobe, config.refine_factor, wanted=wanted)
+    if config.picture is None:
+        return answers, []
+    data = open_artifact(config.data or Path(), "data")
+    drawn = dict(pictures_in(data, str(queries.facts["modality"]), set(answers.ids.tolist())))
+    return answers, [drawn.get(int(identity)) for identity in answers.ids]
+
+
 def work(config: Search) -> Results:
-    require_suffix(config.output)
-    index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries, "embeddings")
-    answers = Searcher.of(index).search_embeddings(queries, config.k, config.nprobe, config.refine_factor)
+    config.check()
+    searcher = Searcher.open(config.index_dir)
+    answers, queries = (from_files if config.sketch is not None else from_embeddings)(config, searcher)
     write_answers(answers, config.output)
-    return {"index": index.digest, "queries": len(answers.ids), "k": config.k, "output": str(config.output)}
+    if config.picture is not None:
+        ids = set(answers.hits.ids.ravel().tolist())
+        found = dict(pictures_in(open_artifact(config.data or Path(), "data"), "photo", ids))
+        draw(answers, found, queries, config.picture)
+    index = open_artifact(config.index_dir, "index").digest
+    return {"index": index, "queries": len(answers.ids), "k": config.k, "output": str(config.output)}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from zsr.data.rows import row_id
 
 DIM = 32
 CHECKPOINT = "c" * 64
+KEY = "IVF64,PQ8x6,RFlat"  # codes that lose something, and whole vectors to re-rank them
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.index.helpers import DIM, World, embeddings, exact_neighbours
+from tests.index.helpers import DIM, KEY, World, embeddings, exact_neighbours
 from zsr.artifact import Store
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.index import engine
+from zsr.index.answers import answer, write_answers
 from zsr.index.build import Job, build
 from zsr.index.plan import IndexConfig
-from zsr.index.search import Searcher, merge_best, write_answers
+from zsr.index.search import Searcher, merge_best
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 @pytest.fixture(scope="module")
 def index(world: World, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     place = Path(tmp_path_factory.mktemp("index"))
-    build(Job.of(world.gallery, world.queries, IndexConfig()), Store.at(place))
+    build(Job.of(world.gallery, world.queries, IndexConfig(index_key=KEY)), Store.at(place))
     return place
 
 
@@ -76,7 +77,7 @@ def test_queries_of_another_space_are_refused(index: Path, world: World, tmp_pat
     searcher.check(world.queries)
     other = embeddings(tmp_path / "a", world.sketches, "sketch", checkpoint="d" * 64)
     with pytest.raises(ConfigError, match="checkpoint is 'dddd"):
-        searcher.search_embeddings(other, 5)
+        answer(searcher, other, 5)
     with pytest.raises(ConfigError, match="metric is 'l2'"):
         searcher.check(embeddings(tmp_path / "b", world.sketches, "sketch", metric="l2"))
     with pytest.raises(ConfigError, match="hamming"):
@@ -90,7 +91,7 @@ def test_queries_of_another_space_are_refused(index: Path, world: World, tmp_pat
 def test_parts_of_a_query_merge_by_best_score(index: Path, world: World, tmp_path: Path) -> None:
     searcher = Searcher.open(index)
     queries = embeddings(tmp_path / "parts", world.sketches[:6], "sketch", shards=2, parts=2)
-    answers = searcher.search_embeddings(queries, 8)
+    answers = answer(searcher, queries, 8)
     assert answers.keys.tolist() == ["sketch-0", "sketch-1", "sketch-2"]
     single = searcher.search(world.sketches[2:4], 8)
     best: dict[int, float] = {}
@@ -102,7 +103,7 @@ def test_parts_of_a_query_merge_by_best_score(index: Path, world: World, tmp_pat
 
 
 def test_answers_are_written_as_json_or_parquet(index: Path, world: World, tmp_path: Path) -> None:
-    answers = Searcher.open(index).search_embeddings(world.queries, 3)
+    answers = answer(Searcher.open(index), world.queries, 3)
     write_answers(answers, tmp_path / "a.json")
     write_answers(answers, tmp_path / "a.parquet")
     rows = json.loads((tmp_path / "a.json").read_text())
@@ -125,7 +126,7 @@ def test_a_flipped_bit_is_refused_before_faiss_reads(
     index: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(index, tmp_path / "copy")
-    (damaged,) = (tmp_path / "copy" / "objects").glob(f"*/{name}")
+    (damaged,) = (tmp_path / "copy" / "objects").glob(f"*/segment-00000/{name}")
     _flip(damaged)
     parsed: list[Any] = []
     monkeypatch.setattr(engine.faiss, "read_index", lambda *arguments: parsed.append(arguments))
@@ -135,7 +136,7 @@ def test_a_flipped_bit_is_refused_before_faiss_reads(
 
 
 def test_faiss_may_not_allocate_more_than_its_file(tmp_path: Path, index: Path) -> None:
-    (good,) = index.glob("objects/*/index.faiss")
+    (good,) = index.glob("objects/*/segment-00000/index.faiss")
     data = bytearray(good.read_bytes())
     at = data.find((64 * DIM * 4).to_bytes(8, "little"))
     at = at if at >= 0 else data.find((64 * DIM).to_bytes(8, "little"))
@@ -146,7 +147,7 @@ def test_faiss_may_not_allocate_more_than_its_file(tmp_path: Path, index: Path) 
 
 
 def test_a_list_that_reaches_out_of_its_file_is_refused(index: Path, tmp_path: Path) -> None:
-    (good,) = index.glob("objects/*/index.faiss")
+    (good,) = index.glob("objects/*/segment-00000/index.faiss")
     lists = good.with_name("index.ivfdata")
     opened = engine.open_split(good, lists)
     crafted = engine.list_sizes(opened)

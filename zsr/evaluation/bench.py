@@ -19,7 +19,8 @@ import torch
 from zsr.artifact import Artifact
 from zsr.data.shards import Source, collect
 from zsr.data.splits import Split
-from zsr.embedding.gallery import source_of, vectors_of
+from zsr.embedding.encode import vectors_of
+from zsr.embedding.gallery import source_of
 from zsr.errors import ConfigError, Leakage
 from zsr.evaluation import imagenet, metrics, protocol
 from zsr.evaluation.metrics import Ints, Labels

@@ -327,9 +327,9 @@ def _through(work: Work, name: str, checkpoint: Artifact, index: Artifact) -> Ro
     items, q = query.merged()
     others, _ = gallery.merged()
     searcher = Searcher.of(index)
-    if set(searcher.ids.tolist()) != set(others.ids.tolist()):
+    if set(searcher.live_ids.tolist()) != set(others.ids.tolist()):
         raise ConfigError(
-            f"index {index.digest[:12]} holds {len(np.unique(searcher.ids))} items and the {bench.task.protocol} "
+            f"index {index.digest[:12]} holds {len(searcher.live_ids)} items and the {bench.task.protocol} "
             f"gallery {len(others)}, not the same ones; build it from this gallery, or leave --index-dir out"
         )
     k = min(settings.k, len(others))

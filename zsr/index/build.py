@@ -4,33 +4,52 @@ Every stage leaves pieces with receipts in staging, so that a killed build goes 
 the embeddings, the queries and the plan, not on how many tasks ran, on how many machines, or how often one was killed.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Final
+from functools import cached_property
+from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 
 from zsr import fault
-from zsr.artifact import CHUNK, Artifact, Plan, Staging, Store
+from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
 from zsr.errors import DamagedArtifact
-from zsr.index import engine
-from zsr.index.plan import IndexConfig, IndexPlan, plan
-from zsr.index.publish import Published, golden_table, publish, require_unique, verify, version_of
-from zsr.index.search import GOLDEN, INDEX, LISTS, Searcher, ids_name, refine_name
-from zsr.index.tune import QUERIES, Truth, exact, tune
+from zsr.index import drift, engine, ledger, lists, trial
+from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, small
+from zsr.index.publish import Published, publish, require_unique, verify, version_of
+from zsr.index.search import GOLDEN, Searcher, golden_table
+from zsr.index.segments import INDEX, LISTS, REFINE, Segment, Spec, ids_name, refine_name, segment_name
+from zsr.index.truth import Truth, exact
+from zsr.index.tune import QUERIES, tune
 from zsr.index.vectors import Vectors
 
 STAGES: Final = ("sample", "train", "add", "merge", "tune", "verify", "publish")
 TEMPLATE: Final = "template.faiss"
+CODEC: Final = "refine.faiss"
 
 
 def added_name(shard: int) -> str:
     """Scratch piece: the index of one shard alone."""
     return f"add/part-{shard:05d}.faiss"
+
+
+def measured(gallery: Vectors, queries: Vectors, config: IndexConfig, store: Store | None) -> list[Evidence]:
+    """Evidence for the candidates, measured once for the same inputs and flags and kept under `store`/plans.
+
+    Raises:
+        Infeasible: no candidate fits the budget.
+    """
+    shaped = config.model_dump(include={"recall_target", "max_index_memory_usage", "train_size", "seed"})
+    parents = {"embeddings": gallery.artifact.digest, "queries": queries.artifact.digest}
+    work, kept = Plan("index-plan", shaped, parents), None if store is None else Store.at(f"{store}/plans")
+    done = kept and kept.made(work)
+    if done:
+        return [Evidence(**row) for row in done.facts["evidence"]]
+    found = trial.measure(gallery, queries, config)
+    if kept is not None:
+        kept.publish(kept.staging(work).seal(facts={"evidence": [row.as_json() for row in found]}))
+    return found
 
 
 @dataclass(frozen=True)
@@ -43,8 +62,11 @@ class Job:
     chosen: IndexPlan
 
     @classmethod
-    def of(cls, embeddings: Artifact, queries: Artifact, config: IndexConfig) -> "Job":
+    def of(cls, embeddings: Artifact, queries: Artifact, config: IndexConfig, store: Store | None = None) -> "Job":
         """Plan the index of `embeddings`, to be tuned on `queries`.
+
+        Args:
+            store: of the index; what is measured for the plan is kept there and found again.
 
         Raises:
             ConfigError: queries of another checkpoint, width or metric; a key that does not fit; Infeasible budgets.
@@ -52,7 +74,11 @@ class Job:
         gallery, sketches = Vectors.of(embeddings), Vectors.of(queries)
         gallery.space.require(sketches.space, str(queries.directory))
         largest = max(np.diff(gallery.starts).tolist())
-        chosen = plan(gallery.rows, gallery.space.dim, gallery.space.metric, config, largest_shard=largest)
+        count, dim, metric = gallery.rows, gallery.space.dim, gallery.space.metric
+        evidence: list[Evidence] = []
+        if config.index_key is None and not small(count, dim):
+            evidence = measured(gallery, sketches, config, store)
+        chosen = plan(count, dim, metric, config, largest_shard=largest, evidence=evidence)
         return cls(gallery, sketches, config, chosen)
 
     def artifact_plan(self) -> Plan:
@@ -63,9 +89,15 @@ class Job:
             "recall_target": self.config.recall_target,
             "seed": self.config.seed,
             "threads": self.config.threads,
+            "segment_rows": self.config.segment_rows,
         }
         parents = {"embeddings": self.gallery.artifact.digest, "queries": self.queries.artifact.digest}
         return Plan("index", config, parents)
+
+    @cached_property
+    def segments(self) -> list[range]:
+        """Runs of shards that share one file of lists."""
+        return runs_of(self.gallery, self.config.segment_rows)
 
     def as_json(self) -> dict[str, Any]:
         """What a build would do."""
@@ -73,9 +105,20 @@ class Job:
             **self.chosen.as_json(),
             "stages": list(STAGES),
             "shards": len(self.gallery.shards),
+            "segments": len(self.segments),
             "recall_target": self.config.recall_target,
             "plan_digest": self.artifact_plan().digest,
         }
+
+
+def runs_of(gallery: Vectors, most: int) -> list[range]:
+    """Consecutive shards of at most `most` rows together; a larger shard alone."""
+    runs, first = [], 0
+    for shard in range(1, len(gallery.shards) + 1):
+        if shard == len(gallery.shards) or gallery.starts[shard + 1] - gallery.starts[first] > most:
+            runs.append(range(first, shard))
+            first = shard
+    return runs
 
 
 def build(job: Job, store: Store) -> Published:
@@ -89,172 +132,175 @@ def build(job: Job, store: Store) -> Published:
     task = job.artifact_plan()
     if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
         return Published(made, version_of(store, made.digest))
-    staging = store.staging(task)
-    train(job, staging)
-    add(job, staging)
-    merge(job, staging)
-    facts = finish(job, staging)
+    staging, clock = store.staging(task), ledger.Ledger()
+    with clock.stage("train"):
+        train(job, staging)
+    with clock.stage("add"):
+        clock.tasks("add", add(job.gallery, job.chosen.index_key, staging, workers=job.config.num_workers))
+    with clock.stage("merge"):
+        for number, run in enumerate(job.segments):
+            merge(staging, segment_name(number), run)
+    with clock.stage("tune"):
+        facts, report = finish(job, staging)
     artifact = staging.seal(facts=facts, rows={"in": job.gallery.rows, "used": job.gallery.rows, "quarantined": 0})
-    return publish(store, artifact)
-
-
-def staged(staging: Staging, name: str, *, scratch: bool = False) -> Path:
-    """Path of a finished piece, hashed again: what a killed run left may have been damaged since.
-
-    Raises:
-        DamagedArtifact: it is missing or damaged. A damaged piece is forgotten, so that the next run makes it again.
-    """
-    entry, path = staging.finished(name, scratch=scratch), staging.path(name, scratch=scratch)
-    if entry is None:
-        raise DamagedArtifact(f"{path}: not finished; run the job again")
-    with open(path, "rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    if found != entry.sha256:
-        staging.drop(name, scratch=scratch)
-        raise DamagedArtifact(f"{path}: sha256 {found[:12]}, its receipt says {entry.sha256[:12]}; run the job again")
-    return path
+    with clock.stage("verify"):
+        published = publish(store, artifact)
+    ledger.write(store, artifact, clock, job.chosen, report)
+    return published
 
 
 def train(job: Job, staging: Staging) -> None:
-    """Stage the trained, empty template."""
-    if staging.finished(TEMPLATE, scratch=True):
+    """Stage the trained, empty template, the codec of the refine codes, and what the sample looks like under them."""
+    if staging.finished(CODEC, scratch=True):
         return
     sample = job.gallery.sample(job.chosen.train_size, job.config.seed)
+    key = job.chosen.index_key
     with staging.piece(TEMPLATE, scratch=True) as path:
         fault.here("index.train")
-        index = engine.train(job.chosen.index_key, job.chosen.metric, sample, job.config.seed, job.config.threads)
+        index = engine.train(key, job.chosen.metric, sample, job.config.seed, job.config.threads)
         path.write_bytes(engine.to_bytes(index))
+    # one in eight: the drift report needs averages, not every vector
+    staging.write(drift.FOUND, drift.Spread.of(index, sample[::8]).to_bytes(), scratch=True)
+    codec = engine.refiner(key, sample)
+    staging.write(CODEC, engine.to_bytes(codec) if codec else b"", scratch=True)
 
 
-def add(job: Job, staging: Staging) -> None:
-    """Stage the index, id map and vectors of every shard, one Ray task each."""
-    todo = [{"shard": i} for i in range(len(job.gallery.shards)) if not _added(staging, i)]
-    map_pieces(
-        "add",
-        _add_shard,
-        todo,
-        fn_kwargs={"gallery": job.gallery, "staging": staging},
-        num_cpus=1,
-        concurrency=job.config.num_workers,
-    )
+def add(
+    gallery: Vectors, key: str, staging: Staging, *, shards: Sequence[int] | None = None, workers: int | None = None
+) -> list[dict[str, Any]]:
+    """Stage the index, id map and refine codes of the shards, one Ray task each, and return what each task cost.
+
+    Args:
+        shards: which; all if not given. Segment names are given when they are merged.
+    """
+    chosen = range(len(gallery.shards)) if shards is None else shards
+    todo = [{"shard": i} for i in chosen if not all(_finished(staging, name) for name in scratch_names(i, key))]
+    shared = {"gallery": gallery, "staging": staging, "key": key}
+    return map_pieces("add", _add_shard, todo, fn_kwargs=shared, num_cpus=1, concurrency=workers)
 
 
-def _added(staging: Staging, shard: int) -> bool:
-    return all(
-        staging.finished(name, scratch=scratch)
-        for name, scratch in ((added_name(shard), True), (ids_name(shard), False), (refine_name(shard), False))
-    )
+def scratch_names(shard: int, key: str) -> list[str]:
+    """What an add task leaves."""
+    parts = engine.parse(key)
+    refine = [f"add/{refine_name(shard)}"] if parts["refine"] or parts["exact"] else []
+    return [added_name(shard), f"add/{ids_name(shard)}", *refine]
 
 
-def _add_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging) -> dict[str, Any]:
+def _finished(staging: Staging, name: str) -> bool:
+    return staging.finished(name, scratch=True) is not None
+
+
+def _add_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging, key: str) -> dict[str, Any]:
     """Add one shard to the template. Runs in a Ray task."""
+    clock = ledger.Clock()
     shard = int(piece["shard"])
     block = gallery.read(shard)
-    ordinals = np.arange(gallery.starts[shard], gallery.starts[shard + 1], dtype=np.int64)
+    vectors = block.vectors.astype(np.float32, copy=False)
     name = str(staging.path(TEMPLATE, scratch=True))
     index = engine.from_bytes(staging.read(TEMPLATE, scratch=True), name)
     with engine.threads(1):
-        index.add_with_ids(block.vectors.astype(np.float32), ordinals)
-    facts = {"rows": len(ordinals), "dtype": block.vectors.dtype.name}
+        index.add_with_ids(vectors, np.arange(len(vectors), dtype=np.int64))
     with staging.piece(added_name(shard), scratch=True) as path:
         fault.here("index.add")
         path.write_bytes(engine.to_bytes(index))
-    little_endian = block.vectors.astype(block.vectors.dtype.newbyteorder("<"), copy=False)
-    staging.write(refine_name(shard), little_endian.tobytes(), facts=facts)
-    staging.write_table(ids_name(shard), block.names.add_column(0, "ordinal", pa.array(ordinals)), facts=facts)
-    return {"shard": shard}
+    facts = {"rows": len(vectors), "dtype": block.vectors.dtype.name, "source": gallery.shards[shard].sha256}
+    if refine := _refine(block.vectors, staging, key):
+        staging.write(f"add/{refine_name(shard)}", refine, scratch=True)
+    staging.write_table(f"add/{ids_name(shard)}", block.names, scratch=True, facts=facts)
+    return {"shard": shard, **clock.spent()}
 
 
-def merge(job: Job, staging: Staging) -> None:
-    """Stage one index of all shards, its lists in a file of their own. Memory does not grow with the gallery.
+def _refine(vectors: np.ndarray, staging: Staging, key: str) -> bytes:
+    """Refine codes or whole vectors as the key asks for them; nothing if it does not."""
+    if engine.parse(key)["exact"]:
+        return vectors.astype(vectors.dtype.newbyteorder("<"), copy=False).tobytes()
+    codec = staging.read(CODEC, scratch=True)
+    if not codec:
+        return b""
+    with engine.threads(1):
+        stored = engine.from_bytes(codec, CODEC).sa_encode(vectors.astype(np.float32, copy=False))
+    return bytes(stored.tobytes())
 
-    The lists are written front to back, so a full disk is an error of a write; faiss's own merge maps the output into
-    memory, where a full disk kills the process.
-    """
-    if staging.finished(LISTS) and staging.finished(INDEX):
+
+def merge(staging: Staging, segment: str, shards: Sequence[int]) -> None:
+    """Stage one segment from the indexes of its shards. Memory does not grow with the number of vectors."""
+    codec = staging.read(CODEC, scratch=True)
+    if codec:
+        staging.write(f"{segment}/{REFINE}", codec)
+    for place, shard in enumerate(shards):
+        names = {ids_name: ids_name(shard), refine_name: refine_name(shard)}
+        for name, source in names.items():
+            if (entry := staging.finished(f"add/{source}", scratch=True)) is not None:
+                lists.copy(staging, f"add/{source}", f"{segment}/{name(place)}", entry.facts)
+    if staging.finished(f"{segment}/{INDEX}") and staging.finished(f"{segment}/{LISTS}"):
         return
-    shards = [Added.open(staged(staging, added_name(i), scratch=True)) for i in range(len(job.gallery.shards))]
+    added = [lists.Added.open(lists.staged(staging, added_name(i), scratch=True)) for i in shards]
     template = engine.from_bytes(staging.read(TEMPLATE, scratch=True), str(staging.path(TEMPLATE, scratch=True)))
-    with staging.piece(LISTS) as path, open(path, "wb", buffering=CHUNK) as out:
-        fault.here("index.merge")
-        _write_lists(out, shards, engine.ivf_of(template).code_size)
-    sizes = np.sum([shard.sizes for shard in shards], axis=0)
-    staging.write(INDEX, engine.with_lists_in(template, LISTS, sizes))
+    sizes = lists.write(staging, f"{segment}/{LISTS}", added, engine.ivf_of(template).code_size)
+    staging.write(f"{segment}/{INDEX}", engine.with_lists_in(template, LISTS, sizes))
 
 
-@dataclass(frozen=True, slots=True)
-class Added:
-    """The index of one shard as bytes on disk.
+def staged_spec(staging: Staging, segment: str) -> Spec:
+    """The manifest's entry of a staged segment.
 
-    Attributes:
-        data: (bytes,) uint8, mapped.
-        sizes: (nlist,) vectors in each list. offsets: (nlist,) where its codes start; its ids follow them.
+    Raises:
+        DamagedArtifact: its shards hold vectors of different types.
     """
-
-    data: np.ndarray
-    sizes: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def open(cls, path: Path) -> "Added":
-        index = engine.open_whole(path)
-        return cls(np.memmap(path, np.uint8, mode="r"), engine.list_sizes(index), engine.list_offsets(index))
-
-
-def _write_lists(out: BinaryIO, shards: Sequence[Added], code_size: int) -> None:
-    """List after list: the codes of all shards in shard order, then their ids."""
-    for number in range(len(shards[0].sizes)):
-        for before, width in ((0, code_size), (code_size, engine.ID_BYTES)):
-            for shard in shards:
-                size = int(shard.sizes[number])
-                start = int(shard.offsets[number]) + size * before
-                out.write(shard.data[start : start + size * width].data)
+    names = [n for n in staging.pieces() if n.startswith(f"{segment}/ids/")]
+    entries = [staging.finished(name) for name in names]
+    facts = [entry.facts for entry in entries if entry is not None]
+    types = sorted({str(f["dtype"]) for f in facts})
+    if len(types) != 1:
+        raise DamagedArtifact(f"{staging.directory}: shards of different types {types}; embed again")
+    starts = np.cumsum([0, *(int(f["rows"]) for f in facts)]).tolist()
+    return Spec(segment, "", starts[-1], tuple(str(f["source"]) for f in facts), tuple(starts[:-1]), types[0])
 
 
-def finish(job: Job, staging: Staging) -> dict[str, Any]:
+def staged_segment(staging: Staging, spec: Spec, gallery_space: Any, key: str) -> Segment:
+    """A staged segment, hashed again and opened."""
+    prefix = f"{spec.name}/"
+    files = {n.removeprefix(prefix): lists.staged(staging, n) for n in staging.pieces() if n.startswith(prefix)}
+    return Segment(files, spec, gallery_space, key)
+
+
+def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
     """Tune the staged index, stage its golden queries, and return the facts of its manifest.
 
     Raises:
         QualityGateFailed: the recall target cannot be met.
         ConfigError: two rows have the same id and part.
     """
-    facts = _facts(job, staging)
-    names = [name for name in staging.pieces() if name != GOLDEN]
-    searcher = Searcher({name: staged(staging, name) for name in names}, facts)
+    specs = [staged_spec(staging, segment_name(i)) for i in range(len(job.segments))]
+    key = job.chosen.index_key
+    facts = {
+        **asdict(job.gallery.space),
+        "ntotal": job.gallery.rows,
+        "segments": [spec.as_json() for spec in specs],
+        "index_key": key,
+        "nlist": job.chosen.nlist,
+        "recall_target": job.config.recall_target,
+        "evidence": [evidence.lasting() for evidence in job.chosen.evidence],
+        "trained_on": drift.Spread.from_bytes(staging.read(drift.FOUND, scratch=True)).as_json(),
+    }
+    segments = [staged_segment(staging, spec, job.gallery.space, key) for spec in specs]
+    searcher = Searcher(segments, facts, np.empty(0, np.int64), {})
     require_unique(searcher)
-    sizes = engine.list_sizes(searcher.index)
-    sketches, own = _truths(job)
+    sketches, own = truths(job.gallery, job.queries, job.config.seed)
     point, curve = tune(searcher, sketches, own, job.config.recall_target)
     staging.write_table(GOLDEN, golden_table(sketches))
-    return {
-        **facts,
+    facts |= {
         "parts": int(np.unique(searcher.ids, return_counts=True)[1].max()),
-        "imbalance": round(float(len(sizes) * np.square(sizes / sizes.sum()).sum()), 6),
+        "imbalance": drift.imbalance(np.sum([engine.list_sizes(segment.stored) for segment in segments], axis=0)),
         "golden_k": sketches.k,
         "operating_point": point.as_json(),
         "curve": [p.as_json() for p in curve],
     }
+    return facts, ledger.Tuning.of(Searcher(segments, facts, np.empty(0, np.int64), {}), sketches, point, curve)
 
 
-def _facts(job: Job, staging: Staging) -> dict[str, Any]:
-    entries = [staging.finished(refine_name(i)) for i in range(len(job.gallery.shards))]
-    types = sorted({str(entry.facts["dtype"]) for entry in entries if entry is not None})
-    if len(types) != 1:
-        raise DamagedArtifact(f"{job.gallery.artifact.directory}: shards of different types {types}; embed again")
-    return {
-        **asdict(job.gallery.space),
-        "ntotal": job.gallery.rows,
-        "shards": len(entries),
-        "index_key": job.chosen.index_key,
-        "nlist": job.chosen.nlist,
-        "refine_dtype": types[0],
-    }
-
-
-def _truths(job: Job) -> tuple[Truth, Truth]:
+def truths(gallery: Vectors, queries: Vectors, seed: int) -> tuple[Truth, Truth]:
     """Exact neighbours of real queries, and of gallery vectors."""
-    sketches = job.queries.sample(QUERIES, job.config.seed)
-    own = job.gallery.sample(QUERIES, job.config.seed + 1)
-    both = exact(job.gallery, np.concatenate([sketches, own]))
-    n = len(sketches)
-    return Truth(sketches, both.kth[:n], both.k), Truth(own, both.kth[n:], both.k)
+    sketches = queries.sample(QUERIES, seed)
+    own = gallery.sample(QUERIES, seed + 1)
+    both = exact(gallery, np.concatenate([sketches, own]))
+    return both.rows(slice(len(sketches))), both.rows(slice(len(sketches), None))

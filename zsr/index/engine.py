@@ -17,9 +17,17 @@ from zsr.errors import ConfigError, DamagedArtifact
 faiss: Any = _faiss
 KEY: Final = re.compile(
     r"(?P<transform>(?:OPQ\d+(?:_\d+)?|PCAR?\d+),)?IVF(?P<nlist>\d+)(?:_HNSW(?P<links>\d+))?,"
-    r"(?P<code>PQ\d+(?:x\d+)?|SQ4|SQ6|SQ8|SQfp16|Flat)"
+    r"(?P<code>PQ\d+x4(?P<fast>fs)|PQ\d+(?:x\d+)?|RaBitQ[1-8]?|SQ4|SQ6|SQ8|SQfp16|Flat)"
+    r"(?:,(?:(?P<exact>RFlat)|Refine\((?P<refine>SQ4|SQ6|SQ8|SQfp16)\)))?"
 )
+REFINE: Final = {
+    "SQ4": faiss.ScalarQuantizer.QT_4bit,
+    "SQ6": faiss.ScalarQuantizer.QT_6bit,
+    "SQ8": faiss.ScalarQuantizer.QT_8bit,
+    "SQfp16": faiss.ScalarQuantizer.QT_fp16,
+}
 METRIC: Final = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
+LIST_ITERATIONS: Final = 10  # of the k-means over the lists, as faiss sets it for an IVF
 ID_BYTES: Final = 8  # an inverted list keeps an int64 beside every code
 # the table that faiss makes to search by L2 is several times as large as the index itself, and not bounded by its file
 SMALL: Final = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
@@ -31,27 +39,68 @@ def parse(key: str) -> re.Match[str]:
     if found is None or int(found["nlist"]) == 0:
         raise ConfigError(
             f"index key {key!r} is not understood; expected [OPQm|PCAd|PCARd,]IVFn[_HNSWm],"
-            "(PQm[xbits]|SQ4|SQ6|SQ8|SQfp16|Flat), such as IVF1024,PQ32 (exact re-ranking is always added, and "
-            "fast-scan codes cannot lie on disk)"
+            "(PQm[xbits]|PQmx4fs|RaBitQ[1-8]|SQ4|SQ6|SQ8|SQfp16|Flat)[,RFlat|,Refine(SQ4|SQ6|SQ8|SQfp16)], such as "
+            "IVF1024,PQ32,RFlat"
         )
     return found
 
 
 def empty(key: str, dim: int, metric: str) -> Any:
-    """An untrained index with a flat coarse quantizer.
+    """An untrained index of the codes of `key`, with a flat coarse quantizer.
 
-    A graph over the centroids, where the key asks for one, is made after training: see `train`.
+    A graph over the centroids, where the key asks for one, is made after training: see `train`. Fast-scan codes are
+    stored like other 4-bit codes and packed when an index is opened: see `packed`.
 
     Raises:
         ConfigError: faiss refuses the key for this dimension.
     """
     parts = parse(key)
-    flat = f"{parts['transform'] or ''}IVF{parts['nlist']},{parts['code']}"
+    flat = f"{parts['transform'] or ''}IVF{parts['nlist']},{parts['code'].removesuffix('fs')}"
     try:
         return faiss.index_factory(dim, flat, METRIC[metric])
     except RuntimeError as error:
         reason = str(error).rpartition("Error: ")[2] or str(error)
         raise ConfigError(f"index key {key!r} does not fit vectors of dimension {dim}: {reason}") from error
+
+
+def refiner(key: str, sample: np.ndarray) -> Any | None:
+    """The codec of the refine codes of `key`, trained on `sample` (n, D); None where it asks for no such codes."""
+    kind = parse(key)["refine"]
+    if kind is None:
+        return None
+    codec = faiss.IndexScalarQuantizer(sample.shape[1], REFINE[kind])
+    codec.train(sample)
+    return codec
+
+
+def refine_bytes(key: str, dim: int) -> int:
+    """Bytes of one vector's refine code; a whole vector counts as float32."""
+    parts = parse(key)
+    if parts["exact"]:
+        return 4 * dim
+    return int(faiss.ScalarQuantizer(dim, REFINE[parts["refine"]]).code_size) if parts["refine"] else 0
+
+
+def packed(index: Any) -> Any:
+    """The 4-bit codes of an opened index in the layout of the fast-scan kernels, in memory."""
+    fast = faiss.IndexIVFPQFastScan(ivf_of(index))
+    fast.referenced_objects = [index]
+    if not isinstance(index, faiss.IndexPreTransform):
+        return fast
+    moved = faiss.IndexPreTransform(index.chain.at(0), fast)
+    moved.referenced_objects = [index, fast]
+    return moved
+
+
+def template_of(path: Path) -> bytes:
+    """The trained index at `path` (verified by the caller) without its lists, as bytes. Raises DamagedArtifact."""
+    index = _open(path, faiss.IO_FLAG_SKIP_IVF_DATA)
+    ivf = ivf_of(index)
+    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()
+    index.ntotal = ivf.ntotal = 0
+    return to_bytes(index)
 
 
 def ivf_of(index: Any) -> Any:
@@ -81,11 +130,27 @@ def train(key: str, metric: str, sample: np.ndarray, seed: int, count: int) -> A
         clustering.min_points_per_centroid = 1  # the plan has already said where points are few
     if hasattr(ivf, "do_polysemous_training"):
         ivf.do_polysemous_training = False  # serves Hamming filtering, which is not used, and is the slowest step
+    if isinstance(index, faiss.IndexPreTransform):
+        train_transform(index.chain.at(0), sample, metric)
+    if faiss.get_num_gpus():
+        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(ivf.d, ivf.metric_type))
     with threads(count):
         index.train(sample)
     if links := parse(key)["links"]:
         _graph_over_centroids(ivf, int(links))
     return index
+
+
+def train_transform(transform: Any, sample: np.ndarray, metric: str) -> None:
+    """Train a rotation or projection on `sample` (n, D).
+
+    Under the inner product a projection must not move the origin, as the mean that faiss subtracts would: it would add
+    an inner product with the mean, which differs from vector to vector, to every score.
+    """
+    moved = faiss.downcast_VectorTransform(transform)
+    moved.train(sample)
+    if metric == "ip" and isinstance(moved, faiss.PCAMatrix):
+        faiss.copy_array_to_vector(np.zeros(moved.d_out, np.float32), moved.b)
 
 
 def _graph_over_centroids(ivf: Any, links: int) -> None:
@@ -221,13 +286,25 @@ def with_lists_in(index: Any, name: str, sizes: np.ndarray) -> bytes:
     return to_bytes(index)
 
 
-def probe(index: Any, queries: np.ndarray, depth: int, nprobe: int) -> np.ndarray:
-    """Ordinals of the `depth` nearest by code among `nprobe` lists: (B, depth) int64, -1 where there are fewer."""
-    parameters: Any = faiss.SearchParametersIVF(nprobe=nprobe)
+def probe(
+    index: Any, queries: np.ndarray, depth: int, nprobe: int, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` nearest by code among `nprobe` lists.
+
+    Args:
+        allowed: (ceil(ntotal / 8),) uint8, a bit for every ordinal that may be found, lowest first; None allows all.
+
+    Returns:
+        ordinals (B, depth) int64, -1 where there are fewer; scores (B, depth) float32 by the codes, higher is nearer:
+        inner product, or minus the Euclidean distance.
+    """
+    wanted = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(allowed)}
+    parameters: Any = faiss.SearchParametersIVF(nprobe=nprobe, **wanted)
     if isinstance(index, faiss.IndexPreTransform):
         parameters = faiss.SearchParametersPreTransform(index_params=parameters)
-    found: np.ndarray = index.search(queries, depth, params=parameters)[1]
-    return found
+    found, ordinals = index.search(queries, depth, params=parameters)
+    scores = found if index.metric_type == faiss.METRIC_INNER_PRODUCT else -np.sqrt(np.maximum(found, 0))
+    return ordinals, np.where(ordinals >= 0, scores, -np.inf).astype(np.float32)
 
 
 def scanned(index: Any, queries: np.ndarray, nprobes: list[int]) -> list[float]:
@@ -247,3 +324,82 @@ def exact_scores(queries: np.ndarray, candidates: np.ndarray, metric: str) -> np
         return np.asarray(np.einsum("bd,bkd->bk", queries, candidates), np.float32)
     difference = candidates - queries[:, None, :]
     return np.asarray(-np.sqrt(np.einsum("bkd,bkd->bk", difference, difference)), np.float32)
+
+
+def exact_nearest(
+    queries: np.ndarray, vectors: np.ndarray, depth: int, spare: int, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The min(depth, N) nearest of `vectors` (N, D) for each of `queries` (Q, D): rows and exact scores, best first.
+
+    faiss proposes `spare` more than are asked for, since its sums over a batch round otherwise than `exact_scores`.
+    """
+    wanted = min(len(vectors), depth + spare)
+    rows = np.empty((len(queries), min(len(vectors), depth)), np.int64)
+    scores = np.empty(rows.shape, np.float32)
+    with threads(1):
+        for at in range(0, len(queries), 256):
+            block = queries[at : at + 256]
+            near = faiss.knn(block, vectors, wanted, METRIC[metric])[1]
+            exact = exact_scores(block, vectors[near], metric)
+            order = np.lexsort((near, -exact), axis=1)[:, :depth]
+            rows[at : at + 256] = np.take_along_axis(near, order, 1)
+            scores[at : at + 256] = np.take_along_axis(exact, order, 1)
+    return rows, scores
+
+
+def top(ordinals: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
+    """The k ordinals of each row (B, C) with the highest scores, ties by ordinal."""
+    order = np.lexsort((ordinals, -scores), axis=1)[:, :k]
+    return np.asarray(np.take_along_axis(ordinals, order, 1))
+
+
+def transform(key: str, dim: int) -> Any:
+    """The untrained transform that the first part of a key, such as "PCAR64,", names."""
+    kind, first, second = re.fullmatch(r"(OPQ|PCAR?)(\d+)(?:_(\d+))?,", key).groups()  # type: ignore[union-attr]
+    if kind == "OPQ":
+        return faiss.OPQMatrix(dim, int(first), int(second or dim))
+    return faiss.PCAMatrix(dim, int(first), 0, kind == "PCAR")
+
+
+def shorten(rotation: Any, iterations: int, points: int) -> None:
+    """Let an OPQ rotation learn quickly, on few vectors and without advice on how many it wants."""
+    codes = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
+    codes.cp.min_points_per_centroid = 1
+    rotation.niter, rotation.max_train_points, rotation.pq = iterations, points, codes
+    rotation.referenced_objects = [codes]
+
+
+def kmeans(sample: np.ndarray, count: int, metric: str) -> np.ndarray:
+    """`count` centroids (L, D) of `sample` (n, D), as an IVF index finds them."""
+    clustering = faiss.Clustering(sample.shape[1], count)
+    clustering.niter, clustering.min_points_per_centroid = LIST_ITERATIONS, 1
+    clustering.train(sample, faiss.IndexFlat(sample.shape[1], METRIC[metric]))
+    return np.asarray(faiss.vector_to_array(clustering.centroids).reshape(count, -1))
+
+
+def trial_index(code: str, centroids: np.ndarray, metric: str, iterations: int, points: int) -> Any:
+    """An index of the codes of key `code` over given centroids (L, W), its codebooks untrained and quick to train."""
+    index = empty(f"IVF{len(centroids)},{parse(code)['code']}", centroids.shape[1], metric)
+    index.quantizer.train(centroids)
+    index.quantizer.add(centroids)
+    if hasattr(index, "pq"):
+        index.pq.cp.niter, index.pq.cp.max_points_per_centroid = iterations, points
+        index.pq.cp.min_points_per_centroid = 1
+        index.do_polysemous_training = False
+    return index
+
+
+def scanner(index: Any, code: str) -> Any:
+    """The index that searches the codes of `index`: itself, or packed for the fast-scan kernels."""
+    return packed(index) if parse(code)["fast"] else index
+
+
+def assigned(index: Any, vectors: np.ndarray) -> tuple[np.ndarray, float]:
+    """How many of `vectors` (n, D) go to each list (nlist,), and their mean square distance from its centroid, over
+    their mean square length."""
+    moved = index.chain.at(0).apply(vectors) if isinstance(index, faiss.IndexPreTransform) else vectors
+    ivf = ivf_of(index)
+    near = ivf.quantizer.search(moved, 1)[1][:, 0]
+    sizes = np.bincount(near, minlength=ivf.nlist)
+    left = moved - ivf.quantizer.reconstruct_batch(near)
+    return sizes, float(np.square(left).sum() / max(1e-30, np.square(moved).sum()))

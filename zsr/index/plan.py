@@ -1,7 +1,11 @@
-"""Which index to build: lists, codes, training sample, bytes and memory, and why."""
+"""Which index to build: candidates, bytes and memory, and the choice among candidates that were measured.
+
+`zsr.index.trial` measures the candidates on the gallery itself; nothing here reads a vector.
+"""
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -12,8 +16,12 @@ from zsr.index import engine
 
 POINTS_PER_CENTROID: Final = 39  # below it faiss calls a k-means poorly trained
 TRAIN_POINTS_PER_LIST: Final = 64
-FEWEST_FOR_PQ: Final = 64  # four points for each of the 16 centroids of a 4-bit code
 GRAPH_FROM_LISTS: Final = 16384  # from here on comparing a query with every centroid costs more than scanning lists
+WHOLE_BYTES: Final = 32 << 20  # galleries up to this size keep their vectors whole: no code is worth its loss
+PROBING_LOSS: Final = 0.02  # of recall, that the lists not looked into may cost beside what the codes lose
+NEAR_RECALL: Final = 0.01  # candidates this close in recall are told apart by their cost
+NEAR_BYTES: Final = 1.05
+SEGMENT_ROWS: Final = 100_000_000
 UNITS: Final = {"B": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -25,13 +33,14 @@ class IndexConfig(BaseModel):
     """How to build an index.
 
     Attributes:
-        index_key: faiss factory key, such as IVF1024,PQ32; chosen from the gallery if not given.
+        index_key: faiss factory key, such as IVF1024,PQ32,RFlat; measured and chosen if not given.
         recall_target: recall@10 against exact search that the sketches must reach, or nothing is published.
-        max_index_memory_usage: most bytes of codes, ids and centroids, such as 1GB or 900MiB.
+        max_index_memory_usage: most bytes of codes, ids, centroids and refine codes, such as 1GB or 900MiB.
         current_memory_available: most bytes of memory that one process of the build may use.
         train_size: most vectors to train on; enough for the lists and codes if not given.
         seed: of the training sample and of k-means.
         threads: of training; part of what shapes the bytes, therefore not taken from the machine.
+        segment_rows: most vectors in one file of lists; beyond it the index becomes segments that share a template.
         num_workers: most shards to add at once; as many as the cluster has cores if not given.
     """
 
@@ -44,7 +53,35 @@ class IndexConfig(BaseModel):
     train_size: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**31)
     threads: int = Field(default=4, ge=1, le=1024)
+    segment_rows: int = Field(default=SEGMENT_ROWS, ge=1)
     num_workers: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What was measured of one candidate on the gallery's own vectors, and what that comes to at full size.
+
+    Attributes:
+        index_key: the candidate.
+        bytes: of codes, ids, centroids and refine codes at full size.
+        recall: recall@10 of real queries with every list looked into.
+        refine_factor: candidates re-ranked, in multiples of k, for that recall.
+        build_seconds: CPU seconds of training and adding, extrapolated; query_seconds: of one query.
+    """
+
+    index_key: str
+    bytes: int
+    recall: float
+    refine_factor: int
+    build_seconds: float
+    query_seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lasting(self) -> dict[str, Any]:
+        """Without the timings, which another run would not repeat: what a manifest may hold."""
+        return {name: value for name, value in asdict(self).items() if not name.endswith("seconds")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +93,10 @@ class IndexPlan:
         count, dim, metric: of the gallery.
         nlist: inverted lists.
         train_size: vectors to train on.
-        index_bytes: codes, ids, centroids and codebooks. What a server keeps warm.
+        index_bytes: codes, ids, centroids, codebooks and refine codes. What a server keeps warm.
         peak_memory: bytes of the hungriest process of the build, estimated.
         reasons: why, one sentence each.
+        evidence: the candidates that were measured, best first; none where the key was given or the gallery is small.
     """
 
     index_key: str
@@ -70,6 +108,7 @@ class IndexPlan:
     index_bytes: int
     peak_memory: int
     reasons: tuple[str, ...]
+    evidence: tuple[Evidence, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,61 +137,65 @@ def show_bytes(size: float) -> str:
     return f"{math.ceil(size)}B"
 
 
-def plan(count: int, dim: int, metric: str, config: IndexConfig, *, largest_shard: int = 0) -> IndexPlan:
-    """The index for `count` vectors of length `dim`.
-
-    Args:
-        largest_shard: rows of the largest shard, which one add task holds in memory.
-
-    Raises:
-        ConfigError: a key or size that is not understood, or a key that does not fit `dim`.
-        Infeasible: too few vectors for the key, or a budget that no candidate meets; names the nearest that can be met.
-    """
-    if config.index_key is not None:
-        keys, reasons = [config.index_key], [f"{config.index_key} was asked for"]
-    else:
-        keys, reasons = _candidates(min(count, config.train_size or count), count, dim)
-    key, size = _within_budget(keys, count, dim, metric, config.max_index_memory_usage, reasons)
-    nlist = int(engine.parse(key)["nlist"])
-    train_size = _train_size(key, count, dim, metric, config, reasons)
-    # a shard as it arrives and as float32, its index twice while that is written
-    adding = largest_shard * (dim * 16 + 2 * size // count)
-    peak = max(_training_memory(train_size, nlist, dim), adding)
-    _check_memory(config.current_memory_available, peak, train_size, largest_shard)
-    reasons.append("candidates are re-ranked exactly from the stored vectors, so codes only have to find them")
-    return IndexPlan(key, count, dim, metric, nlist, train_size, size, peak, tuple(reasons))
-
-
-def _candidates(points: int, count: int, dim: int) -> tuple[list[str], list[str]]:
-    """Keys from the most to the least accurate, and why. `points`: vectors that may be trained on."""
-    nlist = 2 ** round(math.log2(4 * math.sqrt(count)))
+def lists_for(count: int, points: int) -> int:
+    """Inverted lists for `count` vectors when `points` may be trained on: the power of two nearest to 4 sqrt(count)."""
+    nlist: int = 2 ** round(math.log2(4 * math.sqrt(count)))
     while nlist > 1 and nlist * POINTS_PER_CENTROID > points:
         nlist //= 2
-    graph = "_HNSW32" if nlist >= GRAPH_FROM_LISTS else ""
-    lists = f"IVF{nlist}{graph}"
-    reasons = [
-        f"{nlist} lists: near 4*sqrt({count}), with at least {POINTS_PER_CENTROID} training vectors each where possible"
+    return nlist
+
+
+def lists_key(count: int, points: int) -> str:
+    """The part of a key that names the lists, with a graph over their centroids where they are many."""
+    nlist = lists_for(count, points)
+    return f"IVF{nlist}{'_HNSW32' if nlist >= GRAPH_FROM_LISTS else ''}"
+
+
+def small(count: int, dim: int) -> bool:
+    """Whether the gallery keeps its vectors whole. Nothing is measured then."""
+    return count * dim * 4 <= WHOLE_BYTES
+
+
+def candidates(count: int, dim: int, points: int) -> list[str]:
+    """Keys to measure for a gallery that is not small, without refine codes: see `refined`."""
+    lists = lists_key(count, points)
+    keys = []
+    for transform, width in transforms(dim):
+        # a rotation for product codes is learnt for these codes, and slowly
+        codes = [c for c in _codes(width) if c.startswith("PQ") or not transform.startswith("OPQ")]
+        keys += [f"{transform}{lists},{code}" for code in codes]
+    return keys
+
+
+def transforms(dim: int) -> list[tuple[str, int]]:
+    """What may be done to vectors before they are coded, and the dimension that it leaves."""
+    found = [("", dim)]
+    found += [(f"PCAR{width},", width) for width in (dim * 5 // 8 // 8 * 8, dim // 2 // 8 * 8) if 16 <= width < dim]
+    if dim % 4 == 0 and dim >= 32:
+        found.append((f"OPQ{dim // 4},", dim))
+    return found
+
+
+def _codes(width: int) -> list[str]:
+    """Codes of vectors of `width` dimensions: product codes that divide it, and a few bits a dimension."""
+    most = [m for m in range(1, width + 1) if width % m == 0]
+    products = [m for m in most if 2 * m <= width < 9 * m][-3:]
+    return [
+        *(f"PQ{m}" for m in products),
+        *(f"PQ{m}x4fs" for m in products[-1:]),
+        *(f"RaBitQ{bits}" for bits in (1, 2, 3, 4, 5, 6, 8)),
+        "SQ4",
+        "SQ8",
     ]
-    if points < FEWEST_FOR_PQ:
-        reasons.append(f"vectors kept whole: {points} are too few to train product codes ({FEWEST_FOR_PQ} needed)")
-        return [f"{lists},Flat", f"{lists},SQ8"], reasons
-    bits = min(8, max(4, int(math.log2(points / POINTS_PER_CENTROID))))
-    widths = [m for m in range(1, dim + 1) if dim % m == 0]
-    first = next(m for m in widths if 4 * m >= dim)
-    reasons.append(
-        f"{first} product codes of {dim // first} dimensions: at most 4 dimensions a code, and {first} divides {dim}"
-    )
-    if bits < 8:
-        reasons.append(
-            f"{bits}-bit codes: {points} training vectors give {points // 2**bits} for each of {2**bits} centroids; "
-            f"8 bits want {256 * POINTS_PER_CENTROID} vectors"
-        )
-    suffix = "" if bits == 8 else f"x{bits}"
-    return [f"{lists},PQ{m}{suffix}" for m in reversed(widths) if m <= first], reasons
+
+
+def refined(key: str) -> list[str]:
+    """`key` alone and with each kind of refine code."""
+    return [key, f"{key},Refine(SQ8)", f"{key},Refine(SQfp16)", f"{key},RFlat"]
 
 
 def index_bytes(key: str, count: int, dim: int, metric: str) -> int:
-    """Bytes of an index of `count` vectors: codes and ids, centroids with their graph, codebooks and rotation.
+    """Bytes of an index of `count` vectors: codes, ids, refine codes, centroids and their graph, codebooks, rotation.
 
     Raises:
         ConfigError: the key is not understood or does not fit `dim`.
@@ -162,27 +205,91 @@ def index_bytes(key: str, count: int, dim: int, metric: str) -> int:
     centroids = ivf.nlist * (ivf.d * 4 + int(parts["links"] or 0) * 8)
     codebooks = ivf.d * ivf.pq.ksub * 4 if hasattr(ivf, "pq") else ivf.d * 8
     rotation = ivf.d * dim * 4 if parts["transform"] else 0
-    return int(count * (ivf.code_size + engine.ID_BYTES) + centroids + codebooks + rotation)
+    row = ivf.code_size + engine.ID_BYTES + engine.refine_bytes(key, dim)
+    return int(count * row + centroids + codebooks + rotation)
 
 
-def _within_budget(
-    keys: list[str], count: int, dim: int, metric: str, budget: str | None, reasons: list[str]
-) -> tuple[str, int]:
-    """The first of `keys` that fits the budget, and its bytes."""
-    limit = None if budget is None else parse_bytes(budget)
-    sizes = [(key, index_bytes(key, count, dim, metric)) for key in keys]
-    for key, size in sizes:
-        if limit is None or size <= limit:
-            if key != keys[0]:
-                reasons.append(
-                    f"{key}: {keys[0]} takes {show_bytes(sizes[0][1])}, --max-index-memory-usage is {budget}"
-                )
-            return key, size
-    key, size = min(sizes, key=lambda pair: pair[1])
-    raise Infeasible(
-        f"no index of {count} vectors of dimension {dim} fits --max-index-memory-usage {budget}: the smallest, {key}, "
-        f"needs {size} bytes; give at least {show_bytes(size)}"
-    )
+def limit_of(config: IndexConfig) -> float:
+    """The budget in bytes; infinite where none was given."""
+    return math.inf if config.max_index_memory_usage is None else parse_bytes(config.max_index_memory_usage)
+
+
+def require_budget(keys: Sequence[str], count: int, dim: int, metric: str, config: IndexConfig) -> list[str]:
+    """Those of `keys` that fit the budget.
+
+    Raises:
+        Infeasible: none does; names the smallest and what it needs.
+    """
+    sizes = {key: index_bytes(key, count, dim, metric) for key in keys}
+    fitting = [key for key, size in sizes.items() if size <= limit_of(config)]
+    if not fitting:
+        key, size = min(sizes.items(), key=lambda pair: pair[1])
+        raise Infeasible(
+            f"no index of {count} vectors of dimension {dim} fits --max-index-memory-usage "
+            f"{config.max_index_memory_usage}: the smallest, {key}, needs {size} bytes; give at least "
+            f"{show_bytes(size)}"
+        )
+    return fitting
+
+
+def rank(evidence: Sequence[Evidence], target: float) -> tuple[list[Evidence], str]:
+    """Measured candidates from best to worst, and by which rule.
+
+    Where some reach `target` with room for what probing loses, the fewest bytes win, and among about equal bytes the
+    least CPU time; otherwise the highest recall, and among about equal recall the least CPU time.
+    """
+    good = [e for e in evidence if e.recall >= target + PROBING_LOSS]
+    if good:
+        fewest = min(e.bytes for e in good)
+        near = [e for e in good if e.bytes <= NEAR_BYTES * fewest]
+        why = f"the fewest bytes of those that reach {target} + {PROBING_LOSS} for what probing loses"
+    else:
+        most = max(e.recall for e in evidence)
+        near = [e for e in evidence if e.recall >= most - NEAR_RECALL]
+        why = f"none reaches {target} + {PROBING_LOSS}: the highest recall"
+    first = min(near, key=lambda e: (e.build_seconds, e.bytes, e.index_key))
+    rest = sorted((e for e in evidence if e is not first), key=lambda e: (-e.recall, e.bytes, e.index_key))
+    return [first, *rest], f"{why}, and of {len(near)} about equal ones the cheapest to build"
+
+
+def plan(
+    count: int,
+    dim: int,
+    metric: str,
+    config: IndexConfig,
+    *,
+    largest_shard: int = 0,
+    evidence: Sequence[Evidence] = (),
+) -> IndexPlan:
+    """The index for `count` vectors of length `dim`.
+
+    Args:
+        largest_shard: rows of the largest shard, which one add task holds in memory.
+        evidence: candidates measured by `zsr.index.trial`, for a gallery that is not `small` and a key not given.
+
+    Raises:
+        ConfigError: a key or size that is not understood, or a key that does not fit `dim`.
+        Infeasible: too few vectors for the key, or a budget that no candidate meets; names the nearest that can be met.
+    """
+    ranked: list[Evidence] = []
+    if config.index_key is not None:
+        key, reasons = config.index_key, [f"{config.index_key} was asked for"]
+    elif evidence:
+        ranked, why = rank(evidence, config.recall_target)
+        key, reasons = ranked[0].index_key, [f"{ranked[0].index_key}: {why}"]
+    else:
+        lists = lists_key(count, min(count, config.train_size or count))
+        keys = require_budget([f"{lists},{code}" for code in ("Flat", "SQ8", "SQ4")], count, dim, metric, config)
+        key, reasons = keys[0], [f"{count} vectors of {dim} dimensions are few: nothing was measured"]
+    require_budget([key], count, dim, metric, config)
+    size = index_bytes(key, count, dim, metric)
+    nlist = int(engine.parse(key)["nlist"])
+    train_size = _train_size(key, count, dim, metric, config, reasons)
+    # a shard as it arrives and as float32, its index twice while that is written
+    adding = largest_shard * (dim * 16 + 2 * size // count)
+    peak = max(_training_memory(train_size, nlist, dim), adding)
+    _check_memory(config.current_memory_available, peak, train_size, largest_shard)
+    return IndexPlan(key, count, dim, metric, nlist, train_size, size, peak, tuple(reasons), tuple(ranked))
 
 
 def _train_size(key: str, count: int, dim: int, metric: str, config: IndexConfig, reasons: list[str]) -> int:
@@ -202,9 +309,7 @@ def _train_size(key: str, count: int, dim: int, metric: str, config: IndexConfig
         size = max(min(size, _affordable(config.current_memory_available, ivf.nlist, dim)), min(size, fewest))
     reasons.append(f"{size} training vectors: {size // ivf.nlist} a list, {size // centroids} a centroid of the codes")
     if size < POINTS_PER_CENTROID * max(ivf.nlist, centroids):
-        reasons.append(
-            f"k-means wants {POINTS_PER_CENTROID} a centroid: these are coarse, and re-ranking has to repair it"
-        )
+        reasons.append(f"k-means wants {POINTS_PER_CENTROID} a centroid: these are coarse")
     return int(size)
 
 

@@ -1,19 +1,16 @@
 """The gate between a built index and its readers: it must be whole and find what it found when it was tuned."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.data.features import vectors
 from zsr.errors import ConfigError, DamagedArtifact, QualityGateFailed, StorageError
 from zsr.index import engine
-from zsr.index.search import GOLDEN, Searcher
-from zsr.index.tune import Truth
+from zsr.index.search import Searcher
+from zsr.index.segments import Segment
+from zsr.index.truth import K
 
 RECALL_TOLERANCE: Final = 1e-3  # another processor may round a tie the other way
 
@@ -38,18 +35,6 @@ class Published:
         }
 
 
-def golden_table(truth: Truth) -> pa.Table:
-    """Queries and their exact K-th scores, kept in the index so that any reader can measure its recall again."""
-    matrix = pa.FixedSizeListArray.from_arrays(pa.array(truth.queries.reshape(-1)), truth.queries.shape[1])
-    return pa.table({"query": matrix, "kth": pa.array(truth.kth)})
-
-
-def _golden(searcher: Searcher) -> Truth:
-    table = pq.read_table(searcher.files[GOLDEN])
-    queries = vectors(table.column("query"), GOLDEN)
-    return Truth(queries, table.column("kth").to_numpy(), int(searcher.facts["golden_k"]))
-
-
 def verify(searcher: Searcher) -> None:
     """Check that every list is readable and every row is in exactly one, that names are unique, and that recall holds.
 
@@ -57,37 +42,45 @@ def verify(searcher: Searcher) -> None:
         DamagedArtifact: a row is missing, doubled or unnamed.
         QualityGateFailed: recall at the operating point is not what it was when the index was tuned.
     """
-    where = searcher.files[GOLDEN].parent
-    seen = np.zeros(len(searcher.ids), np.int64)
-    for number in range(int(searcher.facts["nlist"])):
-        ordinals = engine.list_ids(searcher.index, number)
-        if ordinals.size and not 0 <= ordinals.min() <= ordinals.max() < len(seen):
-            raise DamagedArtifact(f"{where}: list {number} holds rows outside of 0 .. {len(seen) - 1}; build it again")
-        np.add.at(seen, ordinals, 1)
-    if (wrong := np.flatnonzero(seen != 1)).size:
-        raise DamagedArtifact(f"{where}: row {wrong[0]} is in {seen[wrong[0]]} lists, expected one; build it again")
+    for segment in searcher.segments:
+        _require_each_once(segment)
     require_unique(searcher)
     _require_recall(searcher)
 
 
+def _require_each_once(segment: Segment) -> None:
+    seen = np.zeros(segment.spec.rows, np.int64)
+    for number in range(engine.ivf_of(segment.stored).nlist):
+        ordinals = engine.list_ids(segment.stored, number)
+        if ordinals.size and not 0 <= ordinals.min() <= ordinals.max() < len(seen):
+            raise DamagedArtifact(
+                f"{segment.where}: list {number} holds rows outside of 0 .. {len(seen) - 1}; build it again"
+            )
+        np.add.at(seen, ordinals, 1)
+    if (wrong := np.flatnonzero(seen != 1)).size:
+        raise DamagedArtifact(
+            f"{segment.where}: row {wrong[0]} is in {seen[wrong[0]]} lists, expected one; build it again"
+        )
+
+
 def require_unique(searcher: Searcher) -> None:
-    """Raise ConfigError if two rows have the same id and part: a hit could not say which it is."""
-    part = searcher.names.column("part").to_numpy()
-    order = np.lexsort((part, searcher.ids))
-    ids, part = searcher.ids[order], part[order]
-    same = np.flatnonzero((ids[1:] == ids[:-1]) & (part[1:] == part[:-1]))
+    """Raise ConfigError if two rows that are not deleted have the same id and part: a hit could not say which it is."""
+    live = np.flatnonzero(searcher.alive)
+    ids, part = searcher.ids[live], searcher.names.column("part").to_numpy()[live]
+    order = np.lexsort((part, ids))
+    same = np.flatnonzero((ids[order][1:] == ids[order][:-1]) & (part[order][1:] == part[order][:-1]))
     if same.size:
-        key = searcher.names.column("key")[int(order[same[0]])].as_py()
-        raise ConfigError(f"two embeddings have id {ids[same[0]]} and part {part[same[0]]} (key {key!r}); embed again")
+        row = order[same[0]]
+        key = searcher.names.column("key")[int(live[row])].as_py()
+        raise ConfigError(f"two embeddings have id {ids[row]} and part {part[row]} (key {key!r}); embed again")
 
 
 def _require_recall(searcher: Searcher) -> None:
-    truth, point = _golden(searcher), searcher.facts["operating_point"]
-    _, scores = searcher.nearest(truth.queries, truth.k)
-    found, wanted = truth.recall(scores), float(point["recall_sketch"])
+    truth, point = searcher.golden, searcher.facts["operating_point"]
+    found, wanted = truth.recall(searcher.nearest(truth.queries, K)[0]), float(point["recall_sketch"])
     if abs(found - wanted) > RECALL_TOLERANCE:
         raise QualityGateFailed(
-            f"{searcher.files[GOLDEN].parent}: recall@{truth.k} of the golden queries is {found:.4f}, but {wanted:.4f} "
+            f"{searcher.segments[0].where}: recall@{truth.k} of the golden queries is {found:.4f}, but {wanted:.4f} "
             "was measured when the index was tuned; not published"
         )
 
@@ -105,18 +98,14 @@ def publish(store: Store, artifact: Artifact) -> Published:
 
 def history(store: Store) -> dict[int, str]:
     """Digest of every published version, by number."""
-    found = {}
-    for number in store.versions():
-        pointer = json.loads((store.root / "versions" / str(number)).read_bytes()[:4096])
-        found[number] = str(pointer["digest"])
-    return found
+    return {number: store.digest_of(number) for number in store.versions()}
 
 
 def version_of(store: Store, digest: str) -> int:
     """The highest version that names `digest`. Raises StorageError if none does."""
     numbers = [number for number, found in history(store).items() if found == digest]
     if not numbers:
-        raise StorageError(f"{store.root}: no version names {digest[:12]}; run the build again")
+        raise StorageError(f"{store}: no version names {digest[:12]}; run the build again")
     return max(numbers)
 
 
@@ -129,5 +118,5 @@ def rollback(store: Store, version: int) -> Published:
     """
     versions = history(store)
     if version not in versions:
-        raise ConfigError(f"{store.root} has no version {version}; it has {sorted(versions)}")
-    return publish(store, open_artifact(store.root / "objects" / versions[version], "index"))
+        raise ConfigError(f"{store} has no version {version}; it has {sorted(versions)}")
+    return publish(store, open_artifact(f"{store}/objects/{versions[version]}", "index"))

@@ -1,35 +1,27 @@
-"""Search: candidates by code, exact re-ranking from the stored vectors, parts of one item merged by best score."""
+"""Search: candidates by code over all segments, re-ranking by refine codes, parts of one item merged by best score."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from zsr.artifact import Artifact, Json, open_artifact, refuse_extension_types, write_atomically
-from zsr.errors import ConfigError, DamagedArtifact
+from zsr.artifact import Artifact, Json, open_artifact
+from zsr.errors import ConfigError
 from zsr.index import engine
-from zsr.index.vectors import Space, Vectors
+from zsr.index.segments import Segment, Spec, segment_files
+from zsr.index.truth import K, Truth
+from zsr.index.vectors import Space
 
-INDEX: Final = "index.faiss"
-LISTS: Final = "index.ivfdata"
 GOLDEN: Final = "golden.parquet"
-TUNED_K: Final = 10  # the operating point is measured at this k; a smaller one re-ranks no fewer candidates
+DEAD: Final = "deleted.parquet"
 RERANK_BYTES: Final = 64 << 20  # candidate vectors gathered at once
-
-
-def ids_name(shard: int) -> str:
-    """Name of the id map of shard `shard`."""
-    return f"ids/part-{shard:05d}.parquet"
-
-
-def refine_name(shard: int) -> str:
-    """Name of the raw little-endian vectors of shard `shard`, row after row."""
-    return f"refine/part-{shard:05d}.raw"
+WIDEN: Final = 4  # a filter that leaves too few hits looks into this many times the lists, again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +31,8 @@ class Hits:
     Attributes:
         ids: (B, k) int64.
         keys, labels: (B, k) object, str or None.
-        scores: (B, k) float32, higher is nearer: inner product, or minus the Euclidean distance.
+        scores: (B, k) float32, higher is nearer: inner product, or minus the Euclidean distance; of the vectors as the
+            refine codes have them, or as the codes have them where nothing is re-ranked.
     """
 
     ids: np.ndarray
@@ -48,40 +41,28 @@ class Hits:
     scores: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Hits for the items of an embeddings artifact, in the order in which the items first appear.
+class Searcher:
+    """An opened index version. Lists and refine codes are mapped from disk; ids, keys and labels are in memory.
 
     Attributes:
-        ids: (Q,) int64. keys, labels: (Q,) object. hits: Q rows.
+        names: N rows of id, part, key and label, one a vector; its number is the vector's ordinal.
+        ids: (N,) int64.
+        dead: ordinals of deleted vectors, ascending.
     """
 
-    ids: np.ndarray
-    keys: np.ndarray
-    labels: np.ndarray
-    hits: Hits
+    def __init__(self, segments: Sequence[Segment], facts: Json, dead: np.ndarray, files: Mapping[str, Path]) -> None:
+        """Use `open` for a published index; this takes segments that are already opened.
 
-
-class Searcher:
-    """An opened index. Its lists and vectors are mapped from disk; ids, keys and labels are in memory."""
-
-    def __init__(self, files: Mapping[str, Path], facts: Json) -> None:
-        """Use `open` for a published index; this takes files that are already verified.
-
-        Raises:
-            DamagedArtifact: the files do not fit one another.
+        Args:
+            files: of the version itself, beside its segments.
         """
-        self.facts = facts
-        self.files = files
-        self.space = Space.of(facts, str(files[INDEX].parent))
-        self.index = engine.open_split(files[INDEX], files[LISTS])
-        shards = range(int(facts["shards"]))
-        dtype = np.dtype(str(facts["refine_dtype"])).newbyteorder("<")
-        self.refine = [_map_vectors(files[refine_name(i)], dtype, self.space.dim) for i in shards]
-        self.starts = np.cumsum([0, *(len(vectors) for vectors in self.refine)])
-        self.names = pa.concat_tables([_read_names(files[ids_name(i)]) for i in shards])
+        self.segments, self.facts, self.dead, self.files = segments, facts, dead, files
+        self.space = segments[0].space
+        self.starts = np.cumsum([0, *(segment.spec.rows for segment in segments)])
+        self.names = pa.concat_tables([segment.names for segment in segments])
         self.ids = self.names.column("id").to_numpy()
-        self._check_fit()
+        self.alive = np.ones(len(self.ids), bool)
+        self.alive[dead] = False
 
     @classmethod
     def open(cls, index_dir: str | Path) -> "Searcher":
@@ -95,158 +76,199 @@ class Searcher:
     @classmethod
     def of(cls, artifact: Artifact) -> "Searcher":
         """The index in `artifact`. Raises DamagedArtifact."""
-        return cls({entry.path: artifact.local(entry.path) for entry in artifact.files}, artifact.facts)
-
-    def _check_fit(self) -> None:
-        found = {
-            "dim": self.index.d,
-            "index rows": self.index.ntotal,
-            "vectors": int(self.starts[-1]),
-            "ids": len(self.ids),
-        }
-        rows = int(self.facts["ntotal"])
-        wanted = {"dim": self.space.dim, "index rows": rows, "vectors": rows, "ids": rows}
-        if found != wanted:
-            raise DamagedArtifact(f"{self.files[INDEX].parent}: found {found}, expected {wanted}; build it again")
+        facts = artifact.facts
+        space = Space.of(facts, str(artifact.directory))
+        specs = [Spec.of(spec) for spec in facts["segments"]]
+        own = {e.path: artifact.local(e.path) for e in artifact.files if "/" not in e.path}
+        files = [segment_files(artifact, spec) for spec in specs]  # all are hashed before one is parsed
+        key = str(facts["index_key"])
+        opened = [Segment(each, spec, space, key) for each, spec in zip(files, specs, strict=True)]
+        dead = artifact.read_table(DEAD).column("ordinal").to_numpy() if DEAD in own else np.empty(0, np.int64)
+        return cls(opened, facts, dead, own)
 
     @property
     def parts(self) -> int:
         """The most vectors that one item has."""
         return int(self.facts["parts"])
 
+    @property
+    def live_ids(self) -> np.ndarray:
+        """Distinct ids of what is not deleted."""
+        return np.unique(self.ids[self.alive])
+
+    @cached_property
+    def _undeleted(self) -> list[np.ndarray] | None:
+        return self._bits(self.alive) if len(self.dead) else None
+
+    def _bits(self, mask: np.ndarray) -> list[np.ndarray]:
+        """`mask` (N,) over ordinals as a bitmap a segment."""
+        pieces = zip(self.starts[:-1], self.starts[1:], strict=True)
+        return [np.packbits(mask[a:b], bitorder="little") for a, b in pieces]
+
     def check(self, embeddings: Artifact) -> None:
         """Raise ConfigError if `embeddings` have another checkpoint, width, metric or normalisation."""
         where = str(embeddings.directory)
         self.space.require(Space.of(embeddings.facts, where), where)
 
-    def search(self, queries: np.ndarray, k: int, nprobe: int | None = None, refine_factor: int | None = None) -> Hits:
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        nprobe: int | None = None,
+        refine_factor: int | None = None,
+        *,
+        labels: Collection[str] | None = None,
+        ids: Collection[int] | None = None,
+    ) -> Hits:
         """The k nearest items.
 
         Args:
             queries: (B, D) float32, or (B, P, D) for queries of several parts, whose best one counts.
             nprobe: lists to look into; refine_factor: candidates to re-rank, in multiples of k. The published operating
                 point if not given.
+            labels, ids: only items of one of these labels, and only these ids. More lists than `nprobe` are looked into
+                where it takes them to find k.
 
         Raises:
             ConfigError: queries of another shape, or a number below 1.
         """
         flat = queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries
-        found = self.nearest(flat, k * self.parts, nprobe, refine_factor)
+        found = self.nearest(flat, k * self.parts, nprobe, refine_factor, wanted=self.mask(labels, ids))
         ordinals, scores = (part.reshape(len(queries), -1) for part in found)
-        return self._resolve(*merge_best(ordinals, scores, self.ids, k))
+        return self.resolve(*merge_best(ordinals, scores, self.ids, k))
 
-    def search_embeddings(
-        self, embeddings: Artifact, k: int, nprobe: int | None = None, refine_factor: int | None = None
-    ) -> Answers:
-        """The k nearest items of every item of `embeddings`; several parts of one query merge by best score.
-
-        Raises:
-            ConfigError: another checkpoint, width, metric or normalisation than the gallery's.
-        """
-        self.check(embeddings)
-        source = Vectors.of(embeddings)
-        found, names = [], []
-        for shard in range(len(source.shards)):
-            block = source.read(shard)
-            names.append(block.names)
-            found.append(self.nearest(block.vectors.astype(np.float32), k * self.parts, nprobe, refine_factor))
-        table = pa.concat_tables(names)
-        first, rows = _group(table.column("id").to_numpy())
-        width = k * self.parts
-        # one row of nothing at the end, which the padding of `rows` points at
-        ordinals = np.concatenate([*(o for o, _ in found), np.full((1, width), -1)])
-        scores = np.concatenate([*(s for _, s in found), np.full((1, width), -np.inf, np.float32)])
-        flat = (len(rows), rows.shape[1] * width)
-        hits = self._resolve(*merge_best(ordinals[rows].reshape(flat), scores[rows].reshape(flat), self.ids, k))
-        ids, keys, labels = (table.column(c).take(pa.array(first)) for c in ("id", "key", "label"))
-        return Answers(ids.to_numpy(), _objects(keys), _objects(labels), hits)
+    def mask(self, labels: Collection[str] | None = None, ids: Collection[int] | None = None) -> np.ndarray | None:
+        """(N,) bool over ordinals, those that a filter admits and nobody deleted; None without a filter."""
+        if labels is None and ids is None:
+            return None
+        mask = self.alive.copy()
+        if labels is not None:
+            among = pa.array(sorted(labels), pa.string())
+            mask &= pc.is_in(self.names.column("label"), value_set=among).to_numpy()
+        if ids is not None:
+            mask &= np.isin(self.ids, np.fromiter(ids, np.int64, len(ids)))
+        return mask
 
     def nearest(
-        self, queries: np.ndarray, count: int, nprobe: int | None = None, refine_factor: int | None = None
+        self,
+        queries: np.ndarray,
+        count: int,
+        nprobe: int | None = None,
+        refine_factor: int | None = None,
+        *,
+        wanted: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ordinals and exact scores of the `count` nearest vectors: two (B, count), padded with -1 and -inf."""
+        """Ordinals and scores of the `count` nearest vectors: two (B, count), padded with -1 and minus infinity.
+
+        Args:
+            wanted: (N,) bool, see `mask`.
+        """
         factor = self.facts["operating_point"]["refine_factor"] if refine_factor is None else refine_factor
         probes = self.facts["operating_point"]["nprobe"] if nprobe is None else nprobe
         if min(count, factor, probes) < 1:
             raise ConfigError(f"k, nprobe and refine_factor must be at least 1; found {count}, {probes}, {factor}")
-        ordinals, scores = self.candidates(queries, max(count, TUNED_K) * factor, probes)
-        return merge_best(ordinals, scores, None, count)
+        depth = max(count, K) * factor
+        if wanted is None:
+            return merge_best(*self.candidates(queries, depth, probes), None, count)
+        allowed, lists = self._bits(wanted), int(self.facts["nlist"])
+        enough = min(count, int(wanted.sum()))
+        while True:
+            ordinals, scores = merge_best(*self.candidates(queries, depth, probes, allowed), None, count)
+            if probes >= lists or not len(ordinals) or (ordinals >= 0).sum(axis=1).min() >= enough:
+                return ordinals, scores
+            probes *= WIDEN
 
-    def candidates(self, queries: np.ndarray, depth: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates in the order of their codes' distance, with exact scores: two (B, depth), padded."""
+    def candidates(
+        self, queries: np.ndarray, depth: int, nprobe: int, allowed: list[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates in the order of their codes' scores, with re-ranked scores: two (B, depth), padded.
+
+        Args:
+            allowed: a bitmap a segment; what is not deleted if not given.
+        """
         if queries.ndim != 2 or queries.shape[1] != self.space.dim:
             raise ConfigError(f"queries are {queries.shape}, expected (B, {self.space.dim}) as in the gallery")
         queries = np.ascontiguousarray(queries, np.float32)
-        depth = min(depth, int(self.starts[-1]))
-        ordinals = engine.probe(self.index, queries, depth, min(nprobe, int(self.facts["nlist"])))
+        bits = self._undeleted if allowed is None else allowed
+        found = []
+        for number, segment in enumerate(self.segments):
+            deep = min(depth, segment.spec.rows)
+            lists = min(nprobe, int(self.facts["nlist"]))
+            ordinals, scores = engine.probe(segment.index, queries, deep, lists, None if bits is None else bits[number])
+            found.append((np.where(ordinals >= 0, ordinals + self.starts[number], -1), scores))
+        ordinals, scores = _joined(found, depth)
+        return (ordinals, self._refined(queries, ordinals)) if self.segments[0].refine else (ordinals, scores)
+
+    def _refined(self, queries: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
+        """Scores of candidates (B, C) by their refine vectors: (B, C) float32."""
         scores = np.full(ordinals.shape, -np.inf, np.float32)
-        step = max(1, RERANK_BYTES // (depth * self.space.dim * 4))
+        step = max(1, RERANK_BYTES // (max(1, ordinals.shape[1]) * self.space.dim * 4))
         for at in range(0, len(queries), step):
             block = slice(at, at + step)
             exact = engine.exact_scores(queries[block], self.vectors(ordinals[block]), self.space.metric)
             scores[block] = np.where(ordinals[block] >= 0, exact, -np.inf)
-        return ordinals, scores
+        return scores
 
     def vectors(self, ordinals: np.ndarray) -> np.ndarray:
-        """The stored vectors of `ordinals` (any shape) as float32 (..., D); zeros for -1."""
+        """The refine vectors of `ordinals` (any shape) as float32 (..., D); zeros for -1."""
         flat = ordinals.reshape(-1)
         out = np.zeros((len(flat), self.space.dim), np.float32)
-        shard = np.searchsorted(self.starts, flat, side="right") - 1
-        for number in np.unique(shard[flat >= 0]):
-            here = np.flatnonzero((shard == number) & (flat >= 0))
-            out[here] = self.refine[number][flat[here] - self.starts[number]]
+        owner = np.searchsorted(self.starts, flat, side="right") - 1
+        for number in np.unique(owner[flat >= 0]):
+            here = np.flatnonzero((owner == number) & (flat >= 0))
+            out[here] = self.segments[number].vectors(flat[here] - self.starts[number])
         return out.reshape(*ordinals.shape, self.space.dim)
 
-    def _resolve(self, ordinals: np.ndarray, scores: np.ndarray) -> Hits:
+    def resolve(self, ordinals: np.ndarray, scores: np.ndarray) -> Hits:
         """Names of the items at `ordinals` (B, k)."""
         missing = ordinals < 0
         at = pa.array(np.where(missing, 0, ordinals).reshape(-1))
         ids = np.where(missing, -1, self.ids[np.where(missing, 0, ordinals)])
-        named = [_objects(self.names.column(c).take(at)).reshape(ordinals.shape) for c in ("key", "label")]
+        named = [objects(self.names.column(c).take(at)).reshape(ordinals.shape) for c in ("key", "label")]
         for column in named:
             column[missing] = None
         return Hits(ids, named[0], named[1], scores)
 
+    @cached_property
+    def golden(self) -> Truth:
+        """The queries that the index was tuned on, with their exact neighbours."""
+        return golden_truth(pq.read_table(self.files[GOLDEN]), self.space.dim)
 
-def answers_table(answers: Answers) -> pa.Table:
-    """One row a hit: the query's id, key and label, the rank from 1, and the neighbour's id, key, label and score."""
-    query, rank = np.nonzero(answers.hits.ids >= 0)
-    hits = {name: getattr(answers.hits, name)[query, rank] for name in ("ids", "keys", "labels", "scores")}
+
+def golden_table(truth: Truth) -> pa.Table:
+    """Queries and their exact neighbours, kept in the index so that any reader can measure its recall again."""
+
+    def column(matrix: np.ndarray) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+
     return pa.table(
         {
-            "query_id": pa.array(answers.ids[query], pa.int64()),
-            "query_key": pa.array(answers.keys[query], pa.string()),
-            "query_label": pa.array(answers.labels[query], pa.string()),
-            "rank": pa.array(rank + 1, pa.int32()),
-            "id": pa.array(hits["ids"], pa.int64()),
-            "key": pa.array(hits["keys"], pa.string()),
-            "label": pa.array(hits["labels"], pa.string()),
-            "score": pa.array(hits["scores"], pa.float32()),
+            "query": column(truth.queries),
+            "ordinals": column(truth.ordinals),
+            "scores": column(truth.scores),
+            "floor": pa.array(truth.floor),
         }
     )
 
 
-def write_answers(answers: Answers, output: Path) -> None:
-    """Write `answers_table` as parquet, or as a JSON list of its rows, by the suffix of `output`; whole or not at all.
+def golden_truth(table: pa.Table, dim: int) -> Truth:
+    """What `golden_table` wrote."""
 
-    Raises:
-        ConfigError: another suffix. DiskFull, StorageError: it cannot be written.
-    """
-    table = answers_table(answers)
-    if output.suffix == ".json":
-        data = json.dumps(table.to_pylist(), ensure_ascii=False).encode()
-    else:
-        require_suffix(output)
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        data = buffer.getvalue().to_pybytes()
-    write_atomically(output, data)
+    def matrix(name: str) -> np.ndarray:
+        column = table.column(name).combine_chunks()
+        return np.asarray(column.flatten()).reshape(len(table), -1)
+
+    queries = matrix("query").reshape(-1, dim)
+    return Truth(queries, matrix("ordinals"), matrix("scores"), table.column("floor").to_numpy())
 
 
-def require_suffix(output: Path) -> None:
-    """Raise ConfigError unless `write_answers` knows how to write `output`."""
-    if output.suffix not in (".json", ".parquet"):
-        raise ConfigError(f"{output}: neighbours are written as .json or .parquet; give one of these suffixes")
+def _joined(found: Sequence[tuple[np.ndarray, np.ndarray]], depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of several segments as one list in the order of their scores; of one segment, as they are."""
+    if len(found) == 1:
+        return found[0]
+    ordinals, scores = (np.concatenate([pair[i] for pair in found], axis=1) for i in (0, 1))
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
 
 
 def merge_best(
@@ -283,37 +305,8 @@ def _first_of_each(ordinals: np.ndarray, scores: np.ndarray, ids: np.ndarray) ->
     return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def _group(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each distinct id, in order of appearance (Q,), and its rows (Q, P) padded with len(ids)."""
-    _, first, group, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
-    by_group = np.argsort(group, kind="stable")
-    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    rows = np.full((len(first), int(counts.max())), len(ids))
-    rows[group[by_group], place] = by_group
-    appearance = np.argsort(first)
-    return first[appearance], rows[appearance]
-
-
-def _objects(column: pa.ChunkedArray) -> np.ndarray:
+def objects(column: pa.ChunkedArray) -> np.ndarray:
     """Strings and nulls as an object array."""
     out = np.empty(len(column), object)
     out[:] = column.to_pylist()
     return out
-
-
-def _map_vectors(path: Path, dtype: np.dtype[Any], dim: int) -> np.ndarray:
-    """Raw vectors, (n, D), mapped read-only."""
-    row = dtype.itemsize * dim
-    if path.stat().st_size % row:
-        raise DamagedArtifact(f"{path}: {path.stat().st_size} bytes are not whole rows of {row}; build the index again")
-    return np.memmap(path, dtype, mode="r").reshape(-1, dim)
-
-
-def _read_names(path: Path) -> pa.Table:
-    """An id map that the caller has verified."""
-    try:
-        parquet = pq.ParquetFile(path, memory_map=False)
-        refuse_extension_types(parquet.schema_arrow, str(path))
-        return parquet.read()
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedArtifact(f"{path}: not readable as parquet: {error}") from error

@@ -140,17 +140,30 @@ class Vectors:
 
     def sample(self, count: int, seed: int) -> np.ndarray:
         """min(count, rows) rows drawn uniformly over all shards without replacement, in row order: (n, D) float32."""
-        chosen = np.arange(self.rows)
-        if count < self.rows:
-            chosen = np.sort(np.random.default_rng(seed).choice(self.rows, count, replace=False, shuffle=False))
-        bounds = np.searchsorted(chosen, self.starts)
+        return self.take(self.drawn(count, seed))
+
+    def drawn(self, count: int, seed: int) -> np.ndarray:
+        """The ordinals that `sample` takes, ascending."""
+        if count >= self.rows:
+            return np.arange(self.rows)
+        return np.sort(np.random.default_rng(seed).choice(self.rows, count, replace=False, shuffle=False))
+
+    def take(self, ordinals: np.ndarray) -> np.ndarray:
+        """The vectors of ascending `ordinals` (n,) as float32 (n, D)."""
+        bounds = np.searchsorted(ordinals, self.starts)
         pieces = [
-            {"shard": i, "rows": (chosen[a:b] - self.starts[i]).tolist()}
+            {"shard": i, "rows": (ordinals[a:b] - self.starts[i]).tolist()}
             for i, (a, b) in enumerate(pairwise(bounds))
             if b > a
         ]
         drawn = map_pieces("sample", _pick, pieces, fn_kwargs={"source": self})
-        return np.concatenate([np.frombuffer(d["vectors"], np.float32) for d in drawn]).reshape(-1, self.space.dim)
+        out = np.empty((len(ordinals), self.space.dim), np.float32)
+        for piece, found in zip(pieces, drawn, strict=True):
+            at = bounds[piece["shard"]]
+            out[at : at + len(piece["rows"])] = np.frombuffer(found.pop("vectors"), np.float32).reshape(
+                -1, self.space.dim
+            )
+        return out
 
 
 def _pick(piece: Mapping[str, Any], source: Vectors) -> dict[str, Any]:

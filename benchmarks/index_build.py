@@ -1,0 +1,266 @@
+"""Index builds on the synthetic gallery of `index_world`: ours, plain faiss in one process, and autofaiss.
+
+    python -m benchmarks.index_build STAGE --root runs/index_build [--count 1000000] [--dim 128] [--budget 89MB]
+
+Stages, each a process of its own that keeps its results under ROOT, so that a run may be broken off and taken up:
+`data`, `plan`, `build`, `plain`, `auto` and `table`. `plain` is the best practice of plain faiss in one process, with
+the key and the training sample that `build` used. `auto` makes an environment for autofaiss, which wants an older
+faiss, and builds there. `edit` measures a rebuild after 1% changed. Peak memory is that of the hungriest process.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.index_world import World, write
+from zsr import cluster
+from zsr.artifact import Store, open_artifact
+from zsr.index import edit, engine, ledger
+from zsr.index.build import Job, build
+from zsr.index.plan import IndexConfig
+from zsr.index.search import Searcher
+from zsr.index.truth import K, Truth
+from zsr.index.vectors import Vectors
+
+PROBES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+THEIRS: Final = ("autofaiss", "pyarrow<22", "faiss-cpu==1.8.0.post1")
+AUTOFAISS: Final = """
+import json, resource, sys, time
+import faiss, numpy as np
+from autofaiss import build_index
+root, key, budget, probes = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+clock, cpu = time.perf_counter(), time.process_time()
+index, _ = build_index(root + "/auto/vectors", index_path=root + "/auto/index", index_infos_path=root + "/auto/infos",
+    max_index_memory_usage=budget, current_memory_available="8GB", metric_type="ip", nb_cores=2,
+    index_key=None if key == "-" else key, min_nearest_neighbors_to_retrieve=10)
+out = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - clock,
+    "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "bytes": len(faiss.serialize_index(index))}
+queries = np.load(root + "/auto/queries.npy")
+faiss.omp_set_num_threads(1)
+ivf = faiss.extract_index_ivf(index)
+found, rates = [], []
+for probe in probes:
+    ivf.nprobe = probe
+    clock = time.perf_counter()
+    found.append(index.search(queries, 10)[1].tolist())
+    rates.append(len(queries) / (time.perf_counter() - clock))
+json.dump({**out, "found": found, "rates": rates}, open(root + "/auto/" + sys.argv[5], "w"))
+"""
+
+
+class Bench:
+    """Its places and sizes."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.root: Path = arguments.root
+        self.world = World(arguments.count, arguments.dim)
+        self.budget: str | None = arguments.budget
+        self.key: str | None = arguments.key
+        self.target: float = arguments.target
+        self.workers: int = arguments.workers
+        self.name: str = arguments.name
+
+    @property
+    def store(self) -> Store:
+        return Store.at(self.root / f"index-{self.name}")
+
+    def inputs(self) -> tuple[Any, Any]:
+        """Gallery and sketches."""
+        return open_artifact(self.root / "photo", "embeddings"), open_artifact(self.root / "sketch", "embeddings")
+
+    def job(self) -> Job:
+        """The build, planned."""
+        config = IndexConfig(
+            index_key=self.key,
+            recall_target=self.target,
+            max_index_memory_usage=self.budget,
+            threads=2,
+            num_workers=self.workers,
+        )
+        return Job.of(*self.inputs(), config, self.store)
+
+    def keep(self, stage: str, results: dict[str, Any]) -> None:
+        """Keep and show the results of a stage."""
+        (self.root / f"{stage}-{self.name}.json").write_text(json.dumps(results, indent=1))
+        print(json.dumps({name: value for name, value in results.items() if name != "evidence"}, indent=1), flush=True)
+
+    def kept(self, stage: str) -> dict[str, Any]:
+        """What `keep` kept."""
+        results: dict[str, Any] = json.loads((self.root / f"{stage}-{self.name}.json").read_text())
+        return results
+
+
+def curve_of(truth: Truth, search: Any) -> list[dict[str, float]]:
+    """Recall@10 and queries a second on one thread, for each of PROBES. `search`: nprobe -> ordinals (Q, 10)."""
+    rows = []
+    with engine.threads(1):
+        for nprobe in PROBES:
+            clock = ledger.Clock()
+            found = search(nprobe)
+            rows.append(
+                {
+                    "nprobe": nprobe,
+                    "recall": truth.recall(found),
+                    "qps": round(len(truth.queries) / clock.spent()["wall"], 1),
+                }
+            )
+    return rows
+
+
+def do_data(bench: Bench) -> None:
+    for side in ("photo", "sketch"):
+        write(bench.world, bench.root / side, side)
+
+
+def do_plan(bench: Bench) -> None:
+    cluster.connect()
+    clock = ledger.Clock()
+    chosen = bench.job().chosen
+    bench.keep("plan", {**chosen.as_json(), **clock.spent()})
+
+
+def do_build(bench: Bench) -> None:
+    cluster.connect()
+    published = build(bench.job(), bench.store)
+    searcher = Searcher.of(published.artifact)
+    report = json.loads((bench.store.root / "reports" / published.artifact.digest / "build.json").read_text())
+    factor = int(published.artifact.facts["operating_point"]["refine_factor"])
+    curve = curve_of(searcher.golden, lambda n: searcher.nearest(searcher.golden.queries, K, n, factor)[0])
+    size = sum(entry.bytes for entry in published.artifact.files)
+    stages = report["stages"]
+    core = sum(stages[s]["cpu"] + stages[s].get("tasks_cpu", 0) for s in ("train", "add", "merge"))
+    rss = max(max(s["rss"], s.get("tasks_rss", 0)) for s in stages.values())
+    bench.keep(
+        "build",
+        {
+            **published.as_json(),
+            "cpu": round(core, 1),
+            "rss": rss,
+            "disk_per_vector": size / bench.world.count,
+            "index_bytes": report["plan"]["index_bytes"],
+            "train_size": report["plan"]["train_size"],
+            "stages": stages,
+            "curve": curve,
+        },
+    )
+
+
+def do_plain(bench: Bench) -> None:
+    """One process: draw the same sample while reading, train, read again and add, write; no tasks, no receipts."""
+    ours, gallery = bench.kept("build"), Vectors.of(bench.inputs()[0])
+    clock = ledger.Clock()
+    rows = gallery.drawn(ours["train_size"], 0)
+    parts = []
+    for shard in range(len(gallery.shards)):
+        here = rows[(rows >= gallery.starts[shard]) & (rows < gallery.starts[shard + 1])] - gallery.starts[shard]
+        parts.append(gallery.read(shard).vectors[here])
+    sample = np.concatenate(parts)
+    parts.clear()
+    with engine.threads(2):
+        index = engine.faiss.index_factory(bench.world.dim, ours["index_key"].partition(",Refine")[0], 0)
+        ivf = engine.ivf_of(index)
+        if hasattr(ivf, "do_polysemous_training"):
+            ivf.do_polysemous_training = False
+        index.train(sample)
+        for shard in range(len(gallery.shards)):
+            index.add(gallery.read(shard).vectors)
+    engine.faiss.write_index(index, str(bench.root / "plain.faiss"))
+    spent = clock.spent()
+    truth = Searcher.open(bench.store.root).golden
+    curve = curve_of(truth, lambda n: engine.probe(index, truth.queries, K, n)[0])
+    bench.keep("plain", {"index_key": ours["index_key"], "cpu": spent["cpu"], "rss": spent["rss"], "curve": curve})
+
+
+def do_auto(bench: Bench) -> None:
+    """autofaiss, in an environment of its own: its choice under the budget, or `--key`."""
+    place, python = bench.root / "auto", bench.root / "autofaiss-venv" / "bin" / "python"
+    if not (bench.root / "autofaiss-venv" / "ready").exists():
+        venv.create(bench.root / "autofaiss-venv", with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *THEIRS], check=True)
+        (bench.root / "autofaiss-venv" / "ready").touch()
+    (place / "vectors").mkdir(parents=True, exist_ok=True)
+    gallery = Vectors.of(bench.inputs()[0])
+    for shard in range(len(gallery.shards)):
+        path = place / "vectors" / f"{shard:05d}.npy"
+        if not path.exists():
+            np.save(path, gallery.read(shard).vectors)
+    truth = Searcher.open(bench.store.root).golden
+    np.save(place / "queries.npy", truth.queries)
+    words = [bench.key or "-", bench.budget or "100MB", json.dumps(PROBES), "out.json"]
+    subprocess.run([python, "-c", AUTOFAISS, str(bench.root), *words], check=True)
+    out = json.loads((place / "out.json").read_text())
+    curve = [
+        {"nprobe": nprobe, "recall": truth.recall(np.array(found)), "qps": round(rate, 1)}
+        for nprobe, found, rate in zip(PROBES, out.pop("found"), out.pop("rates"), strict=True)
+    ]
+    infos = (place / "infos").read_text() if (place / "infos").exists() else "{}"
+    key = bench.key or json.loads(infos).get("index_key", "its choice")
+    bench.keep("auto", {"index_key": key, **out, "curve": curve})
+
+
+def do_edit(bench: Bench) -> None:
+    """Change 1% of the gallery, whole shards, and rebuild; the cost beside that of the full build."""
+    cluster.connect()
+    count = len(Vectors.of(bench.inputs()[0]).shards)
+    changed = World(bench.world.count, bench.world.dim, changed=tuple(range(max(1, round(count * 0.01)))))
+    gallery = write(changed, bench.root / "photo-changed", "photo")
+    clock = ledger.Clock()
+    done = edit.rebuild(bench.store, gallery, workers=bench.workers)
+    bench.keep("edit", {**done.as_json(), **clock.spent(), "full_build_cpu": bench.kept("build")["cpu"]})
+
+
+def do_table(bench: Bench) -> None:
+    """What there is, as a table in Markdown."""
+    print("| index | key | MB | CPU s | peak MB | recall@10 at 16 / 64 | queries a second at 16 / 64 |")
+    print("|---|---|---|---|---|---|---|")
+    for path in sorted(bench.root.glob("*-*.json")):
+        row = json.loads(path.read_text())
+        if "curve" not in row or "cpu" not in row:
+            continue
+        at = {p["nprobe"]: p for p in row["curve"]}
+        size = row.get("index_bytes", row.get("bytes", 0)) / 1e6
+        print(
+            f"| {path.stem} | {row['index_key']} | {size:.0f} | {row['cpu']:.0f} | {row['rss'] / 1e6:.0f} | "
+            f"{at[16]['recall']:.3f} / {at[64]['recall']:.3f} | {at[16]['qps']:.0f} / {at[64]['qps']:.0f} |"
+        )
+
+
+STAGES: Final = {
+    "data": do_data,
+    "plan": do_plan,
+    "build": do_build,
+    "plain": do_plain,
+    "auto": do_auto,
+    "edit": do_edit,
+    "table": do_table,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--root", type=Path, default=Path("runs/index_build"))
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--budget", help="of the index, such as 89MB")
+    parser.add_argument("--key", help="an index key instead of the planner's or autofaiss's choice")
+    parser.add_argument("--target", type=float, default=0.9, help="recall@10 of the sketches")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--name", default="main", help="of this variant; results are kept as STAGE-NAME.json")
+    arguments = parser.parse_args()
+    arguments.root.mkdir(parents=True, exist_ok=True)
+    try:
+        STAGES[arguments.stage](Bench(arguments))
+    finally:
+        cluster.disconnect()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

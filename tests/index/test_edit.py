@@ -1,0 +1,151 @@
+"""Deleting, adding, rebuilding, compacting and purging: what is found, what is written again, and what is gone."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.index.helpers import KEY, World, clustered, embeddings
+from zsr.artifact import Store, open_artifact
+from zsr.errors import ConfigError, DamagedArtifact
+from zsr.index import drift, edit, purge
+from zsr.index.build import Job, build
+from zsr.index.plan import IndexConfig
+from zsr.index.search import Searcher
+from zsr.index.truth import K
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def built(world: World, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    place = Path(tmp_path_factory.mktemp("edited"))
+    build(Job.of(world.gallery, world.queries, IndexConfig(index_key=KEY)), Store.at(place))
+    return place
+
+
+@pytest.fixture
+def store(built: Path, tmp_path: Path) -> Store:
+    """A copy of the built index, to be changed."""
+    shutil.copytree(built, tmp_path / "index")
+    return Store.at(tmp_path / "index")
+
+
+def _found(store: Store, world: World) -> np.ndarray:
+    """Ids that the sketches find, exactly."""
+    return Searcher.open(store.root).search(world.sketches, K, nprobe=64, refine_factor=300).ids
+
+
+def test_nothing_deleted_is_found_and_compacting_changes_no_answer(store: Store, world: World) -> None:
+    ids = Searcher.open(store.root).ids
+    gone = np.random.default_rng(0).choice(ids, len(ids) // 10, replace=False)
+    changed = edit.delete(store, gone.tolist())
+    assert changed.published.artifact.facts["ntotal"] == len(ids) - len(gone)
+    after = _found(store, world)
+    assert not np.isin(after, gone).any()
+    assert (after >= 0).all()
+    point = Searcher.open(store.root).search(world.sketches, K)
+    assert edit.compact(store).told["dropped"] == len(gone)
+    assert np.array_equal(_found(store, world), after)
+    compacted = Searcher.open(store.root)
+    assert len(compacted.ids) == len(ids) - len(gone)
+    again = compacted.search(world.sketches, K)
+    assert np.array_equal(again.ids, point.ids)
+    assert np.array_equal(again.scores, point.scores)
+
+
+def test_an_id_that_is_not_there_cannot_be_deleted(store: Store) -> None:
+    with pytest.raises(ConfigError, match="1 of the ids to delete are not in the index"):
+        edit.delete(store, [7])
+
+
+def test_added_items_are_found_beside_the_old_ones(store: Store, world: World, tmp_path: Path) -> None:
+    more = clustered(300, 11)
+    keys = [f"new-{row}" for row in range(300)]
+    added = edit.add(store, embeddings(tmp_path / "more", more, "photo", keys=keys, shards=2))
+    assert (added.told["added"], added.published.artifact.facts["ntotal"]) == (300, 3300)
+    every = np.concatenate([world.photos, more])
+    named = np.array([f"photo-{row}" for row in range(3000)] + keys)
+    expected = named[np.argsort(-(world.sketches @ every.T), axis=1, kind="stable")[:, :K]]
+    hits = Searcher.open(store.root).search(world.sketches, K, nprobe=64, refine_factor=300)
+    assert (hits.keys == expected).mean() > 0.999
+    with pytest.raises(ConfigError, match="two embeddings have id"):
+        edit.add(store, embeddings(tmp_path / "again", more[:50], "photo", keys=keys[:50], shards=1))
+
+
+def test_a_rebuild_writes_only_what_changed_and_finds_what_a_full_build_finds(
+    built: Path, store: Store, world: World, tmp_path: Path
+) -> None:
+    photos = world.photos.copy()
+    photos[750:1500] = clustered(750, 12)
+    gallery = embeddings(tmp_path / "changed", photos, "photo")
+    rebuilt = edit.rebuild(store, gallery)
+    told = rebuilt.told
+    assert (told["reused_shards"], told["added_shards"], told["left_out_rows"]) == (3, 1, 750)
+    written = sum(entry.bytes for entry in rebuilt.published.artifact.files)
+    whole = open_artifact(built, "index")
+    assert written < 0.4 * sum(entry.bytes for entry in whole.files)
+    full = Store.at(tmp_path / "full")
+    build(Job.of(gallery, world.queries, IndexConfig(index_key=KEY)), full)
+    assert np.array_equal(_found(store, world), _found(full, world))
+    assert edit.rebuild(store, gallery).published.version == rebuilt.published.version
+
+
+def test_a_purge_leaves_nothing_of_what_was_deleted(store: Store, world: World) -> None:
+    before = Searcher.open(store.root)
+    gone = before.ids[[3, 800, 2999]]
+    vectors = [world.photos[row].tobytes() for row in (3, 800, 2999)]
+    edit.delete(store, gone.tolist())
+    done = purge.purge(store)
+    assert (done.items, len(store.versions()), done.versions) == (3, 1, 2)
+    left = [path for path in store.root.rglob("*") if path.is_file()]
+    assert not any(vector in path.read_bytes() for path in left for vector in vectors)
+    assert not np.isin(_found(store, world), gone).any()
+
+
+def test_the_scan_of_a_purge_finds_what_was_left(store: Store) -> None:
+    searcher = Searcher.open(store.root)
+    newest = store.latest()
+    first = int(searcher.ids[0])
+    with pytest.raises(DamagedArtifact, match="were deleted and are still there"):
+        purge.scan(store, newest, searcher, purge.Gone(frozenset([first]), {}))
+    codes = {digest: 0 for digest in purge.digests(searcher.segments[0], np.arange(3000) == 0)}
+    assert len(codes) == 2
+    with pytest.raises(DamagedArtifact, match="codes of deleted items are still there"):
+        purge.scan(store, newest, searcher, purge.Gone(frozenset(), codes))
+    (store.root / "objects" / "stray.raw").write_bytes(b"vector")
+    with pytest.raises(DamagedArtifact, match="left behind after a purge"):
+        purge.scan(store, newest, searcher, purge.Gone(frozenset(), {}))
+
+
+def test_a_drift_report_says_when_to_train_again(store: Store, tmp_path: Path) -> None:
+    alike = edit.add(
+        store, embeddings(tmp_path / "a", clustered(1500, 21), "photo", keys=[f"a{i}" for i in range(1500)])
+    )
+    assert alike.told["drift"]["retrain"] is False
+    noise = np.random.default_rng(5).standard_normal((1500, 32)).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    other = edit.add(store, embeddings(tmp_path / "b", noise, "photo", keys=[f"b{i}" for i in range(1500)]))
+    assert other.told["drift"]["retrain"] is True
+    assert "quantisation error" in other.told["drift"]["why"][0]
+
+
+def test_balance_counts_beyond_what_chance_does() -> None:
+    even = np.full(64, 100)
+    assert drift.imbalance(even) == 1
+    assert drift.imbalance(np.array([100, 0, 0, 0])) == 4
+
+
+def test_filters_admit_only_what_they_name(store: Store, world: World) -> None:
+    searcher = Searcher.open(store.root)
+    hits = searcher.search(world.sketches, K, labels=["class-3"])
+    assert set(hits.labels.ravel()) == {"class-3"}
+    rows = [row for row in range(3000) if row % 5 and row % 7 == 3]
+    expected = np.argsort(-(world.sketches @ world.photos[rows].T), axis=1, kind="stable")[:, :K]
+    exactly = searcher.search(world.sketches, K, nprobe=64, refine_factor=300, labels=["class-3"])
+    assert exactly.keys.tolist() == [[f"photo-{rows[r]}" for r in row] for row in expected]
+    few = searcher.ids[[5, 77, 1234]].tolist()
+    assert {tuple(sorted(row)) for row in searcher.search(world.sketches, 3, ids=few).ids} == {tuple(sorted(few))}
+    edit.delete(store, few[:1])
+    assert few[0] not in Searcher.open(store.root).search(world.sketches, 3, ids=few).ids

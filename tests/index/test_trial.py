@@ -1,0 +1,63 @@
+"""Measuring candidates on a gallery: what is measured, that it repeats, and that it is kept."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.index.helpers import World, make_world
+from zsr.artifact import Store
+from zsr.index import plan, trial
+from zsr.index.build import Job
+from zsr.index.plan import IndexConfig
+from zsr.index.vectors import Vectors
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """6,000 photos, which a test takes for too many to be kept whole."""
+    return make_world(Path(tmp_path_factory.mktemp("crowd")), photos=6000, sketches=100)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "WHOLE_BYTES", 0)
+
+
+def _measure(crowd: World, **options: object) -> dict[str, plan.Evidence]:
+    config = IndexConfig.model_validate(options)
+    found = trial.measure(Vectors.of(crowd.gallery), Vectors.of(crowd.queries), config)
+    return {evidence.index_key: evidence for evidence in found}
+
+
+def test_longer_codes_and_refine_codes_find_more_and_a_repetition_finds_the_same(crowd: World) -> None:
+    seen = _measure(crowd, max_index_memory_usage="1MB")
+    lists = plan.lists_key(6000, 6000)
+    assert seen[f"{lists},RaBitQ1"].recall < seen[f"{lists},RaBitQ4"].recall < seen[f"{lists},RaBitQ8"].recall
+    assert seen[f"{lists},RaBitQ1,Refine(SQ8)"].recall > seen[f"{lists},RaBitQ1"].recall
+    assert seen[f"{lists},PQ16,RFlat"].recall > 0.95
+    assert all(evidence.bytes <= 1_000_000 for evidence in seen.values())
+    again = _measure(crowd, max_index_memory_usage="1MB")
+    assert {e.index_key: e.lasting() for e in again.values()} == {e.index_key: e.lasting() for e in seen.values()}
+
+
+def test_a_trial_on_a_part_of_the_gallery_follows_its_line_to_the_full_size(
+    crowd: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _measure(crowd, max_index_memory_usage="300KB")
+    monkeypatch.setattr(trial, "POPULATION", 3000)
+    part = _measure(crowd, max_index_memory_usage="300KB")
+    off = [part[key].recall - evidence.recall for key, evidence in whole.items()]
+    assert abs(sum(off) / len(off)) < 0.05
+
+
+def test_the_evidence_is_kept_beside_the_versions_and_measured_once(
+    crowd: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, store = IndexConfig(max_index_memory_usage="250KB"), Store.at(tmp_path)
+    first = Job.of(crowd.gallery, crowd.queries, config, store).chosen
+    monkeypatch.setattr(trial, "measure", lambda *arguments: pytest.fail("measured again"))
+    assert Job.of(crowd.gallery, crowd.queries, config, store).chosen == first
+    assert first.evidence[0].index_key == first.index_key
+    assert first.index_bytes <= 250_000

@@ -1,0 +1,324 @@
+"""Change a published index without building it again: delete, add, rebuild on a changed gallery, compact.
+
+Every change is a new version. Deletes and additions write only what is new and name the objects that hold the rest;
+`compact` writes one whole object, without what was deleted. All segments share the template, so that codes compare.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from zsr import fault
+from zsr.artifact import Artifact, Plan, Staging, Store, sha256
+from zsr.errors import ConfigError, QualityGateFailed
+from zsr.index import build, drift, engine, lists
+from zsr.index.publish import Published, publish, require_unique, verify, version_of
+from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
+from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, refine_name, segment_name
+from zsr.index.truth import K, Truth, exact
+from zsr.index.tune import Point, at_point, tune
+from zsr.index.vectors import Vectors
+
+AGREEMENT: Final = 0.95  # of what the live version finds for its golden queries, where it is still there
+DRIFT_ROWS: Final = 8192
+FEWEST_GOLDEN: Final = 30  # queries whose neighbours are still known; with fewer, recall is anybody's guess
+
+
+@dataclass(frozen=True)
+class Live:
+    """The version that readers see, opened for a change."""
+
+    store: Store
+    artifact: Artifact
+    searcher: Searcher
+
+    @classmethod
+    def of(cls, store: Store) -> "Live":
+        """The latest version of `store`. Raises StorageError, DamagedArtifact."""
+        artifact = store.latest()
+        return cls(store, artifact, Searcher.of(artifact))
+
+    @property
+    def rows(self) -> int:
+        """Vectors, the deleted ones with them."""
+        return len(self.searcher.ids)
+
+    def specs(self) -> list[Spec]:
+        """The segments as a later version names them."""
+        return [replace(s.spec, object=s.spec.object or self.artifact.digest) for s in self.searcher.segments]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What becomes of the live version.
+
+    Attributes:
+        specs: segments of the new version, `dead` their deleted ordinals, `truth` the golden queries' new neighbours.
+        facts: more facts for its manifest. told: what the job prints beside.
+    """
+
+    specs: Sequence[Spec]
+    dead: np.ndarray
+    truth: Truth
+    facts: Mapping[str, Any]
+    told: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The new version, and what was done."""
+
+    published: Published
+    told: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """What a job prints."""
+        return {**self.published.as_json(), **self.told}
+
+
+def _plan(live: Live, what: str, **inputs: str) -> Plan:
+    return Plan("index", {"change": what}, {"index": live.artifact.digest, **inputs})
+
+
+def delete(store: Store, ids: Collection[int]) -> Changed:
+    """A version in which no item of `ids` is found any more. Its vectors stay in the files until `compact` or `purge`.
+
+    Raises:
+        ConfigError: an id that the index does not hold.
+        QualityGateFailed: the recall target cannot be met any more.
+    """
+    live = Live.of(store)
+    wanted = np.unique(np.fromiter(ids, np.int64, len(ids)))
+    if missing := sorted(set(wanted.tolist()) - set(live.searcher.live_ids.tolist())):
+        raise ConfigError(
+            f"{live.artifact.directory}: {len(missing)} of the ids to delete are not in the index, such as "
+            f"{missing[:3]}; leave them out"
+        )
+    dead = np.flatnonzero(np.isin(live.searcher.ids, wanted) | ~live.searcher.alive)
+    work = _plan(live, "delete", ids=sha256(wanted.tobytes()))
+    truth = live.searcher.golden.without(dead)
+    return _publish(live, work, Change(live.specs(), dead, truth, {}, {"deleted": len(wanted)}))
+
+
+def add(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
+    """A version that also finds the items of `embeddings`, coded by the trained template in a segment of its own.
+
+    Raises:
+        ConfigError: another checkpoint, width or metric, or an id that is there already.
+        QualityGateFailed: the recall target cannot be met any more.
+    """
+    live, gallery = Live.of(store), Vectors.of(embeddings)
+    live.searcher.space.require(gallery.space, str(embeddings.directory))
+    work = _plan(live, "add", embeddings=embeddings.digest)
+    dead = np.flatnonzero(~live.searcher.alive)
+    return _extend(live, work, gallery, range(len(gallery.shards)), dead, workers, {"added": gallery.rows})
+
+
+def rebuild(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
+    """A version of what `embeddings` hold now: shards with the bytes of before are kept, others added or left out.
+
+    Items that were deleted from the index stay deleted in the shards that are kept.
+
+    Raises:
+        ConfigError: another checkpoint, width or metric: such vectors need a new template.
+        QualityGateFailed: the recall target cannot be met any more.
+    """
+    live, gallery = Live.of(store), Vectors.of(embeddings)
+    live.searcher.space.require(gallery.space, str(embeddings.directory))
+    wanted = {entry.sha256 for entry in gallery.shards}
+    kept, alive = set(), live.searcher.alive.copy()
+    for start, rows, source in _shards(live.searcher):
+        if source in wanted:
+            kept.add(source)
+        else:
+            alive[start : start + rows] = False
+    fresh = [i for i, entry in enumerate(gallery.shards) if entry.sha256 not in kept]
+    sizes = np.diff(gallery.starts)
+    told = {
+        "reused_shards": len(gallery.shards) - len(fresh),
+        "reused_rows": int(sizes.sum() - sizes[fresh].sum()),
+        "added_shards": len(fresh),
+        "added_rows": int(sizes[fresh].sum()),
+        "left_out_rows": int(live.searcher.alive.sum() - alive.sum()),
+        "still_deleted": int((~live.searcher.alive & _in(live.searcher, kept)).sum()),
+    }
+    if not fresh and (alive == live.searcher.alive).all():
+        return Changed(Published(live.artifact, version_of(store, live.artifact.digest)), told)
+    work = _plan(live, "rebuild", embeddings=embeddings.digest)
+    return _extend(live, work, gallery, fresh, np.flatnonzero(~alive), workers, told)
+
+
+def _shards(searcher: Searcher) -> list[tuple[int, int, str]]:
+    """First ordinal, rows and source of every shard of an index."""
+    found = []
+    for base, segment in zip(searcher.starts, searcher.segments, strict=False):
+        bounds = [*segment.spec.starts, segment.spec.rows]
+        found += [
+            (int(base) + a, b - a, source)
+            for a, b, source in zip(bounds, bounds[1:], segment.spec.sources, strict=False)
+        ]
+    return found
+
+
+def _in(searcher: Searcher, sources: Collection[str]) -> np.ndarray:
+    """(N,) whether each ordinal came from one of `sources`."""
+    mask = np.zeros(len(searcher.ids), bool)
+    for start, rows, source in _shards(searcher):
+        mask[start : start + rows] = source in sources
+    return mask
+
+
+def _extend(
+    live: Live,
+    work: Plan,
+    gallery: Vectors,
+    shards: Sequence[int],
+    dead: np.ndarray,
+    workers: int | None,
+    told: Mapping[str, Any],
+) -> Changed:
+    """Add some shards of `gallery` in a segment of their own, with `dead` deleted."""
+    truth = live.searcher.golden.without(dead)
+    if not len(shards):
+        return _publish(live, work, Change(live.specs(), dead, truth, {}, told))
+    staging, key = live.store.staging(work), str(live.artifact.facts["index_key"])
+    first = live.searcher.segments[0]
+    staging.write(build.TEMPLATE, engine.template_of(first.files[INDEX]), scratch=True)
+    codec = first.files[REFINE].read_bytes() if REFINE in first.files else b""
+    staging.write(build.CODEC, codec, scratch=True)
+    build.add(gallery, key, staging, shards=shards, workers=workers)
+    build.merge(staging, segment_name(0), shards)
+    spec = build.staged_spec(staging, segment_name(0))
+    numbers = np.full(gallery.rows, -1)
+    rows = np.concatenate([np.arange(gallery.starts[i], gallery.starts[i + 1]) for i in shards])
+    numbers[rows] = live.rows + np.arange(len(rows))
+    truth = truth.joined(exact(gallery, truth.queries, shards=shards).renumbered(numbers))
+    looked = np.sort(np.random.default_rng(0).permutation(rows)[:DRIFT_ROWS])
+    template = engine.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
+    seen = drift.Spread.of(template, gallery.take(looked))
+    report = drift.report(live.artifact.facts["trained_on"], seen, int(live.artifact.facts["nlist"]))
+    change = Change([*live.specs(), spec], dead, truth, {"drift": report}, {**told, "drift": report})
+    return _publish(live, work, change)
+
+
+def _publish(live: Live, work: Plan, change: Change) -> Changed:
+    """Tune and stage what is left to stage, compare with the live version, and publish.
+
+    Raises:
+        QualityGateFailed: see `delete`; or the golden queries do not find what the live version finds.
+    """
+    if made := live.store.made(work, check=lambda artifact: verify(Searcher.of(artifact))):
+        return Changed(Published(made, version_of(live.store, made.digest)), change.told)
+    staging, truth = live.store.staging(work), change.truth.sure()
+    if len(truth.queries) < FEWEST_GOLDEN:
+        raise QualityGateFailed(
+            f"{live.artifact.directory}: after this change the exact neighbours of {len(truth.queries)} golden queries "
+            f"are still known, and recall needs {FEWEST_GOLDEN}; build the index again"
+        )
+    fault.here("index.change")
+    facts = {**live.artifact.facts, **change.facts, "segments": [spec.as_json() for spec in change.specs]}
+    opened = {(spec.name, spec.object): s for spec, s in zip(live.specs(), live.searcher.segments, strict=True)}
+    key, space = str(facts["index_key"]), live.searcher.space
+    segments = [
+        opened.get((spec.name, spec.object)) or build.staged_segment(staging, spec, space, key) for spec in change.specs
+    ]
+    searcher = Searcher(segments, facts, change.dead, {})
+    require_unique(searcher)
+    facts |= _measured(searcher, truth, facts)
+    searcher.facts = facts
+    agreement = agree(live.searcher, searcher, truth)
+    if len(change.dead):
+        staging.write_table(DEAD, pa.table({"ordinal": pa.array(change.dead, pa.int64())}))
+    staging.write_table(GOLDEN, golden_table(truth))
+    count = int(searcher.alive.sum())
+    artifact = staging.seal(facts=facts, rows={"in": len(searcher.ids), "used": count, "quarantined": 0})
+    told = {**change.told, "agreement": agreement, "golden_queries": len(truth.queries)}
+    return Changed(publish(live.store, artifact), told)
+
+
+def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of the new version: the old operating point if it still meets the target, otherwise a new one."""
+    target, point = float(facts["recall_target"]), Point(**facts["operating_point"])
+    found = at_point(searcher, point, truth)
+    curve = facts["curve"]
+    counted = {"ntotal": int(searcher.alive.sum())}
+    searcher.facts = {**facts, **counted}
+    if found.recall_sketch < target:
+        found, points = tune(searcher, truth, truth, target)
+        curve = [p.as_json() for p in points]
+    parts = np.unique(searcher.ids[searcher.alive], return_counts=True)[1].max(initial=1)
+    return {**counted, "parts": int(parts), "golden_k": truth.k, "operating_point": found.as_json(), "curve": curve}
+
+
+def agree(old: Searcher, new: Searcher, truth: Truth) -> float:
+    """Share of what `old` finds for the golden queries, and is in `new` as it was, that `new` finds too.
+
+    Raises:
+        QualityGateFailed: below AGREEMENT: something is wrong with the new version, whatever its recall.
+    """
+    before, after = (s.search(truth.queries, K) for s in (old, new))
+    # a rebuild may give an old id to a new vector, so that what was kept is told by ordinals; a compaction keeps all
+    there = new.alive[: len(old.ids)] & old.alive if len(new.ids) >= len(old.ids) else None
+    held = np.isin(before.ids, new.live_ids if there is None else old.ids[there])
+    worst = after.scores[:, -1:]
+    # what was pushed out by nearer items that are new is no disagreement
+    due = held & (before.scores > worst)
+    found = (before.ids[:, :, None] == after.ids[:, None, :]).any(axis=2)
+    share = float(round((found & due).sum() / max(1, due.sum()), 6))
+    if share < AGREEMENT:
+        raise QualityGateFailed(
+            f"the new version finds {share:.3f} of what the live version finds for its golden queries, expected "
+            f"{AGREEMENT}; not published. Build the index again"
+        )
+    return share
+
+
+def compact(store: Store) -> Changed:
+    """A version with one segment and without the vectors of deleted items; it finds what the live version finds.
+
+    Raises:
+        ConfigError: everything was deleted.
+    """
+    live = Live.of(store)
+    work, alive = _plan(live, "compact"), live.searcher.alive
+    if not alive.any():
+        raise ConfigError(f"{live.artifact.directory}: every item was deleted; build an index of another gallery")
+    staging, name = store.staging(work), segment_name(0)
+    numbers = np.where(alive, np.cumsum(alive) - 1, -1)
+    first = live.searcher.segments[0]
+    template = engine.from_bytes(engine.template_of(first.files[INDEX]), str(first.files[INDEX]))
+    if REFINE in first.files:
+        staging.write(f"{name}/{REFINE}", first.files[REFINE].read_bytes())
+    parts = [
+        lists.Added.split(segment.stored, segment.files[LISTS], numbers[a:b])
+        for segment, a, b in zip(live.searcher.segments, live.searcher.starts, live.searcher.starts[1:], strict=False)
+    ]
+    sizes = lists.write(staging, f"{name}/{LISTS}", parts, engine.ivf_of(template).code_size)
+    staging.write(f"{name}/{INDEX}", engine.with_lists_in(template, LISTS, sizes))
+    _copy_live(staging, name, live.searcher)
+    spec = build.staged_spec(staging, name)
+    dropped = int((~alive).sum())
+    truth = live.searcher.golden.renumbered(numbers)
+    change = Change([spec], np.empty(0, np.int64), truth, {}, {"dropped": dropped})
+    return _publish(live, work, change)
+
+
+def _copy_live(staging: Staging, name: str, searcher: Searcher) -> None:
+    """Stage ids and refine codes of what is not deleted, shard by shard; shards that lost every row are left out."""
+    place = 0
+    for base, segment in zip(searcher.starts, searcher.segments, strict=False):
+        bounds = [*segment.spec.starts, segment.spec.rows]
+        for number, source in enumerate(segment.spec.sources):
+            a, b = bounds[number], bounds[number + 1]
+            rows = np.flatnonzero(searcher.alive[int(base) + a : int(base) + b])
+            if not len(rows):
+                continue
+            facts = {"rows": len(rows), "dtype": segment.spec.dtype, "source": source}
+            staging.write_table(f"{name}/{ids_name(place)}", segment.names.slice(a, b - a).take(rows), facts=facts)
+            if segment.refine:
+                stored = np.ascontiguousarray(segment.refine[number][rows])
+                staging.write(f"{name}/{refine_name(place)}", stored.tobytes())
+            place += 1

@@ -1,0 +1,113 @@
+"""What a build cost and how fast its result answers: kept beside the versions, since timings are never the same twice.
+
+ROOT/reports/DIGEST/build.json, curve.png
+"""
+
+import io
+import json
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from zsr.artifact import Artifact, Store, write_atomically
+from zsr.index.plan import IndexPlan
+from zsr.index.search import Searcher
+from zsr.index.truth import Truth
+from zsr.index.tune import Point, timed
+
+
+class Clock:
+    """Seconds since it was made, of this process."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def spent(self) -> dict[str, float]:
+        """Wall and CPU seconds, and the most memory that this process ever held, in bytes."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "wall": round(time.perf_counter() - self.wall, 3),
+            "cpu": round(time.process_time() - self.cpu, 3),
+            "rss": peak,
+        }
+
+
+class Ledger:
+    """Cost of every stage."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure this process during a stage; what its tasks cost is told by `tasks`."""
+        clock = Clock()
+        yield
+        self.stages[name] = {**self.stages.get(name, {}), **clock.spent()}
+
+    def tasks(self, name: str, results: Sequence[dict[str, Any]]) -> None:
+        """Note what the Ray tasks of a stage cost."""
+        found = self.stages.setdefault(name, {})
+        found["tasks_cpu"] = round(sum(r["cpu"] for r in results), 3)
+        found["tasks_rss"] = max((r["rss"] for r in results), default=0)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The tuned curve with its speed.
+
+    Attributes:
+        rows: a point each, with `queries_per_second` on one thread in one batch. target: of recall.
+    """
+
+    rows: list[dict[str, Any]]
+    point: Point
+    target: float
+
+    @classmethod
+    def of(cls, searcher: Searcher, sketches: Truth, point: Point, curve: Sequence[Point]) -> "Tuning":
+        rows = timed(searcher, curve, point, sketches)
+        return cls(rows, point, float(searcher.facts["recall_target"]))
+
+    def picture(self) -> bytes:
+        """Recall against queries a second for both kinds of query, as PNG."""
+        import matplotlib
+
+        matplotlib.use("Agg")  # imported here: jobs that build no index need no plots
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=110)
+        speed = [row["queries_per_second"] for row in self.rows]
+        for column, name, colour in (("recall_self", "gallery vectors", "#999"), ("recall_sketch", "sketches", "#05a")):
+            axes.plot(speed, [row[column] for row in self.rows], "o-", color=colour, label=name)
+        for row in self.rows:
+            chosen = row["nprobe"] == self.point.nprobe
+            axes.annotate(
+                f"nprobe {row['nprobe']}" + (" (chosen)" if chosen else ""),
+                (row["queries_per_second"], row["recall_sketch"]),
+                (4, -12),
+                textcoords="offset points",
+                size=8,
+                weight="bold" if chosen else "normal",
+            )
+        axes.axhline(self.target, color="#c33", linewidth=0.8, linestyle="--", label=f"target {self.target}")
+        axes.set(xscale="log", xlabel="queries a second, one thread, one batch", ylabel="recall@10")
+        axes.set_title(f"refine factor {self.point.refine_factor}", size=10)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left")
+        figure.tight_layout()
+        out = io.BytesIO()
+        figure.savefig(out, format="png")
+        pyplot.close(figure)
+        return out.getvalue()
+
+
+def write(store: Store, artifact: Artifact, ledger: Ledger, plan: IndexPlan, tuning: Tuning) -> None:
+    """Write what the build of `artifact` cost, with the plan's own measurements, and the plot of its curve."""
+    place = store.root / "reports" / artifact.digest
+    report = {"stages": ledger.stages, "plan": plan.as_json(), "curve": tuning.rows}
+    write_atomically(place / "build.json", json.dumps(report, indent=1).encode())
+    write_atomically(place / "curve.png", tuning.picture())

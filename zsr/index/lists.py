@@ -1,0 +1,113 @@
+"""Inverted lists as bytes: read from the indexes of single shards, written front to back into one file.
+
+faiss's own merge maps its output into memory, where a full disk kills the process; here it is an error of a write.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zsr import fault
+from zsr.artifact import CHUNK, Json, Staging
+from zsr.errors import DamagedArtifact
+from zsr.index import engine
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Lists of codes and ordinals on disk, whose ordinals become those of the merged index.
+
+    Attributes:
+        data: (bytes,) uint8, mapped.
+        sizes: (nlist,) vectors in each list. offsets: (nlist,) where its codes start; its ordinals follow them.
+        numbers: (rows,) int64, the merged ordinal of each of its own; -1 for one that is left out.
+    """
+
+    data: np.ndarray
+    sizes: np.ndarray
+    offsets: np.ndarray
+    numbers: np.ndarray | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "Added":
+        """The lists of a whole index in one file, which the caller has verified."""
+        index = engine.open_whole(path)
+        return cls(np.memmap(path, np.uint8, mode="r"), engine.list_sizes(index), engine.list_offsets(index))
+
+    @classmethod
+    def split(cls, index: Any, path: Path, numbers: np.ndarray) -> "Added":
+        """The lists at `path` of an opened index, whose ordinal i becomes numbers[i]."""
+        sizes, offsets = engine.list_sizes(index), engine.list_offsets(index)
+        return cls(np.memmap(path, np.uint8, mode="r"), sizes, offsets, numbers)
+
+    def entries(self, number: int, code_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (n, bytes) and ordinals (n,) of list `number`, mapped."""
+        size, start = int(self.sizes[number]), int(self.offsets[number])
+        middle, end = start + size * code_size, start + size * (code_size + engine.ID_BYTES)
+        return self.data[start:middle].reshape(size, code_size), self.data[middle:end].view(np.int64)
+
+
+def write(staging: Staging, name: str, parts: Sequence[Added], code_size: int) -> np.ndarray:
+    """Stage the lists of all `parts` as one file; the vectors in each list, (nlist,) int64.
+
+    Within a list the parts follow one another: a fixed order is what makes a rebuild byte-identical.
+    """
+    starts = np.cumsum([0, *(_rows(part) for part in parts)])
+    sizes = np.zeros(len(parts[0].sizes), np.int64)
+    with staging.piece(name) as path, open(path, "wb", buffering=CHUNK) as out:
+        fault.here("index.merge")
+        for number in range(len(sizes)):
+            codes, ordinals = [], []
+            for part, start in zip(parts, starts, strict=False):
+                for code, ordinal in _kept(part, number, code_size, int(start)):
+                    codes.append(code)
+                    ordinals.append(ordinal)
+            for block in (*codes, *ordinals):
+                out.write(np.ascontiguousarray(block).data)
+            sizes[number] = sum(map(len, ordinals))
+    return sizes
+
+
+def _rows(part: Added) -> int:
+    """Vectors of a part whose ordinals are simply moved; a part with numbers of its own moves nobody."""
+    return int(part.sizes.sum()) if part.numbers is None else 0
+
+
+def _kept(part: Added, number: int, code_size: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    codes, ordinals = part.entries(number, code_size)
+    if not len(ordinals):
+        return
+    if part.numbers is None:
+        yield codes, ordinals + start
+        return
+    moved = part.numbers[ordinals]
+    yield codes[moved >= 0], moved[moved >= 0]
+
+
+def copy(staging: Staging, source: str, name: str, facts: Json) -> None:
+    """Stage a scratch piece as a piece of the artifact, after hashing it again."""
+    if staging.finished(name) is None:
+        with staging.piece(name, facts=dict(facts)) as path:
+            shutil.copyfile(staged(staging, source, scratch=True), path)
+
+
+def staged(staging: Staging, name: str, *, scratch: bool = False) -> Path:
+    """Path of a finished piece, hashed again: what a killed run left may have been damaged since.
+
+    Raises:
+        DamagedArtifact: it is missing or damaged. A damaged piece is forgotten, so that the next run makes it again.
+    """
+    entry, path = staging.finished(name, scratch=scratch), staging.path(name, scratch=scratch)
+    if entry is None:
+        raise DamagedArtifact(f"{path}: not finished; run the job again")
+    with open(path, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != entry.sha256:
+        staging.drop(name, scratch=scratch)
+        raise DamagedArtifact(f"{path}: sha256 {found[:12]}, its receipt says {entry.sha256[:12]}; run the job again")
+    return path

@@ -1,0 +1,162 @@
+"""Take deleted items out of every file of an index, and prove it by a scan of what is left.
+
+A delete hides an item; its codes and refine codes stay in the files of the versions that hold it. `purge` compacts,
+removes all older versions and all staging, and then reads every file that is left. What a disk keeps of freed blocks,
+copies elsewhere, the embeddings and the pictures themselves are not its business.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zsr.artifact import Artifact, Store, sha256
+from zsr.errors import DamagedArtifact, StorageError
+from zsr.index import edit, engine
+from zsr.index.lists import Added
+from zsr.index.publish import Published, history, version_of
+from zsr.index.search import Searcher
+from zsr.index.segments import LISTS, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """The one version that is left.
+
+    Attributes:
+        items: that were in an older version and are nowhere now. versions, objects: removed.
+        scanned: bytes read for the proof.
+    """
+
+    published: Published
+    items: int
+    versions: int
+    objects: int
+    scanned: int
+
+    def as_json(self) -> dict[str, Any]:
+        """What a job prints."""
+        counts = {"purged": self.items, "versions_removed": self.versions, "objects_removed": self.objects}
+        return {**self.published.as_json(), **counts, "bytes_scanned": self.scanned}
+
+
+def purge(store: Store) -> Purged:
+    """Leave nothing of what was deleted in any version.
+
+    Raises:
+        DamagedArtifact: the scan still found something; it names the file.
+        ConfigError: everything was deleted.
+        StorageError: the index lies in an object store, whose old generations and mirrors only its owner can remove.
+    """
+    if store.url:
+        raise StorageError(f"{store}: purge works on directories; copy the index, purge the copy, remove the bucket's")
+    live = edit.Live.of(store)
+    if len(live.searcher.dead) or len(live.searcher.segments) > 1:
+        edit.compact(store)
+    newest = store.latest()
+    gone = _gone(store, newest)
+    versions, objects = _remove_others(store, newest)
+    searcher = Searcher.of(newest)
+    scanned = scan(store, newest, searcher, gone)
+    published = Published(newest, version_of(store, newest.digest))
+    return Purged(published, len(gone.ids), versions, objects, scanned)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """What the scan looks for: ids, and digests of the refine codes and codes of items that older versions held.
+
+    Attributes:
+        ids: of items that the newest version has no more.
+        rows: digest of the bytes of one vector's refine code or code -> why it may still be there: how many items that
+            stay have the same bytes.
+    """
+
+    ids: frozenset[int]
+    rows: dict[str, int]
+
+
+def _objects(store: Store) -> list[Artifact]:
+    """Every index object that a version names, once."""
+    return [store.open(digest) for digest in sorted(set(history(store).values()))]
+
+
+def _gone(store: Store, newest: Artifact) -> Gone:
+    stays = Searcher.of(newest)
+    live = set(stays.live_ids.tolist())
+    ids: set[int] = set()
+    rows: Counter[str] = Counter()
+    for artifact in _objects(store):
+        for segment in Searcher.of(artifact).segments:
+            names = segment.names.column("id").to_numpy()
+            lost = ~np.isin(names, stays.live_ids)
+            ids |= set(names[lost].tolist()) - live
+            rows.update(dict.fromkeys(digests(segment, lost), 0))
+    twins = Counter(d for s in stays.segments for d in digests(s, np.ones(s.spec.rows, bool)) if d in rows)
+    return Gone(frozenset(ids), {digest: twins[digest] for digest in rows})
+
+
+def digests(segment: Segment, wanted: np.ndarray) -> Iterator[str]:
+    """Digests of the refine codes and of the codes (with their list) of the ordinals that `wanted` (rows,) marks."""
+    bounds = [*segment.spec.starts, segment.spec.rows]
+    for number, stored in enumerate(segment.refine):
+        chosen = np.flatnonzero(wanted[bounds[number] : bounds[number + 1]])
+        yield from (sha256(row.tobytes()) for row in stored[chosen])
+    for number, codes, ordinals in _lists(segment):
+        yield from (sha256(f"{number} ".encode() + code.tobytes()) for code in codes[wanted[ordinals]])
+
+
+def _lists(segment: Segment) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, codes (n, bytes) and ordinals (n,) of every list."""
+    lists = Added.split(segment.stored, segment.files[LISTS], np.arange(segment.spec.rows))
+    size = engine.ivf_of(segment.stored).code_size
+    for number in range(len(lists.sizes)):
+        yield number, *lists.entries(number, size)
+
+
+def _remove_others(store: Store, newest: Artifact) -> tuple[int, int]:
+    """Remove every version but the newest, then every object that it does not name, staging and old reports."""
+    keep = version_of(store, newest.digest)
+    others = [number for number in history(store) if number != keep]
+    for number in others:
+        (store.root / "versions" / str(number)).unlink()
+    removed = [path for path in (store.root / "objects").iterdir() if path.name != newest.digest]
+    for path in removed:
+        shutil.rmtree(path)
+    shutil.rmtree(store.root / "staging", ignore_errors=True)
+    return len(others), len(removed)
+
+
+def scan(store: Store, newest: Artifact, searcher: Searcher, gone: Gone) -> int:
+    """Read all that is left; the bytes read.
+
+    Raises:
+        DamagedArtifact: a deleted id, a code or refine code without a live item, or a file that nobody lists.
+    """
+    listed = {newest.directory / entry.path for entry in newest.files} | {newest.directory / "manifest.json"}
+    for folder in ("objects", "staging"):
+        for path in (p for p in (store.root / folder).rglob("*") if p.is_file()):
+            if path not in listed:
+                raise DamagedArtifact(f"{path}: left behind after a purge, and no manifest lists it; remove it")
+    held = set(searcher.ids.tolist())
+    if found := held & gone.ids:
+        raise DamagedArtifact(f"{newest.directory}: ids {sorted(found)[:3]} were deleted and are still there")
+    for segment in searcher.segments:
+        _scan_lists(segment)
+        left = Counter(d for d in digests(segment, np.ones(segment.spec.rows, bool)) if d in gone.rows)
+        if more := [digest for digest, count in left.items() if count > gone.rows[digest]]:
+            raise DamagedArtifact(f"{segment.where}: {len(more)} codes of deleted items are still there")
+    return sum(entry.bytes for entry in newest.files)
+
+
+def _scan_lists(segment: Segment) -> None:
+    """Raise DamagedArtifact unless the lists hold one code for each row that is named, and no byte beside."""
+    seen = np.zeros(segment.spec.rows, np.int64)
+    for _, _, ordinals in _lists(segment):
+        seen[ordinals] += 1
+    size = engine.ivf_of(segment.stored).code_size + engine.ID_BYTES
+    if (seen != 1).any() or segment.files[LISTS].stat().st_size != len(seen) * size:
+        raise DamagedArtifact(f"{segment.files[LISTS]}: holds codes of no named row; build the index again")

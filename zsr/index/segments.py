@@ -1,0 +1,142 @@
+"""A segment: lists of codes on disk, refine codes and names of a run of shards. An index version has one or more.
+
+segment-NNNNN/index.faiss            the template: coarse quantizer, codebooks, and where each list lies
+segment-NNNNN/index.ivfdata          list after list: codes, then ordinals
+segment-NNNNN/refine.faiss           codec of the refine codes, where the key asks for them
+segment-NNNNN/refine/part-NNNNN.raw  refine codes or whole vectors, row after row
+segment-NNNNN/ids/part-NNNNN.parquet id, part, key, label; row i is ordinal i of the segment
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zsr.artifact import Artifact, Json, open_artifact, refuse_extension_types
+from zsr.errors import DamagedArtifact
+from zsr.index import engine
+from zsr.index.vectors import Space
+
+INDEX: Final = "index.faiss"
+LISTS: Final = "index.ivfdata"
+REFINE: Final = "refine.faiss"
+
+
+def segment_name(number: int) -> str:
+    """Folder of segment `number`."""
+    return f"segment-{number:05d}"
+
+
+def ids_name(shard: int) -> str:
+    """Name, inside its segment, of the id map of shard `shard`."""
+    return f"ids/part-{shard:05d}.parquet"
+
+
+def refine_name(shard: int) -> str:
+    """Name, inside its segment, of the refine codes or whole vectors of shard `shard`."""
+    return f"refine/part-{shard:05d}.raw"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One segment as a manifest lists it.
+
+    Attributes:
+        name: its folder. object: digest of the index object that holds it; empty for the object of the manifest.
+        rows: vectors, with those that were deleted since.
+        sources: SHA-256 of the embedding shards that it was made from, in order.
+        starts: ordinal of the first row of each shard in the segment.
+        dtype: of whole vectors, as the embeddings have them.
+    """
+
+    name: str
+    object: str
+    rows: int
+    sources: tuple[str, ...]
+    starts: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, facts: Json) -> "Spec":
+        """From JSON."""
+        return cls(**{**facts, "sources": tuple(facts["sources"]), "starts": tuple(facts["starts"])})
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "sources": list(self.sources), "starts": list(self.starts)}
+
+
+class Segment:
+    """An opened segment. Lists and refine codes are mapped from disk; ids, keys and labels are in memory."""
+
+    def __init__(self, files: Mapping[str, Path], spec: Spec, space: Space, key: str) -> None:
+        """Open `files` (by their names inside the segment), which the caller has verified.
+
+        Raises:
+            DamagedArtifact: the files do not fit one another.
+        """
+        self.spec, self.files, self.space = spec, files, space
+        self.where = str(files[INDEX].parent)
+        stored = engine.open_split(files[INDEX], files[LISTS])
+        self.stored = stored
+        self.index = engine.packed(stored) if engine.parse(key)["fast"] else stored
+        shards = range(len(spec.sources))
+        self.codec = engine.from_bytes(files[REFINE].read_bytes(), str(files[REFINE])) if REFINE in files else None
+        self.refine = [self._map(files[refine_name(i)]) for i in shards if refine_name(i) in files]
+        self.names = pa.concat_tables([_read_names(files[ids_name(i)]) for i in shards])
+        self._check_fit()
+
+    def _map(self, path: Path) -> np.ndarray:
+        """Refine codes (n, bytes) uint8, or whole vectors (n, D), mapped read-only."""
+        dtype = np.dtype(np.uint8) if self.codec else np.dtype(self.spec.dtype).newbyteorder("<")
+        width = self.codec.sa_code_size() if self.codec else self.space.dim
+        row = dtype.itemsize * width
+        if path.stat().st_size % row:
+            raise DamagedArtifact(
+                f"{path}: {path.stat().st_size} bytes are not whole rows of {row}; build the index again"
+            )
+        return np.memmap(path, dtype, mode="r").reshape(-1, width)
+
+    def _check_fit(self) -> None:
+        rows = self.spec.rows
+        found = {"dim": self.index.d, "index rows": self.stored.ntotal, "ids": len(self.names)}
+        wanted = {"dim": self.space.dim, "index rows": rows, "ids": rows}
+        if self.refine:
+            found["vectors"], wanted["vectors"] = sum(map(len, self.refine)), rows
+        if found != wanted:
+            raise DamagedArtifact(f"{self.where}: found {found}, expected {wanted}; build it again")
+
+    @property
+    def refine_bytes(self) -> int:
+        """Bytes that re-ranking reads of one vector; 0 where nothing is re-ranked."""
+        return self.refine[0].itemsize * self.refine[0].shape[1] if self.refine else 0
+
+    def vectors(self, ordinals: np.ndarray) -> np.ndarray:
+        """The refine vectors of `ordinals` (N,) as float32 (N, D)."""
+        out = np.zeros((len(ordinals), self.space.dim), np.float32)
+        shard = np.searchsorted(self.spec.starts, ordinals, side="right") - 1
+        for number in np.unique(shard):
+            here = np.flatnonzero(shard == number)
+            stored = self.refine[number][ordinals[here] - self.spec.starts[number]]
+            out[here] = self.codec.sa_decode(np.ascontiguousarray(stored)) if self.codec else stored
+        return out
+
+
+def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
+    """The verified files of a segment by their names inside it. Raises DamagedArtifact."""
+    owner = open_artifact(f"{artifact.place}/objects/{spec.object}", "index") if spec.object else artifact
+    prefix = f"{spec.name}/"
+    return {e.path.removeprefix(prefix): owner.local(e.path) for e in owner.files if e.path.startswith(prefix)}
+
+
+def _read_names(path: Path) -> pa.Table:
+    """An id map that the caller has verified."""
+    try:
+        parquet = pq.ParquetFile(path, memory_map=False)
+        refuse_extension_types(parquet.schema_arrow, str(path))
+        return parquet.read()
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedArtifact(f"{path}: not readable as parquet: {error}") from error
