@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 DEMO := runs/demo
+BASE ?= main
+STEPPED := sem-pcyc cvae caae doodle2search sketch-gcn lcale cfsa contrastive classifier
 
-.PHONY: demo demo-seeds test sanity faults check format lock audit clean
+.PHONY: demo demo-seeds test sanity faults faults-nightly stages loss-compare check format lock audit clean
 
 # requirements.lock pins the versions that were tested together; pyproject.toml says which ranges are allowed
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -25,13 +27,27 @@ test: $(VENV)/installed
 sanity: $(VENV)/installed ## gates and ablations of the models on a synthetic world; some minutes
 	$(RUN) -m tests.sanity.run
 
-faults: $(VENV)/installed ## the demo, killed at random times, ends with the digests of an unbroken one
+faults: $(VENV)/installed ## the demo and prepare, killed at random times, end with the digests of unbroken ones
 	$(RUN) -m tests.faults.kill_demo runs/faults
+	$(RUN) -m tests.faults.kill_prepare runs/faults/prepare
+	$(RUN) -m tests.faults.cluster runs/faults/cluster
+	$(RUN) -m tests.faults.kill_train runs/faults/train $(TRAINING_FAULTS)
+	$(RUN) -m tests.faults.loss_compare $(BASE) --models sem-pcyc lcale
+
+faults-nightly: ## the same with training killed as often as the bar asks for each night
+	$(MAKE) faults TRAINING_FAULTS="--kills 20 --nodes 10 --drivers 10 --models $(STEPPED)"
+	$(MAKE) loss-compare
+
+stages: $(VENV)/installed ## every model: ZeRO stages, ranks and pieces of a batch train the same weights; some minutes
+	$(RUN) -m tests.training.stages
+
+loss-compare: $(VENV)/installed ## 50 steps of every model end with the bits that the code of BASE ends with
+	$(RUN) -m tests.faults.loss_compare $(BASE)
 
 check: $(VENV)/installed audit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy zsr jobs tests benchmarks
+	$(BIN)/mypy zsr jobs cluster tests benchmarks
 	$(BIN)/lint-imports
 
 format: $(VENV)/installed

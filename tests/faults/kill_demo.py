@@ -6,13 +6,12 @@ Too long for the tests of each change. Exit status 0 when all digests are equal.
 """
 
 import argparse
-import json
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from tests.faults.killing import finish, kill_after
 
 FLAGS = ("--size", "64", "--epochs", "3")
 
@@ -20,24 +19,6 @@ FLAGS = ("--size", "64", "--epochs", "3")
 def command(output: Path) -> list[str]:
     """The demo, small."""
     return [sys.executable, "-m", "jobs.demo", "--output", str(output), *FLAGS]
-
-
-def finish(output: Path) -> dict[str, Any]:
-    """Run to the end; the JSON line."""
-    done = subprocess.run(command(output), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return results
-
-
-def kill_after(output: Path, seconds: float) -> bool:
-    """Start the demo and SIGKILL its driver after that time; whether it was still running."""
-    with subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return True
-    return False
 
 
 def main() -> int:
@@ -48,14 +29,14 @@ def main() -> int:
     arguments = parser.parse_args()
     coin = random.Random(arguments.seed)
     started = time.monotonic()
-    unbroken = finish(arguments.output / "unbroken")
+    unbroken = finish(command(arguments.output / "unbroken"))
     whole = time.monotonic() - started
     print(f"seed {arguments.seed}; unbroken: {whole:.0f} s, {unbroken['digests']}")
     for kill in range(arguments.kills):
         seconds = coin.uniform(8, whole * 0.6)
-        hit = kill_after(arguments.output / "killed", seconds)
+        hit = kill_after(command(arguments.output / "killed"), seconds)
         print(f"kill {kill}: after {seconds:.0f} s, {'in the middle' if hit else 'it had finished'}", flush=True)
-    resumed = finish(arguments.output / "killed")
+    resumed = finish(command(arguments.output / "killed"))
     same = resumed["digests"] == unbroken["digests"]
     print("equal digests" if same else f"DIFFERENT: {resumed['digests']}")
     return 0 if same else 1

@@ -1,0 +1,1 @@
+"""Everything about machines: starting nodes, a cluster on one machine, and submitting jobs to one."""

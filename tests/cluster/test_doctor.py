@@ -1,0 +1,75 @@
+"""The doctor's table, and that it finds a node whose environment is another."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from cluster.local import ROOT, LocalCluster
+from jobs._job import Results
+from jobs.doctor import Check, Node, comparable, gpus, same_versions
+
+
+def examine(cluster: LocalCluster) -> tuple[int, Results, str]:
+    command = [sys.executable, "-m", "jobs.doctor", "--megabytes", "8", "--min-free-gib", "0.1"]
+    environment = cluster.environment | {"RAY_ADDRESS": cluster.about["address"]}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.stdout.strip(), done.stderr[-3000:]
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def with_another_version(folder: Path, package: str, version: str) -> Path:
+    """An environment that has what this one has, and one package in another version; its interpreter."""
+    venv.create(folder, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (site / "all.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    about = site / f"{package}-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    return folder / "bin" / "python"
+
+
+def test_the_doctor_finds_a_node_with_another_version(tmp_path: Path, local: LocalCluster) -> None:
+    code, healthy, table = examine(local)
+    assert code == 0, healthy
+    assert all(word in table for word in ("versions alike", "all-reduce over 3 nodes, gloo", "free disk", "clock of"))
+    name = local.add("cpu", str(with_another_version(tmp_path / "venv", "simplejpeg", "1.0.0")))
+    try:
+        code, results, table = examine(local)
+    finally:
+        local.remove(name)
+    assert code == 2
+    wrong = [check for check in results["checks"] if check["fix"]]
+    assert [check["what"] for check in wrong] == ["version of simplejpeg"]
+    assert "1.0.0 on cpu" in wrong[0]["found"]
+    assert "FIX" in table
+
+
+def test_builds_and_the_two_packages_of_faiss_may_differ() -> None:
+    cpu = {"torch": "2.13.0+cpu", "faiss-cpu": "1.15.1", "faiss-gpu": ""}
+    gpu = {"torch": "2.13.0", "faiss-cpu": "", "faiss-gpu": "1.15.1"}
+    assert comparable(cpu) == comparable(gpu) == {"torch": "2.13.0", "faiss": "1.15.1"}
+
+
+def node(name: str, torch: str, seen: tuple[int, int] = (0, 0), offered: int = 0) -> Node:
+    facts = {"versions": {"torch": torch}, "gpus_torch": seen[0], "gpus_faiss": seen[1]}
+    return Node(name, name, {"GPU": float(offered)}, facts)
+
+
+def test_the_odd_node_is_named_with_what_to_install() -> None:
+    checks = list(same_versions([node("a", "2.13.0"), node("b", "2.12.1"), node("c", "2.13.0+cpu")]))
+    fix = "install torch 2.13.0 there, or start these nodes from the image of the others"
+    assert checks == [Check("version of torch", "2.13.0 on 2 nodes, 2.12.1 on b", fix)]
+
+
+@pytest.mark.parametrize(
+    ("seen", "offered", "word"),
+    [((1, 1), 1, ""), ((0, 0), 1, "torch has no CUDA"), ((1, 0), 1, "faiss has no CUDA"), ((2, 2), 1, "--num-gpus")],
+)
+def test_gpus_that_are_not_seen_are_told(seen: tuple[int, int], offered: int, word: str) -> None:
+    (check,) = gpus([node("a", "2.13.0", seen, offered)])
+    assert (word in check.fix) if word else not check.fix

@@ -1,0 +1,31 @@
+"""Every stage with its artifacts in an object store."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import toy
+from tests.pipeline import features_only, ok
+from zsr import cluster
+from zsr.artifact import open_artifact
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_from_features_to_report_in_a_bucket(tmp_path: Path, bucket: str) -> None:
+    cluster.disconnect()  # tasks get the environment of the connection: the endpoint of this test
+    raw = toy.write_features(tmp_path / "raw", toy.CLASSES[:7])
+    root = Path(bucket)  # as the flags of jobs make it
+    inputs = features_only(root, raw)
+    here = features_only(tmp_path / "disk", raw)
+    for flag, there, local in zip(inputs[::2], inputs[1::2], here[1::2], strict=True):
+        kind = str(flag).removeprefix("--")
+        assert open_artifact(str(there), kind).digest == open_artifact(str(local), kind).digest
+    split = ("--split", "random:2:0", "--validation-classes", 2)
+    ok("train", *inputs, "--model", "ridge", *split, "--output", root / "checkpoint", "--num-workers", 1)
+    common = [*inputs[:4], "--checkpoint", root / "checkpoint", "--classes", "unseen"]
+    for modality in ("photo", "sketch"):
+        ok("embed", *common, "--modality", modality, "--output", root / modality)
+    flags = ("--embeddings", root / "photo", "--queries", root / "sketch", "--index-dir", root / "index")
+    assert ok("index", "build", *flags)["operating_point"]["recall_sketch"] >= 0.9
+    ok("evaluate", *inputs, "--checkpoint", root / "checkpoint", "--output", tmp_path / "report")
+    assert not Path("s3:").exists()
