@@ -58,6 +58,7 @@ def checkpoint(root: Path, model: str, inputs: Inputs, features: Any, parents: d
     """A checkpoint of a model with random weights."""
     torch.manual_seed(0)
     options = configure(model, {}).model_dump(mode="json")
+    torch.manual_seed(0)
     made = build(model, options, inputs)
     for scale in made.scale.values():
         torch.nn.init.uniform_(scale.get_buffer("mean"))
@@ -131,7 +132,8 @@ def test_pictures_give_the_embeddings_of_the_jobs_without_ray_or_deepspeed(
     for name, embeddings in expected.items():
         found = np.load(name)
         assert (found.shape, found.dtype) == (embeddings.shape, np.float32)
-        np.testing.assert_allclose(found, embeddings, rtol=0, atol=1e-6, err_msg=name)
+        # a backbone sums in an order that its threads decide: one value in 15,000 was seen 1.2e-6 off
+        np.testing.assert_allclose(found, embeddings, rtol=0, atol=1e-5, err_msg=name)
         assert np.ptp(found, axis=0).max() > 1e-3  # pictures differ, and so do their embeddings
 
 
