@@ -73,7 +73,7 @@ class Refused:
     def add(self, modality: str, key: str, kind: str, message: str) -> None:
         self.kinds[kind] += 1
         self.file.seek(0, 2)
-        self.file.write(Bad(f"modality={modality}", -1, 0, key, kind, message).line())
+        self.file.write(Bad(f"modality={modality}", -1, row_id(modality, key), key, kind, message).line())
 
 
 @dataclass

@@ -132,8 +132,6 @@ def train(key: str, metric: str, sample: np.ndarray, seed: int, count: int) -> A
         ivf.do_polysemous_training = False  # serves Hamming filtering, which is not used, and is the slowest step
     if isinstance(index, faiss.IndexPreTransform):
         train_transform(index.chain.at(0), sample, metric)
-    if faiss.get_num_gpus():
-        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(ivf.d, ivf.metric_type))
     with threads(count):
         index.train(sample)
     if links := parse(key)["links"]:
