@@ -109,7 +109,7 @@ class Nodes:
         name = f"{kind}-{self.started}"
         with self._joined(name) as address, interpreter(python):
             self.workers[name] = self.cluster.add_node(**about | {"node_ip_address": address})
-        return {"added": name}
+        return {"added": name, "id": self.workers[name].node_id}
 
     @contextmanager
     def _joined(self, name: str) -> Iterator[str]:
@@ -156,6 +156,7 @@ class Nodes:
             "address": self.cluster.address,
             "dashboard": f"http://{self.cluster.webui_url}",
             "nodes": ["head", *self.workers],
+            "ids": {name: node.node_id for name, node in self.workers.items()},
             "pid": os.getpid(),
         }
 

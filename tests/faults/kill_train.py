@@ -1,8 +1,10 @@
 """Kills workers, nodes and drivers of training runs, and compares with unbroken ones: `make faults`.
 
-    python -m tests.faults.kill_train OUTPUT [--models sem-pcyc cfsa lcale] [--kills 3] [--nodes 1] [--drivers 1]
+    python -m tests.faults.kill_train OUTPUT [--models sem-pcyc cfsa lcale] [--pictures doodle2search] [--kills 3]
+        [--nodes 1] [--drivers 1]
 
-On a cluster of three nodes, on generated features. For each model, against an unbroken run with two workers:
+On a local cluster of three nodes with two logical CPUs each, on generated features, and for --pictures on pictures with
+a small tower that trains along. For each model, against an unbroken run with two workers:
 
     B1  one of the two workers is killed with SIGKILL at a random passing of a named point: in a step, before a state is
         written, after it, in the middle of a write, just after `report`. Equal digests of the checkpoint, and equal
@@ -18,24 +20,21 @@ Kills are drawn from --seed, which is printed. Exit status 0 when all of it hold
 
 import argparse
 import json
-import logging
 import os
 import random
+import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import ray
-from ray.cluster_utils import Cluster
-
+from cluster.local import LocalCluster, local_cluster
 from tests import toy
 from tests.faults.killing import finish
-from tests.pipeline import features_only
 
 EPOCH: Final = 5  # steps, and so the most that a kill may repeat
 EPOCHS: Final = 6
@@ -45,51 +44,64 @@ SHORT: Final = (
 )
 POINTS: Final = ("train.step", "train.save", "train.saved", "train.report", "artifact.write", "artifact.receipt")
 FREE: Final = 60.0  # seconds until all CPUs are free again
+ASK: Final = """
+import json, ray, ray._private.state as state
+ray.init("auto", logging_level="ERROR", log_to_driver=False)
+free = state.available_resources_per_node()
+up = [node for node in ray.nodes() if node["Alive"]]
+print(json.dumps({n["NodeID"]: (n["Resources"].get("CPU", 0), free.get(n["NodeID"], {}).get("CPU", 0)) for n in up}))
+"""
 
 
 @dataclass
 class Nodes:
-    """A cluster of a head and two nodes, whose workers' node can be taken away.
+    """The three-node cluster that jobs started from here run on: a head without CPUs, and two nodes.
 
-    Attributes:
-        cpus: of a node; two workers fit one, beside the tasks that read what they eat.
+    The token and address are in this process's environment, from which jobs inherit them.
     """
 
-    cpus: int = 3
-    cluster: Cluster = field(init=False)
-
-    def __post_init__(self) -> None:
-        # the head takes neither workers nor tasks, so that every node of theirs may go
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
-        for _ in range(2):
-            self.add()
-        os.environ["RAY_ADDRESS"] = str(self.cluster.address)
-        ray.init(address=self.cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-
-    def add(self) -> None:
-        """One more node."""
-        self.cluster.add_node(num_cpus=self.cpus, object_store_memory=200 << 20)
+    cluster: LocalCluster
+    ids: dict[str, str]
 
     def remove_busiest(self) -> None:
         """Take away the node with the fewest free CPUs, abruptly, and put a fresh one in its place."""
-        free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-        busiest = min(self.cluster.worker_nodes, key=lambda node: free.get(node.node_id, {}).get("CPU", 0.0))
-        self.cluster.remove_node(busiest, allow_graceful=False)
-        self.add()
+        free = {node: left for node, (_, left) in cpus().items()}
+        busiest = min(self.ids, key=lambda name: free.get(self.ids[name], 0.0))
+        self.cluster.remove(busiest)
+        del self.ids[busiest]
+        added = self.cluster.ask("add cpu")
+        self.ids[added["added"]] = added["id"]
 
-    def all_free(self) -> bool:
-        """Whether no CPU is held, within a minute."""
-        until = time.monotonic() + FREE
-        while time.monotonic() < until:
-            offered, free = ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
-            if offered.get("CPU") == free.get("CPU"):
-                return True
-            time.sleep(1.0)
-        return False
 
-    def stop(self) -> None:
-        ray.shutdown()
-        self.cluster.shutdown()  # type: ignore[no-untyped-call]
+def cpus() -> dict[str, tuple[float, float]]:
+    """CPUs of each node that is up, and how many of them are free.
+
+    In a process of its own: Ray reads its addresses and whether it has a token when it is imported.
+    """
+    return {node: (held, left) for node, (held, left) in finish([sys.executable, "-c", ASK]).items()}
+
+
+def all_free() -> bool:
+    """Whether no CPU is held, within a minute."""
+    until = time.monotonic() + FREE
+    while time.monotonic() < until:
+        if all(offered == left for offered, left in cpus().values()):
+            return True
+        time.sleep(1.0)
+    return False
+
+
+@contextmanager
+def used(token: Path, **flags: Any) -> Iterator[LocalCluster]:
+    """A local cluster that jobs started meanwhile run on."""
+    before = dict(os.environ)
+    with local_cluster(token, **flags) as cluster:
+        os.environ |= {**cluster.environment, "RAY_ADDRESS": cluster.about["address"]}
+        try:
+            yield cluster
+        finally:
+            os.environ.clear()
+            os.environ |= before
 
 
 @dataclass(frozen=True)
@@ -150,12 +162,11 @@ class Runs:
 def equal(runs: Runs, name: str, digest: str, what: str) -> bool:
     """Finish a run, and compare it with the unbroken one."""
     found = finish(runs.command(name))["checkpoint"]
-    good = found == digest and runs.losses(name) == runs.losses("unbroken") and not runs.left_over(name)
-    print(
-        f"{runs.model}: {what}: {'equal' if good else f'DIFFERENT: {found[:12]}, left {runs.left_over(name)}'}",
-        flush=True,
-    )
-    return good
+    wrong = [f"checkpoint {found[:12]}, expected {digest[:12]}"] if found != digest else []
+    wrong += ["other losses"] if runs.losses(name) != runs.losses("unbroken") else []
+    wrong += [f"left {path}" for path in runs.left_over(name)]
+    print(f"{runs.model}: {what}: {'; '.join(wrong).upper() or 'equal'}", flush=True)
+    return not wrong
 
 
 def kill_workers(runs: Runs, digest: str, kills: int, coin: random.Random) -> bool:
@@ -193,13 +204,13 @@ def kill_drivers(runs: Runs, digest: str, count: int, coin: random.Random) -> bo
     return good
 
 
-def other_worlds(runs: Runs, unbroken: dict[str, Any]) -> bool:
+def other_worlds(runs: Runs, unbroken: dict[str, Any], token: Path) -> bool:
     """B3. A job that may have one worker or two gets what a cluster of its own has room for."""
     steps = EPOCH * EPOCHS
     for cpus, stop in ((3, steps // 3), (2, 2 * steps // 3)):
-        with room(cpus):
+        with used(token, nodes=1, head_cpus=cpus):
             runs.until("worlds", stop, lambda process: process.kill(), "--num-workers", "1:2")
-    with room(3):
+    with used(token, nodes=1, head_cpus=3):
         found = finish(runs.command("worlds", "--num-workers", "1:2"))
     last, wanted = (
         sum(v for k, v in runs.losses(name)[-1].items() if k.startswith("loss/")) for name in ("worlds", "unbroken")
@@ -210,45 +221,63 @@ def other_worlds(runs: Runs, unbroken: dict[str, Any]) -> bool:
     return bool(apart <= 0.01 and score <= 0.01)
 
 
-@contextmanager
-def room(cpus: int) -> Iterator[None]:
-    """A cluster of so many CPUs for the jobs that are started meanwhile."""
-    before = os.environ["RAY_ADDRESS"]
-    head = {"num_cpus": cpus, "object_store_memory": 200 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    os.environ["RAY_ADDRESS"] = str(cluster.address)
-    try:
-        yield
-    finally:
-        os.environ["RAY_ADDRESS"] = before
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+def faults(runs: Runs, asked: argparse.Namespace, coin: random.Random, nodes: Nodes, token: Path) -> bool:
+    """Everything that is asked for, of one model."""
+    unbroken = finish(runs.command("unbroken"))
+    digest = unbroken["checkpoint"]
+    good = kill_workers(runs, digest, asked.kills, coin)
+    good &= remove_nodes(runs, digest, asked.nodes, coin, nodes)
+    good &= kill_drivers(runs, digest, asked.drivers, coin)
+    for _ in range(asked.worlds):
+        good &= other_worlds(runs, unbroken, token)
+    return good
+
+
+def made(root: Path, source: str, raw: Path, *kinds: str, **more: object) -> list[str]:
+    """Prepare `raw` and its class vectors below `root`; the flags that name its artifacts of these kinds."""
+    at = {kind: str(root / kind) for kind in kinds}
+    job = [sys.executable, "-m"]
+    flags = ["--source", source, "--input", str(raw), "--output", at["data"], "--rows-per-shard", "50"]
+    finish([*job, "jobs.prepare", *flags, *(f"--{name}={value}" for name, value in more.items())])
+    finish([*job, "jobs.semantics", "--data", at["data"], "--output", at["semantics"]])
+    return [word for kind, path in at.items() for word in (f"--{kind}", path)]
+
+
+def runs_of(asked: argparse.Namespace) -> list[Runs]:
+    """The runs that are asked for, their inputs made."""
+    root, kinds = asked.output, ("data", "features", "semantics")
+    raw = toy.write_features(root / "raw", each=40)
+    inputs = made(root, "parquet", raw, *kinds, **{"features-output": root / "features"}) if asked.models else []
+    runs = [Runs(inputs, root, model) for model in asked.models]
+    if not asked.pictures:
+        return runs
+    place = root / "pictures"
+    inputs = made(place, "folders", toy.write_pictures(place / "raw", each=20), "data", "semantics")
+    behind = [*inputs, "--tower", "tiny", "--random-weights", "--size", "32", "--augment"]
+    return runs + [Runs(behind, place, model) for model in asked.pictures]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--models", nargs="+", default=["sem-pcyc", "cfsa", "lcale"])
+    parser.add_argument("--models", nargs="*", default=["sem-pcyc", "cfsa", "lcale"])
+    parser.add_argument("--pictures", nargs="*", default=["doodle2search"])
     for name, default in (("kills", 3), ("nodes", 1), ("drivers", 1), ("worlds", 1), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     coin = random.Random(asked.seed)
-    inputs = [str(word) for word in features_only(asked.output, toy.write_features(asked.output / "raw", each=40))]
-    nodes, good = Nodes(), True
+    asked.output.mkdir(parents=True)
+    token = asked.output.absolute() / "token"
+    token.touch(0o600)
+    token.write_text(secrets.token_hex(32))
     print(f"seed {asked.seed}", flush=True)
-    try:
-        for model in asked.models:
-            runs = Runs(inputs, asked.output, model)
-            unbroken = finish(runs.command("unbroken"))
-            digest = unbroken["checkpoint"]
-            good &= kill_workers(runs, digest, asked.kills, coin)
-            good &= remove_nodes(runs, digest, asked.nodes, coin, nodes)
-            good &= kill_drivers(runs, digest, asked.drivers, coin)
-            good &= not asked.worlds or other_worlds(runs, unbroken)
-        free = nodes.all_free()
+    with used(token, nodes=3, kinds=("cpu",)) as cluster:
+        models = runs_of(asked)
+        nodes = Nodes(cluster, dict(cluster.about["ids"]))
+        good = all([faults(runs, asked, coin, nodes, token) for runs in models])
+        free = all_free()
         print("all CPUs are free" if free else "CPUS ARE STILL HELD", flush=True)
-        return 0 if good and free else 1
-    finally:
-        nodes.stop()
+    return 0 if good and free else 1
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ All models, and half precision, are in `make stages`.
 
 import pytest
 
-from tests.training.stages import CONTROL, TOLERANCE, Job, Weights, gap, jobs_of, small, together
+from tests.training.stages import CONTROL, EXACT, TOLERANCE, Job, Weights, bits, doubled, gap, jobs_of, small, together
 
 STEPS = 20
 LCALE = jobs_of("lcale")
@@ -15,6 +15,7 @@ DOODLE = {
     "contrastive: whole": Job("contrastive", tower=True),
     "contrastive: two pieces": Job("contrastive", stage=1, pieces=2, tower=True),
 }
+DOUBLE = doubled("lcale")
 APART = {"apart": Job("lcale", apart=True)}
 COMPARED = [
     (name, base)
@@ -26,7 +27,7 @@ COMPARED = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
-    return together(LCALE | DOODLE | APART, STEPS, tmp_path_factory.mktemp("stages"))
+    return together(LCALE | DOODLE | APART | DOUBLE, STEPS, tmp_path_factory.mktemp("stages"))
 
 
 def start(job: Job) -> Weights:
@@ -36,6 +37,13 @@ def start(job: Job) -> Weights:
 @pytest.mark.parametrize(("name", "base"), COMPARED)
 def test_the_weights_are_those_of_stage_0_in_one_piece(name: str, base: str, results: dict[str, Weights]) -> None:
     assert gap(results[name], results[base], start((LCALE | DOODLE)[base])) <= TOLERANCE
+
+
+def test_in_64_bits_ranks_and_pieces_are_the_same_far_more_closely(results: dict[str, Weights]) -> None:
+    with bits(double=True):
+        begin = start(DOUBLE["lcale: 64 bits, two ranks"])
+    whole, *others = (results[name] for name in DOUBLE)
+    assert max(gap(other, whole, begin) for other in others) <= EXACT
 
 
 def test_the_comparison_sees_ranks_that_do_not_gather(results: dict[str, Weights]) -> None:

@@ -1,5 +1,6 @@
 """The training loop: batches in, named losses out, a validation score and a staged state after each epoch."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,7 @@ def train(
     """Train until `last_step` or until the patience runs out; the newest state lies in `staging` when this returns.
 
     Args:
-        validation: None where no class is held out; the patience then never runs out.
+        validation: on rank 0. None where no class is held out, and the patience then never runs out.
         report: called once an epoch on every rank, with the epoch's numbers.
         recompute: see `Engines`.
 
@@ -107,10 +108,12 @@ def train(
 def _score(
     validation: Validation | None, engines: Engines, weights: Mapping[str, Tensor], place: Place
 ) -> float | None:
-    """The validation score of whole weights, worked out on rank 0; equal on all ranks. None without validation."""
-    if validation is None:
-        return None
-    return broadcast(validation.of(engines.whole_model(weights), place.device) if place.rank == 0 else 0.0)
+    """The validation score of whole weights, worked out on rank 0, which alone has the rows; equal on all ranks.
+
+    None without validation: what is broadcast then is NaN, since the other ranks cannot know.
+    """
+    found = broadcast(math.nan if validation is None else validation.of(engines.whole_model(weights), place.device))
+    return None if math.isnan(found) else found
 
 
 def _patience_spent(progress: Progress, settings: TrainSettings) -> bool:

@@ -282,12 +282,13 @@ def _fit(run: Run, staging: Staging) -> None:
     Ray Train's own FailureConfig would retry errors of the code too; states are ours, so a fresh start is a resumption.
     """
     require_workers(run.settings.workers[0])
+    place = run.output.root / "ray" / staging.plan.digest[:12]
+    shutil.rmtree(place, ignore_errors=True)  # what a driver has left that was killed
     for attempt in range(RESTARTS + 1):
-        # a name of its own each time: Ray Train would otherwise restore from its own state file, which is written in
-        # place; ours is written once
-        folder = run.output.root / "ray" / uuid.uuid4().hex
         try:
-            _trainer(run, staging, folder).fit()
+            # a name of its own each time: Ray Train would otherwise restore from its own state file, which is written
+            # in place; ours is written once
+            _trainer(run, staging, place / uuid.uuid4().hex).fit()
             return
         except (WorkerGroupError, ControllerError, RayActorError) as error:
             failures = _failures(error)
@@ -296,7 +297,7 @@ def _fit(run: Run, staging: Staging) -> None:
             lost = sorted(map(str, failures))
             logger.warning("workers %s failed; starting again from the last state (%d)", lost, attempt + 1)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _fit_alone(run: Run, staging: Staging) -> None:
@@ -386,7 +387,7 @@ def _train(run: Run, staging: Staging, place: Place, report: Callable[[dict[str,
         raise ConfigError("--augment is for pictures; train with --tower, or leave it out")
     rows = run.settings.rows(place.world) * place.world
     meter = Meter(metrics_path(run, staging.plan.digest) if place.rank == 0 else None, run.tracking.every, rows)
-    validation = _validation(run)
+    validation = _validation(run) if place.rank == 0 else None  # as whole rows: no other rank should hold them
     with closing(_batches(run, model, words, place)) as batches:
         train(
             model,
