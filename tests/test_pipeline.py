@@ -143,6 +143,31 @@ def test_unseen_poison_leaves_every_loss_and_weight_as_it_is(tmp_path: Path, tra
     assert _terms(losses[0]) == _terms(losses[1])
 
 
+def test_unseen_pictures_that_cannot_be_decoded_leave_every_loss_and_weight_as_it_is(tmp_path: Path) -> None:
+    tower = ("--tower", "tiny", "--random-weights", "--size", 16, "--model", "doodle2search", "--augment")
+
+    def train(name: str) -> tuple[bytes, list[dict[str, float]]]:
+        root = tmp_path / name
+        data = ("--data", root / "data")
+        ok("prepare", "--source", "folders", "--input", root / "raw", "--output", data[1], "--max-bad-rows", 30)
+        ok("semantics", *data, "--output", root / "semantics")
+        ok("train", *tower, *data, "--semantics", root / "semantics", "--output", root / "out", *SHORT,
+           "--num-workers", 1)  # fmt: skip
+        losses = next((root / "out" / "logs").rglob("metrics.jsonl")).read_text()
+        return open_checkpoint(root / "out").read("model.safetensors"), _terms(losses)
+
+    toy.write_pictures(tmp_path / "whole" / "raw")
+    wanted = train("whole")
+    raw = toy.write_pictures(tmp_path / "poisoned" / "raw")
+    cut = 0
+    for name in open_checkpoint(tmp_path / "whole" / "out").config["split"]["unseen"]:
+        for picture in sorted(raw.glob(f"*/{name}/*.png"))[::2]:
+            picture.write_bytes(picture.read_bytes()[:60])  # its header is whole, its pixels are not
+            cut += 1
+    assert cut == 24
+    assert train("poisoned") == wanted
+
+
 def open_checkpoint(root: Path) -> Any:
     return open_artifact(root, "checkpoint")
 

@@ -51,15 +51,29 @@ def canonical_label(name: str) -> str:
     return re.sub(r"[\s\-]+", "_", name.strip().lower())
 
 
+WORD: Final = 2**64
+STEP: Final = 0x9E3779B97F4A7C15  # of SplitMix64, as the two factors of its finaliser are
+FIRST: Final = 0xBF58476D1CE4E5B9
+SECOND: Final = 0x94D049BB133111EB
+
+
 def order_key(ids: np.ndarray, seed: int) -> np.ndarray:
     """A seeded 64-bit hash of each id, (N,) int64 -> (N,) uint64: sorting by it shuffles rows the same way each time.
 
     The finaliser of SplitMix64, a bijection, so that distinct ids keep distinct places.
     """
-    mixed = ids.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = ids.astype(np.uint64) + np.uint64((seed + 1) * STEP % WORD)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(FIRST)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(SECOND)
     return np.asarray(mixed ^ (mixed >> np.uint64(31)), dtype=np.uint64)
+
+
+def order_key_of_one(value: int, seed: int) -> int:
+    """`order_key` of one id, given as 0..2^64 - 1: a step of training wants several, and arrays of one are slow."""
+    mixed = (value + (seed + 1) * STEP) % WORD
+    mixed = (mixed ^ (mixed >> 30)) * FIRST % WORD
+    mixed = (mixed ^ (mixed >> 27)) * SECOND % WORD
+    return mixed ^ (mixed >> 31)
 
 
 def home_rank(ids: np.ndarray, world: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zsr.batch import Batch
-from zsr.data.rows import order_key
+from zsr.data.rows import order_key, order_key_of_one
 from zsr.data.shards import Block
 from zsr.errors import ConfigError
 
@@ -23,10 +23,10 @@ logger = logging.getLogger("zsr")
 
 def seed_of(*parts: int) -> int:
     """One 63-bit seed from several integers, in order; (1, 2) and (2, 1) differ."""
-    mixed = np.array([0], dtype=np.int64)
+    mixed = 0
     for part in parts:
-        mixed = order_key(mixed.view(np.int64) ^ np.int64(part % 2**62), seed=7).view(np.int64)
-    return int(mixed[0]) & (2**63 - 1)
+        mixed = order_key_of_one(mixed ^ (part % 2**62), seed=7)
+    return mixed % 2**63
 
 
 class Reservoir:
