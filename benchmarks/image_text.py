@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs import features, prepare, semantics
+from zsr import cluster
 from zsr.artifact import open_artifact
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
 from zsr.data.semantics import class_vectors
@@ -296,7 +297,8 @@ def load(flags: argparse.Namespace, world: World) -> tuple[Sides, NDArray[np.flo
     semantics.work(semantics.Config(data=at["data"], kinds=(world.kind,), output=at["semantics"]))
     data, vectors, words = (open_artifact(at[kind], kind) for kind in at)
     names = tuple(sorted(data.facts["classes"]))
-    rows = (collect(data, vectors, modality, names) for _, modality in SIDES)
+    rows = [collect(data, vectors, modality, names) for _, modality in SIDES]
+    cluster.disconnect()  # the models train in this process
     return Sides(*rows), class_vectors(words, names), names
 
 

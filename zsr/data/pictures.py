@@ -22,7 +22,7 @@ from zsr.data.decode import BadImage, Limits, Pictures, decode
 from zsr.data.rows import row_id
 from zsr.errors import DamagedArtifact
 
-CACHE: Final = 256 << 20  # bytes of encoded pictures that a process holds: the row groups that it draws from
+CACHE: Final = 512 << 20  # bytes of encoded pictures that a process holds: the row groups that it draws from
 OPEN: Final = 64  # shards that a process keeps open
 LISTED: Final = pa.schema(
     [("shard", pa.int32()), ("row", pa.int32()), ("id", pa.int64()), ("pair", pa.int64()), ("label", pa.int64())]

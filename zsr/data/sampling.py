@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zsr.batch import Batch
-from zsr.data.rows import order_key, order_key_of_one
+from zsr.data.rows import order_key_of_one
 from zsr.data.shards import Block
 from zsr.errors import ConfigError
 

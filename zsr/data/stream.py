@@ -8,6 +8,7 @@ Shapes: N rows, C classes, B rows of a rank's batch, R rows of all its sides, S 
 """
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -157,7 +158,7 @@ def first_pictures(data: Artifact, pictures: Pictures, sides: Sides, side: Rolli
     work = Work(data, sides.names, pictures, False, np.arange(size))
     with closing(_rows(_dataset(items, work))) as rows:
         for table in rows:
-            yield _pixels(table, pictures)
+            yield _pixels(table, pictures).copy()
 
 
 class Stream:
@@ -245,7 +246,7 @@ class Stream:
         return np.concatenate([self.sides.sketch.places[plan.sketch.numpy()], self.sides.photo.places[photos.numpy()]])
 
     def _batch(self, plan: Draw, table: pa.Table, size: int) -> Batch:
-        pixels = torch.from_numpy(_pixels(table, self.pictures)).to(self.words.device)
+        pixels = _tensor(_pixels(table, self.pictures)).to(self.words.device)
         sketch, photo, *negative = torch.split(pixels, size)
         return labelled(plan, self.words, sketch, photo, negative[0] if negative else None)
 
@@ -274,6 +275,13 @@ def _rows(dataset: Dataset) -> Generator[pa.Table]:
 
 
 def _pixels(table: pa.Table, pictures: Pictures) -> np.ndarray:
-    """The pictures of a row, (R, S, S, 3): a copy, since a block's memory is read-only and goes back to its store."""
+    """The pictures of a row, (R, S, S, 3), to be read only: they lie in the object store as long as they are held."""
     side = pictures.resize.size
-    return np.array(table.column("pixels").chunk(0).flatten().to_numpy().reshape(-1, side, side, 3))
+    return cast(np.ndarray, table.column("pixels").chunk(0).flatten().to_numpy().reshape(-1, side, side, 3))
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """The same memory as a tensor. Nothing that gets a batch writes into it, so that torch's warning is for nobody."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(pixels)
