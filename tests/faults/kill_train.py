@@ -43,6 +43,7 @@ SHORT: Final = (
     *("--steps-per-epoch", str(EPOCH), "--batch-size", "16", "--log-every", "1"),
 )
 POINTS: Final = ("train.step", "train.save", "train.saved", "train.report", "artifact.write", "artifact.receipt")
+Deed = Callable[[subprocess.Popen[bytes]], None]  # what is done to a running job
 FREE: Final = 60.0  # seconds until all CPUs are free again
 ASK: Final = """
 import json, ray, ray._private.state as state
@@ -147,7 +148,7 @@ class Runs:
         with subprocess.Popen(self.command(name, *more), stdout=quiet, stderr=quiet) as process:
             yield process
 
-    def until(self, name: str, step: int, then: Callable[[subprocess.Popen[bytes]], None], *more: str) -> bool:
+    def until(self, name: str, step: int, then: Deed, *more: str) -> bool:
         """Start a run, do something once it has logged that step, and wait for its end; whether it came to it."""
         with self.started(name, *more) as process:
             while process.poll() is None:
@@ -184,23 +185,12 @@ def kill_workers(runs: Runs, digest: str, kills: int, coin: random.Random) -> bo
     return good
 
 
-def remove_nodes(runs: Runs, digest: str, count: int, coin: random.Random, nodes: Nodes) -> bool:
-    """B2, nodes."""
+def interrupted(runs: Runs, digest: str, what: str, count: int, coin: random.Random, do: Deed) -> bool:
+    """B2. So many runs, each with something done to it after some step, and then submitted again."""
     good = True
     for number in range(count):
-        step = coin.randint(2, EPOCH * EPOCHS - 2)
-        hit = runs.until(f"node-{number}", step, lambda _: nodes.remove_busiest())
-        good &= hit and equal(runs, f"node-{number}", digest, f"the workers' node removed after step {step}")
-    return good
-
-
-def kill_drivers(runs: Runs, digest: str, count: int, coin: random.Random) -> bool:
-    """B2, drivers."""
-    good = True
-    for number in range(count):
-        step = coin.randint(2, EPOCH * EPOCHS - 2)
-        hit = runs.until(f"driver-{number}", step, lambda process: process.kill())
-        good &= hit and equal(runs, f"driver-{number}", digest, f"the driver killed after step {step}, submitted again")
+        name, step = f"{what.split()[0]}-{number}", coin.randint(2, EPOCH * EPOCHS - 2)
+        good &= runs.until(name, step, do) and equal(runs, name, digest, f"{what} after step {step}")
     return good
 
 
@@ -226,8 +216,10 @@ def faults(runs: Runs, asked: argparse.Namespace, coin: random.Random, nodes: No
     unbroken = finish(runs.command("unbroken"))
     digest = unbroken["checkpoint"]
     good = kill_workers(runs, digest, asked.kills, coin)
-    good &= remove_nodes(runs, digest, asked.nodes, coin, nodes)
-    good &= kill_drivers(runs, digest, asked.drivers, coin)
+    good &= interrupted(
+        runs, digest, "node of the workers removed", asked.nodes, coin, lambda _: nodes.remove_busiest()
+    )
+    good &= interrupted(runs, digest, "driver killed", asked.drivers, coin, lambda process: process.kill())
     for _ in range(asked.worlds):
         good &= other_worlds(runs, unbroken, token)
     return good
