@@ -105,6 +105,17 @@ def require_workers(workers: int) -> None:
     logger.warning("%s: they wait until nodes are added", message)
 
 
+def decoders(ranks: int) -> tuple[int, float]:
+    """How many actors each of `ranks` trainers may keep to read for it, and the CPUs that one asks Ray for.
+
+    One CPU for each trainer and one for the job itself are left out. Where fewer than two are left for a rank, an actor
+    asks for a fraction: those that hold a CPU never give it back, and after the loss of a node all ranks must still
+    find a place for one, or the ranks that have theirs would wait for ever for the one that has not.
+    """
+    left = max(0.0, resources().get("CPU", 0.0) - 1 - ranks) / ranks
+    return max(1, int(left)), 1.0 if left >= 2 else round(left / 4, 2)
+
+
 def disconnect() -> None:
     """Leave the cluster, and stop it if this process started it. Safe to call when not connected."""
     global _local

@@ -104,7 +104,7 @@ class Cache:
         return found
 
 
-_cache = Cache(CACHE)  # one a process; the tasks of a stream share it, since consecutive ones read the same row groups
+_cache = Cache(CACHE)  # one a process
 
 
 def pixels(encoded: bytes | None, pictures: Pictures, modality: str) -> np.ndarray:
@@ -156,32 +156,40 @@ def list_rows(item: Mapping[str, Any], data: Artifact, classes: tuple[str, ...])
     return pa.table(columns, LISTED.names).cast(LISTED)
 
 
-def decode_batches(item: Mapping[str, Any], work: Work) -> Iterator[pa.Table]:
-    """Some consecutive batches of one rank, each a table of one row.
+class Decoder:
+    """Some consecutive batches of one rank at each call, each a table of one row. An actor, so that it reads ahead in
+    one process what its next calls need again, and so that no process more than there are CPUs decodes."""
 
-    Args:
-        item: `places`, bytes of (batches, R, 2) int32, shard number and row of each picture; `seeds`, bytes of
-            (batches,) int64; `first`, the number of the first batch.
+    def __init__(self, work: Work) -> None:
+        self.work = work
 
-    Yields:
-        Columns number; decoded, how many pictures were decoded for it; pixels, R * S * S * 3 of uint8.
+    def __call__(self, item: Mapping[str, Any]) -> Iterator[pa.Table]:
+        """Decode what `item` asks for.
 
-    Raises:
-        DamagedArtifact: a shard is not what its manifest says, or a picture that `prepare` decoded does not decode.
-    """
-    places = np.frombuffer(item["places"][0], np.int32).reshape(-1, len(work.slots), 2)
-    seeds = np.frombuffer(item["seeds"][0], np.int64)
-    uses = Counter((n, row) for n, row in places.reshape(-1, 2).tolist())
-    shards = {n: shard(work.data, work.names[n]) for n in sorted({n for n, _ in uses})}
-    held: dict[tuple[int, int], np.ndarray] = {}
-    for number, (batch_R2, seed) in enumerate(zip(places, seeds, strict=True), int(item["first"][0])):
-        batch = [(n, row) for n, row in batch_R2.tolist()]
-        new = set(batch) - held.keys()
-        held |= {(n, row): _decoded(work, shards[n], n, row) for n, row in sorted(new)}
-        found = _augmented(work, [held[place] for place in batch], int(seed))
-        uses.subtract(batch)
-        held = {place: picture for place, picture in held.items() if uses[place]}
-        yield pa.table({"number": [number], "decoded": [len(new)], "pixels": _one_row(found)})
+        Args:
+            item: `places`, bytes of (batches, R, 2) int32, shard number and row of each picture; `seeds`, bytes of
+                (batches,) int64; `first`, the number of the first batch.
+
+        Yields:
+            Columns number; decoded, how many pictures were decoded for it; pixels, R * S * S * 3 of uint8.
+
+        Raises:
+            DamagedArtifact: a shard is not what its manifest says, or a picture that `prepare` decoded does not decode.
+        """
+        work = self.work
+        places = np.frombuffer(item["places"][0], np.int32).reshape(-1, len(work.slots), 2)
+        seeds = np.frombuffer(item["seeds"][0], np.int64)
+        uses = Counter((n, row) for n, row in places.reshape(-1, 2).tolist())
+        shards = {n: shard(work.data, work.names[n]) for n in sorted({n for n, _ in uses})}
+        held: dict[tuple[int, int], np.ndarray] = {}
+        for number, (batch_R2, seed) in enumerate(zip(places, seeds, strict=True), int(item["first"][0])):
+            batch = [(n, row) for n, row in batch_R2.tolist()]
+            new = set(batch) - held.keys()
+            held |= {(n, row): _decoded(work, shards[n], n, row) for n, row in sorted(new)}
+            found = _augmented(work, [held[place] for place in batch], int(seed))
+            uses.subtract(batch)
+            held = {place: picture for place, picture in held.items() if uses[place]}
+            yield pa.table({"number": [number], "decoded": [len(new)], "pixels": _one_row(found)})
 
 
 def _decoded(work: Work, at: Shard, number: int, row: int) -> np.ndarray:

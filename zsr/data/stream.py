@@ -20,19 +20,20 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.data import Dataset
+from ray.data import ActorPoolStrategy, Dataset
 from torch import Tensor
 
 from zsr.artifact import Artifact
 from zsr.batch import Batch
-from zsr.cluster import connect
+from zsr.cluster import connect, decoders
 from zsr.data.decode import Pictures
-from zsr.data.pictures import LISTED, Work, decode_batches, list_rows
+from zsr.data.pictures import LISTED, Decoder, Work, list_rows
 from zsr.data.sampling import Draw, Draws, labelled, seed_of
 from zsr.errors import ConfigError
 
 CHUNK: Final = 64 << 20  # bytes of decoded pictures that one task makes; it yields them a batch at a time
-LEG: Final = 256  # tasks that are planned at once
+LEG: Final = 256  # tasks that are planned at once at first; each leg has twice as many as the one before
+LONGEST: Final = 4096  # tasks of a leg at most
 AHEAD: Final = 2  # batches that are fetched from the object store before they are asked for
 
 
@@ -156,7 +157,7 @@ def first_pictures(data: Artifact, pictures: Pictures, sides: Sides, side: Rolli
     seeds = np.zeros(1, np.int64)
     items = [{"places": part.tobytes(), "seeds": seeds.tobytes(), "first": i} for i, part in enumerate(parts)]
     work = Work(data, sides.names, pictures, False, np.arange(size))
-    with closing(_rows(_dataset(items, work))) as rows:
+    with closing(_rows(_dataset(items, work, 1))) as rows:
         for table in rows:
             yield _pixels(table, pictures).copy()
 
@@ -225,10 +226,12 @@ class Stream:
         work = Work(self.data, self.sides.names, self.pictures, self.augment, slots)
         each = max(1, CHUNK // (len(slots) * 3 * self.pictures.resize.size**2))
         turns = ((s, r) for s in range(step, self.last_step + 1) for r in range(self.repetitions))
-        while leg := list(islice(turns, each * LEG)):
+        tasks = LEG
+        while leg := list(islice(turns, each * tasks)):
+            tasks = min(2 * tasks, LONGEST)
             plans = deque(self.draws.of(s, size, rank, world, r) for s, r in leg)
             items = [self._item(leg[i : i + each], list(plans)[i : i + each], i) for i in range(0, len(leg), each)]
-            with closing(_rows(_dataset(items, work))) as rows:
+            with closing(_rows(_dataset(items, work, world))) as rows:
                 for number, table in enumerate(rows):
                     if table.column("number")[0].as_py() != number:
                         raise RuntimeError(f"batch {number} came out of order; Ray Data has to preserve it")
@@ -251,13 +254,25 @@ class Stream:
         return labelled(plan, self.words, sketch, photo, negative[0] if negative else None)
 
 
-def _dataset(items: list[dict[str, Any]], work: Work) -> Dataset:
-    """The decoding of `items`, an Arrow row a batch and a block a row, in order."""
+def _dataset(items: list[dict[str, Any]], work: Work, ranks: int) -> Dataset:
+    """The decoding of `items`, an Arrow row a batch and a block a row, in order, by one of `ranks` that do the same.
+
+    A pool of actors, and not tasks: those run in whichever process is free, so that every process reads every row group
+    and checks every shard, and a CPU waits between two of them.
+    """
     connect()
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     # before the map, which takes it over; a block leaves its task as soon as it holds more than this, so with one row
     dataset.context.target_max_block_size = len(work.slots) * 3 * work.pictures.resize.size**2
-    return dataset.map_batches(cast(Any, decode_batches), fn_args=(work,), batch_size=1, batch_format="numpy")
+    actors, cpus = decoders(ranks)
+    return dataset.map_batches(
+        cast(Any, Decoder),
+        fn_constructor_args=(work,),
+        compute=ActorPoolStrategy(size=min(actors, len(items)), max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus,
+        batch_size=1,
+        batch_format="numpy",
+    )
 
 
 def _rows(dataset: Dataset) -> Generator[pa.Table]:
