@@ -123,11 +123,11 @@ class Peaks:
 
 
 def _role(process: psutil.Process) -> str:
-    """What a process of Ray does; workers are named by their task, and all of them are workers here."""
+    """What a process of Ray does: trains, decodes for it, or something else as a worker."""
     words = process.cmdline()
     name = os.path.basename(words[0]) if words else str(process.name())
     if name.startswith("ray::") or any("default_worker.py" in word for word in words):
-        return "worker"
+        return {"ray::MapWorker": "decoder", "ray::RayTrainWorker": "trainer"}.get(name.split("(")[0], "worker")
     return next((os.path.basename(word) for word in words if word.endswith(".py")), name)
 
 
