@@ -6,13 +6,13 @@ A run is a few steps of a small model on fixed batches. Runs are compared by the
 divided by the distance that the second one travelled from its start. Dropout is off, and every other draw of noise is
 the same for a row of the global batch wherever that row is, as it is a function of (step, call, row).
 
-All runs do the same sums in another order, and stages share out weights to fused optimizers in other pieces, whose last
-numbers are rounded in another way. Adam's first steps are of one size whatever the gradient's, so they blow that up
-where a gradient is nearly 0, as that of a bias before batch normalisation is. That nothing else stands between the runs
-is seen in 64 bits, where one rank equals two within EXACT (measured: at most 3.7e-9, against 5.5e-4 of the same runs in
-32 bits); and without fused optimizers SEM-PCYC's and CFSA's stages agree in every bit. TOLERANCE, for 32 bits, lies
-above all gaps that were measured; what a coupled term loses when ranks do not gather was 2.6e-2, and has to stay above
-CONTROL.
+ZeRO stages, and what stopped at one stage and goes on at another, agree in every bit, once the optimizers are not
+fused: a fused one rounds the last numbers of a tensor in another way, and stages cut tensors up differently. Ranks and
+pieces add in another order, so they are compared in 64 bits (EXACT; where pieces meet stage 2 or 3, whose sums over
+pieces DeepSpeed keeps in 32 bits, SUMMED). In 32 bits Adam's first steps, of one size whatever the gradient's, blow
+rounding up where a gradient is nearly 0, as that of a bias before batch normalisation is: to 1.9e-2 for CVAE behind a
+tower, where a coupled term whose ranks do not gather loses 2.5e-2. What training really does, fused and in 32 or 16
+bits, has to come within LOOSE.
 """
 
 import argparse
@@ -38,15 +38,14 @@ from tests.models.helpers import CLASSES, INPUTS, batch, cut, triplets
 from tests.models.test_models import SMALL, STEPPED
 from zsr.batch import Batch
 from zsr.models import backbones, build, layers, lcale
-from zsr.models.protocol import Inputs, Model, Tower
+from zsr.models.protocol import Inputs, Model, Optimizer, Tower
 from zsr.training.engines import Engines, Precision, Stage, deepspeed_config, init_distributed
 
 ROWS: Final = 16  # of the global batch
 STEPS: Final = 20
-TOLERANCE: Final = 2e-3
-EXACT: Final = 1e-7
-CONTROL: Final = 1e-2
-HALVED: Final = 1e-1  # 8 bits of mantissa in place of 24
+EXACT: Final = 1e-6  # features behind a tower are rounded to 32 bits; measured: at most 7.6e-8
+SUMMED: Final = 1e-2  # measured: at most 6.2e-3, for LCALE behind a tower
+LOOSE: Final = 1e-1  # 8 bits of mantissa in place of 24
 # every draw that is not a function of the row's place in the global batch is off
 QUIET: Final[Mapping[str, Mapping[str, Any]]] = {
     "sem-pcyc": {"dim": 6, "dropout": 0.0, "gan": "logistic", "l21_weight": 1.0},
@@ -56,6 +55,7 @@ QUIET: Final[Mapping[str, Mapping[str, Any]]] = {
 WHOLE_ONLY: Final = ("sem-pcyc", "caae", "cfsa")  # several phases: no tower trains behind them
 APART: Final = ("doodle2search", "classifier")  # their pieces are taken at stage 3, too
 NO_STAGE_3: Final = ("cfsa",)
+STAGES: Final[tuple[Stage, ...]] = (1, 2, 3)
 
 Weights = dict[str, Tensor]
 
@@ -72,6 +72,8 @@ class Job:
         recompute: the tower forgets its activations.
         apart: ranks do not gather the rows of coupled terms: the mistake that the tolerance has to see.
         double: everything in 64 bits.
+        fused: optimizers as in training.
+        like: the job whose weights it has to end with, in every bit.
     """
 
     model: str
@@ -85,6 +87,8 @@ class Job:
     recompute: bool = False
     apart: bool = False
     double: bool = False
+    fused: bool = False
+    like: str = ""
 
 
 def inputs(job: Job) -> Inputs:
@@ -158,7 +162,8 @@ def run(job: Job, count: int, held: Weights | None) -> Weights:
     if held is not None:
         model.load_state_dict(part(held, "model/"))
     gather = (lambda values: values) if job.apart else layers.gather_over_ranks
-    with patch.object(lcale, "gather_over_ranks", gather):
+    build_optimizer = Optimizer.build if job.fused else unfused
+    with patch.object(lcale, "gather_over_ranks", gather), patch.object(Optimizer, "build", build_optimizer):
         rows = ROWS // job.world // job.pieces
         engines = Engines(model, rows, deepspeed_config(job.stage, job.precision), recompute=job.recompute)
         if held is not None:
@@ -169,6 +174,14 @@ def run(job: Job, count: int, held: Weights | None) -> Weights:
         return weights
     states = {f"state/{name}": value for name, value in engines.state().items()}
     return {f"model/{name}": value for name, value in weights.items()} | states
+
+
+def unfused(options: Optimizer, parameters: Any, build: Callable[..., Any] = Optimizer.build) -> torch.optim.Optimizer:
+    """`Optimizer.build`, for an optimizer whose rounding does not depend on where a tensor begins."""
+    made: torch.optim.Optimizer = build(options, parameters)
+    for group in (*made.param_groups, made.defaults):
+        group["fused"] = False
+    return made
 
 
 def part(held: Weights, beginning: str) -> Weights:
@@ -236,66 +249,85 @@ def gap(found: Weights, wanted: Weights, start: Weights) -> float:
 
 
 def jobs_of(model: str, *, tower: bool = False) -> dict[str, Job]:
-    """What is compared for a model; the first job is what all others have to equal."""
-    base = Job(model, tower=tower)
-    stages = [stage for stage in (1, 2, 3) if stage < 3 or model not in NO_STAGE_3]
-    last = cast(Stage, stages[-1])
-    jobs = {"stage 0": base}
-    jobs |= {f"stage {stage}": replace(base, stage=cast(Stage, stage)) for stage in stages}
-    jobs |= {"half": replace(base, stage=last, half=True), "half of stage 1": replace(base, stage=1, half=True)}
+    """The runs of a model that have to be `like` another of them."""
+    base = Job(model, tower=tower, like="stage 0")
+    stages = [stage for stage in STAGES if stage < 3 or model not in NO_STAGE_3]
+    last = stages[-1]
+    jobs = {"stage 0": replace(base, like="")}
+    jobs |= {f"stage {stage}": replace(base, stage=stage) for stage in stages}
     jobs |= {
+        "half": replace(base, stage=last, half=True, like=""),
+        "half of stage 1": replace(base, stage=1, half=True, like=""),
         f"stage {last}, on at stage 0": replace(base, after="half"),
         f"stage 1, on at stage {last}": replace(base, stage=last, after="half of stage 1"),
-        "one rank": replace(base, world=1),
-        "one rank, two pieces": replace(base, world=1, pieces=2),
-        f"stage {last}, on alone at stage 1": replace(base, stage=1, world=1, after="half"),
+        f"stage {last}, on alone at stage 0": replace(base, world=1, after="half", like=""),
+        f"stage {last}, on alone at stage 1": replace(
+            base, stage=1, world=1, after="half", like=f"stage {last}, on alone at stage 0"
+        ),
     }
     if tower:
-        exact = [stage for stage in stages if stage < 3 or model in APART]
-        jobs |= {f"stage {s}, two pieces": replace(base, stage=cast(Stage, s), pieces=2) for s in exact}
+        jobs["stage 0, two pieces"] = replace(base, pieces=2, like="")
+        jobs["stage 1, two pieces"] = replace(base, pieces=2, stage=1, like="stage 0, two pieces")
         jobs["recomputed"] = replace(base, stage=last, recompute=True)
-    return {f"{model}{' behind a tower' if tower else ''}: {name}": value for name, value in named(jobs, model, tower)}
+    return named(model, tower, jobs)
 
 
-def named(jobs: Mapping[str, Job], model: str, tower: bool) -> Iterator[tuple[str, Job]]:
-    """The jobs, each of which goes on from one of its own model."""
-    for name, job in jobs.items():
-        after = f"{model}{' behind a tower' if tower else ''}: {job.after}" if job.after else ""
-        yield name, replace(job, after=after)
+def doubled(model: str, *, tower: bool = False) -> dict[str, Job]:
+    """The same model in 64 bits: on two ranks, on one, and in two pieces, each added over ranks from stage 2 on."""
+    base = Job(model, tower=tower, double=True)
+    alone = replace(base, world=1)
+    jobs = {"two ranks": base, "one rank": alone, "one rank, two pieces": replace(alone, pieces=2)}
+    if tower:
+        stages: tuple[Stage, ...] = (2, 3) if model in APART else (2,)
+        jobs |= {f"stage {stage}, two pieces": replace(base, stage=stage, pieces=2) for stage in stages}
+    return named(model, tower, {f"64 bits, {name}": job for name, job in jobs.items()})
 
 
-def doubled(model: str) -> dict[str, Job]:
-    """The same model in 64 bits, at stage 0: on two ranks, on one, and in two pieces."""
-    base = Job(model, double=True)
-    named = {"two ranks": base, "one rank": replace(base, world=1), "two pieces": replace(base, world=1, pieces=2)}
-    return {f"{model}: 64 bits, {name}": job for name, job in named.items()}
-
-
-def halved(model: str) -> dict[str, Job]:
-    """The same model in bfloat16."""
+def loose(model: str, *, tower: bool = False) -> dict[str, Job]:
+    """The same model as it really trains, fused, and on features in bfloat16, too."""
+    base = Job(model, tower=tower, fused=True)
     stages: tuple[Stage, ...] = (0, 2) if model in NO_STAGE_3 else (0, 2, 3)
-    return {f"{model}: bf16, stage {stage}": Job(model, stage=stage, precision="bf16") for stage in stages}
+    jobs = {f"fused, stage {stage}": replace(base, stage=stage) for stage in stages}
+    jobs["fused, one rank, two pieces"] = replace(base, world=1, pieces=2)
+    if not tower:
+        jobs |= {f"fused, bf16, stage {stage}": replace(base, stage=stage, precision="bf16") for stage in stages}
+    return named(model, tower, jobs)
+
+
+def named(model: str, tower: bool, jobs: Mapping[str, Job]) -> dict[str, Job]:
+    """The jobs by their whole names, by which they also name each other."""
+    whole = f"{model}{' behind a tower' if tower else ''}: "
+    links = {
+        name: {link: whole + at for link in ("after", "like") if (at := getattr(job, link))}
+        for name, job in jobs.items()
+    }
+    return {whole + name: replace(job, **links[name]) for name, job in jobs.items()}
 
 
 def compare(models: Sequence[str], count: int, folder: Path) -> bool:
     """Run and print everything; whether all gaps are as small, and the control's as large, as they should be."""
     good = True
     for model in models:
-        plain, behind = jobs_of(model), jobs_of(model, tower=True) if model not in WHOLE_ONLY else {}
-        control = {"lcale: ranks that do not gather": Job(model, apart=True)} if model == "lcale" else {}
-        results = together(plain | behind | control | halved(model) | doubled(model), count, folder)
-        for jobs in filter(None, (plain, behind)):
-            base = next(iter(jobs))
-            for name, job in jobs.items():
-                if name != base and not job.half:
-                    good &= show(name, job, results[name], results[base], TOLERANCE)
-        for name, job in doubled(model).items():
-            good &= job.world == 2 or show(name, job, results[name], results[next(iter(doubled(model)))], EXACT)
-        for name, job in halved(model).items():
-            good &= show(name, job, results[name], results[next(iter(plain))], HALVED)
-        for name, job in control.items():
-            good &= not show(name, job, results[name], results[next(iter(plain))], CONTROL)
+        control = {"lcale: ranks that do not gather": Job(model, apart=True, double=True)} if model == "lcale" else {}
+        for tower in (False, True)[: 1 + (model not in WHOLE_ONLY)]:
+            same, wide, rough = (kind(model, tower=tower) for kind in (jobs_of, doubled, loose))
+            apart = {} if tower else control
+            results = together(same | wide | rough | apart, count, folder)
+            for name, job in same.items():
+                good &= not job.like or show(name, job, results[name], results[job.like], 0.0)
+            exact, plain = next(iter(wide)), next(iter(same))
+            for name, job in wide.items():
+                good &= name == exact or show(name, job, results[name], results[exact], bar(job))
+            for name, job in rough.items():
+                good &= show(name, job, results[name], results[plain], LOOSE)
+            for name, job in apart.items():
+                good &= not show(name, job, results[name], results[exact], EXACT)
     return good
+
+
+def bar(job: Job) -> float:
+    """The largest gap that a run in 64 bits may have."""
+    return SUMMED if job.stage >= 2 and job.pieces > 1 else EXACT
 
 
 def show(name: str, job: Job, found: Weights, wanted: Weights, most: float) -> bool:

@@ -5,46 +5,46 @@ All models, and half precision, are in `make stages`.
 
 import pytest
 
-from tests.training.stages import CONTROL, EXACT, TOLERANCE, Job, Weights, bits, doubled, gap, jobs_of, small, together
+from tests.training.stages import EXACT, Job, Weights, bar, bits, doubled, gap, jobs_of, small, together
 
 STEPS = 20
-LCALE = jobs_of("lcale")
 DOODLE = {
-    "doodle: whole": Job("doodle2search", tower=True),
-    "doodle: stage 3, two pieces, recomputed": Job("doodle2search", stage=3, pieces=2, tower=True, recompute=True),
-    "contrastive: whole": Job("contrastive", tower=True),
-    "contrastive: two pieces": Job("contrastive", stage=1, pieces=2, tower=True),
+    "doodle: stage 2": Job("doodle2search", stage=2, pieces=2, tower=True),
+    "doodle: stage 3, recomputed": Job(
+        "doodle2search", stage=3, pieces=2, tower=True, recompute=True, like="doodle: stage 2"
+    ),
+    "contrastive: two pieces": Job("contrastive", pieces=2, tower=True),
+    "contrastive: stage 1": Job("contrastive", stage=1, pieces=2, tower=True, like="contrastive: two pieces"),
 }
-DOUBLE = doubled("lcale")
-APART = {"apart": Job("lcale", apart=True)}
-COMPARED = [
-    (name, base)
-    for base, jobs in (("lcale: stage 0", LCALE), ("doodle: whole", DOODLE), ("contrastive: whole", DOODLE))
-    for name, job in jobs.items()
-    if name != base and name.partition(":")[0] == base.partition(":")[0] and not job.half
-]
+SAME = jobs_of("lcale") | DOODLE
+DOUBLE = [doubled("lcale"), doubled("doodle2search", tower=True), doubled("contrastive", tower=True)]
+APART = {"apart": Job("lcale", apart=True, double=True)}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
-    return together(LCALE | DOODLE | APART | DOUBLE, STEPS, tmp_path_factory.mktemp("stages"))
+    jobs = SAME | APART
+    for more in DOUBLE:
+        jobs |= more
+    return together(jobs, STEPS, tmp_path_factory.mktemp("stages"))
 
 
-def start(job: Job) -> Weights:
-    return dict(small(job).state_dict())
+def apart(name: str, job: Job, base: str, results: dict[str, Weights]) -> float:
+    with bits(job.double):
+        return gap(results[name], results[base], dict(small(job).state_dict()))
 
 
-@pytest.mark.parametrize(("name", "base"), COMPARED)
-def test_the_weights_are_those_of_stage_0_in_one_piece(name: str, base: str, results: dict[str, Weights]) -> None:
-    assert gap(results[name], results[base], start((LCALE | DOODLE)[base])) <= TOLERANCE
+@pytest.mark.parametrize("name", [name for name, job in SAME.items() if job.like])
+def test_stages_and_what_goes_on_at_another_stage_train_the_same_bits(name: str, results: dict[str, Weights]) -> None:
+    assert apart(name, SAME[name], SAME[name].like, results) == 0.0
 
 
-def test_in_64_bits_ranks_and_pieces_are_the_same_far_more_closely(results: dict[str, Weights]) -> None:
-    with bits(double=True):
-        begin = start(DOUBLE["lcale: 64 bits, two ranks"])
-    whole, *others = (results[name] for name in DOUBLE)
-    assert max(gap(other, whole, begin) for other in others) <= EXACT
+@pytest.mark.parametrize("jobs", DOUBLE, ids=lambda jobs: next(iter(jobs)).partition(":")[0])
+def test_in_64_bits_ranks_and_pieces_are_the_same(jobs: dict[str, Job], results: dict[str, Weights]) -> None:
+    base, *others = jobs
+    gaps = {name: apart(name, jobs[name], base, results) for name in others}
+    assert {name: gap for name, gap in gaps.items() if gap > bar(jobs[name])} == {}
 
 
 def test_the_comparison_sees_ranks_that_do_not_gather(results: dict[str, Weights]) -> None:
-    assert gap(results["apart"], results["lcale: stage 0"], start(APART["apart"])) > CONTROL
+    assert apart("apart", APART["apart"], next(iter(DOUBLE[0])), results) > 1000 * EXACT
