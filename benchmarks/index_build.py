@@ -65,6 +65,8 @@ class Bench:
         self.target: float = arguments.target
         self.workers: int = arguments.workers
         self.name: str = arguments.name
+        self.truth_of: str = arguments.truth
+        self.keep_mean: bool = arguments.keep_mean
 
     @property
     def store(self) -> Store:
@@ -73,6 +75,10 @@ class Bench:
     def inputs(self) -> tuple[Any, Any]:
         """Gallery and sketches."""
         return open_artifact(self.root / "photo", "embeddings"), open_artifact(self.root / "sketch", "embeddings")
+
+    def truth(self) -> Truth:
+        """The sketches that every index is measured with, and their exact neighbours."""
+        return Searcher.open(self.root / f"index-{self.truth_of}").golden
 
     def job(self) -> Job:
         """The build, planned."""
@@ -134,7 +140,7 @@ def do_build(bench: Bench) -> None:
     curve = curve_of(searcher.golden, lambda n: searcher.nearest(searcher.golden.queries, K, n, factor)[0])
     size = sum(entry.bytes for entry in published.artifact.files)
     stages = report["stages"]
-    core = sum(stages[s]["cpu"] + stages[s].get("tasks_cpu", 0) for s in ("train", "add", "merge"))
+    core = sum(stages[s]["cpu"] + stages[s].get("tasks_cpu", 0) for s in ("sample", "train", "add", "merge"))
     rss = max(max(s["rss"], s.get("tasks_rss", 0)) for s in stages.values())
     bench.keep(
         "build",
@@ -167,12 +173,14 @@ def do_plain(bench: Bench) -> None:
         ivf = engine.ivf_of(index)
         if hasattr(ivf, "do_polysemous_training"):
             ivf.do_polysemous_training = False
+        if isinstance(index, engine.faiss.IndexPreTransform) and not bench.keep_mean:
+            engine.train_transform(index.chain.at(0), sample, "ip")
         index.train(sample)
         for shard in range(len(gallery.shards)):
             index.add(gallery.read(shard).vectors)
     engine.faiss.write_index(index, str(bench.root / "plain.faiss"))
     spent = clock.spent()
-    truth = Searcher.open(bench.store.root).golden
+    truth = bench.truth()
     curve = curve_of(truth, lambda n: engine.probe(index, truth.queries, K, n)[0])
     bench.keep("plain", {"index_key": ours["index_key"], "cpu": spent["cpu"], "rss": spent["rss"], "curve": curve})
 
@@ -190,7 +198,7 @@ def do_auto(bench: Bench) -> None:
         path = place / "vectors" / f"{shard:05d}.npy"
         if not path.exists():
             np.save(path, gallery.read(shard).vectors)
-    truth = Searcher.open(bench.store.root).golden
+    truth = bench.truth()
     np.save(place / "queries.npy", truth.queries)
     words = [bench.key or "-", bench.budget or "100MB", json.dumps(PROBES), "out.json"]
     subprocess.run([python, "-c", AUTOFAISS, str(bench.root), *words], check=True)
@@ -252,6 +260,8 @@ def main() -> int:
     parser.add_argument("--key", help="an index key instead of the planner's or autofaiss's choice")
     parser.add_argument("--target", type=float, default=0.9, help="recall@10 of the sketches")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep-mean", action="store_true", help="plain: let PCA move the origin, as faiss does")
+    parser.add_argument("--truth", default="main", help="name of a build, whose queries are used")
     parser.add_argument("--name", default="main", help="of this variant; results are kept as STAGE-NAME.json")
     arguments = parser.parse_args()
     arguments.root.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Neighbours of sketches: `python -m jobs.search --index-dir I --queries EMB --output neighbours.json`.
 
-For a file or a folder of pictures, give `--sketch PATH --checkpoint C` instead of `--queries`.
+For a file or a folder of pictures, give `--sketch PATH --checkpoint C` instead of `--queries`. For millions of queries,
+give a directory: `--output ROOT` becomes an artifact with a shard of answers beside each shard of queries, made by many
+workers, and the job goes on where a killed one stopped.
 """
 
 import sys
@@ -11,9 +13,10 @@ import numpy as np
 from pydantic import Field
 
 from jobs._job import JobConfig, Results, main
-from zsr.artifact import open_artifact
+from zsr.artifact import Store, open_artifact
 from zsr.errors import ConfigError
-from zsr.index.answers import Answers, answer, require_suffix, write_answers
+from zsr.index.answers import Answers, Asked, answer, require_suffix, write_answers
+from zsr.index.offline import search_all
 from zsr.index.picture import draw, pictures_in
 from zsr.index.search import Searcher
 from zsr.index.sketches import embed_files, sketch_files
@@ -24,7 +27,7 @@ class Search(JobConfig):
 
     Attributes:
         index_dir: ROOT of the index, or one object in it.
-        output: .json or .parquet, one row a neighbour.
+        output: .json or .parquet, one row a neighbour; or, for `queries`, ROOT of a NEIGHBOURS artifact.
         queries: EMB of the queries, from the checkpoint that embedded the gallery.
         sketch: a picture, or a folder of pictures, instead of `queries`; wants `checkpoint`.
         checkpoint: the one that embedded the gallery.
@@ -33,6 +36,9 @@ class Search(JobConfig):
         nprobe: lists to look into; the published operating point if not given.
         refine_factor: candidates to re-rank, in multiples of k; the published operating point if not given.
         labels: only items of these labels.
+        replicas: for a NEIGHBOURS artifact: 0 lets each worker map the whole index; from 1 on its segments lie on the
+            nodes, each on so many of them.
+        num_workers: at most, that map the whole index; as many as there are CPUs if not given.
         picture: a PNG that shows the first queries with what was found; wants `data`.
         data: DATA with the pictures of the gallery.
     """
@@ -47,18 +53,34 @@ class Search(JobConfig):
     nprobe: int | None = Field(default=None, ge=1)
     refine_factor: int | None = Field(default=None, ge=1)
     labels: tuple[str, ...] = ()
+    replicas: int = Field(default=0, ge=0)
+    num_workers: int | None = Field(default=None, ge=1)
     picture: Path | None = None
     data: Path | None = None
 
     def check(self) -> None:
         """Raise ConfigError for flags that do not go together."""
-        require_suffix(self.output)
+        if not self.offline:
+            require_suffix(self.output)
         if (self.queries is None) == (self.sketch is None):
             raise ConfigError("give either --queries (embeddings) or --sketch (pictures)")
         if self.sketch is not None and self.checkpoint is None:
             raise ConfigError("--sketch wants --checkpoint, the one that embedded the gallery")
         if self.picture is not None and self.data is None:
             raise ConfigError("--picture wants --data, which holds the gallery's pictures")
+        if self.offline and (self.queries is None or self.picture is not None):
+            raise ConfigError(f"--output {self.output} is a ROOT: it wants --queries, and no --picture")
+        if self.replicas and not self.offline:
+            raise ConfigError("--replicas is for an --output that is a ROOT, without a suffix")
+
+    @property
+    def offline(self) -> bool:
+        """Whether the answers become an artifact."""
+        return not self.output.suffix
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.k, self.nprobe, self.refine_factor, self.labels)
 
 
 def plan(config: Search) -> Results:
@@ -88,8 +110,7 @@ def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes 
             f"give {searcher.space.checkpoint[:12]}, which did"
         )
     vectors = embed_files(files, checkpoint, config.weights)
-    labels = config.labels or None
-    hits = searcher.search(vectors, config.k, config.nprobe, config.refine_factor, labels=labels)
+    hits = config.asked.of(searcher, vectors)
     keys = np.array([str(path) for path in files], object)
     return Answers(np.arange(len(files)), keys, np.full(len(files), None), hits), [p.read_bytes() for p in files]
 
@@ -97,8 +118,7 @@ def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes 
 def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
     """Answers to embeddings, and the queries' pictures where DATA has them."""
     queries = open_artifact(config.queries or Path(), "embeddings")
-    wanted = searcher.mask(config.labels or None)
-    answers = answer(searcher, queries, config.k, config.nprobe, config.refine_factor, wanted=wanted)
+    answers = answer(searcher, queries, config.asked)
     if config.picture is None:
         return answers, []
     data = open_artifact(config.data or Path(), "data")
@@ -106,8 +126,18 @@ def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[b
     return answers, [drawn.get(int(identity)) for identity in answers.ids]
 
 
+def to_artifact(config: Search) -> Results:
+    """Answers to embeddings, as NEIGHBOURS."""
+    index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries or Path(), "embeddings")
+    output = Store.at(config.output)
+    made, told = search_all(index, queries, config.asked, output, replicas=config.replicas, workers=config.num_workers)
+    return {"neighbours": made.digest, "index": index.digest, **made.facts, **told}
+
+
 def work(config: Search) -> Results:
     config.check()
+    if config.offline:
+        return to_artifact(config)
     searcher = Searcher.open(config.index_dir)
     answers, queries = (from_files if config.sketch is not None else from_embeddings)(config, searcher)
     write_answers(answers, config.output)

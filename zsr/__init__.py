@@ -14,8 +14,17 @@ _PUBLIC: Final = {
     "open_artifact": "zsr.artifact",
     "open_model": "zsr.training.checkpoint",
     "Searcher": "zsr.index.search",
+    "ShardedSearcher": "zsr.index.sharded",
 }
-__all__ = ["Searcher", "ZsrError", "__version__", "load", "open_artifact", "open_model"]  # resolved lazily
+__all__ = [
+    "Searcher",
+    "ShardedSearcher",
+    "ZsrError",
+    "__version__",
+    "load",
+    "open_artifact",
+    "open_model",
+]  # resolved lazily
 
 
 def __getattr__(name: str) -> Any:

@@ -129,7 +129,14 @@ def disconnect() -> None:
 def map_pieces(
     what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
 ) -> list[dict[str, Any]]:
-    """Run `function` once for every piece, each as a Ray task, and return its results in the order of `pieces`.
+    """All of `stream_pieces`, for results that are small."""
+    return list(stream_pieces(what, function, pieces, **options))
+
+
+def stream_pieces(
+    what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Run `function` once for every piece, each as a Ray task, and yield its results in the order of `pieces`.
 
     Args:
         what: a word for the progress lines and the metrics.
@@ -141,7 +148,7 @@ def map_pieces(
         Whatever `function` raises: a failing piece stops the job, since bad rows were quarantined inside it.
     """
     if not pieces:
-        return []
+        return
     connect()
     if isinstance(function, type):
         shared = options.pop("fn_constructor_kwargs", {})
@@ -151,7 +158,7 @@ def map_pieces(
         options["fn_kwargs"] = {"stage": what, "function": function, "shared": options.pop("fn_kwargs", {})}
         counted = measure.task
     dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(counted, **options)
-    return list(track(what, dataset.iter_rows(), len(pieces)))
+    yield from track(what, dataset.iter_rows(), len(pieces))
 
 
 def track(what: str, items: Iterable[Any], total: int) -> Iterator[Any]:

@@ -31,6 +31,7 @@ POINTS: Final = (
     "index.merge",
     "index.tune",
     "index.change",
+    "search.shard",
 )
 
 _passed: Counter[str] = Counter()

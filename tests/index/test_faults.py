@@ -8,7 +8,7 @@ import pytest
 from tests.index.helpers import KEY, World, run_job
 from zsr.artifact import Store
 from zsr.errors import DamagedArtifact, DiskFull, StorageError
-from zsr.index.build import Job, add, added_name, build, merge, train
+from zsr.index.build import Job, add, added_name, build, merge, sample, train
 from zsr.index.plan import IndexConfig
 from zsr.index.search import Searcher
 from zsr.index.segments import ids_name, refine_name, segment_name
@@ -67,6 +67,7 @@ def test_a_staged_piece_that_rotted_is_refused_once_and_then_made_again(
 ) -> None:
     job, store = Job.of(world.gallery, world.queries, IndexConfig(index_key=KEY)), Store.at(tmp_path)
     staging = store.staging(job.artifact_plan())
+    sample(job, staging)
     train(job, staging)
     add(job.gallery, KEY, staging)
     if not scratch:

@@ -1,8 +1,10 @@
 """Answers to the items of an embeddings artifact, and the file that they are written to."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +12,8 @@ import pyarrow.parquet as pq
 
 from zsr.artifact import Artifact, write_atomically
 from zsr.errors import ConfigError
-from zsr.index.search import Hits, Searcher, merge_best, objects
-from zsr.index.vectors import Vectors
+from zsr.index.search import Hits, objects
+from zsr.index.vectors import Block, Vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,39 +30,54 @@ class Answers:
     hits: Hits
 
 
-def answer(
-    searcher: Searcher,
-    embeddings: Artifact,
-    k: int,
-    nprobe: int | None = None,
-    refine_factor: int | None = None,
-    *,
-    wanted: np.ndarray | None = None,
-) -> Answers:
-    """The k nearest items of every item of `embeddings`; several parts of one query merge by best score.
+class Searches(Protocol):
+    """A `Searcher` or a `ShardedSearcher`."""
 
-    Args:
-        wanted: see `Searcher.mask`.
+    def check(self, embeddings: Artifact) -> None: ...
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        nprobe: int | None = None,
+        refine_factor: int | None = None,
+        *,
+        labels: Collection[str] | None = None,
+    ) -> Hits: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked of every query; see `Searcher.search`. `labels` empty admits all."""
+
+    k: int
+    nprobe: int | None = None
+    refine_factor: int | None = None
+    labels: tuple[str, ...] = ()
+
+    def of(self, searcher: Searches, queries: np.ndarray) -> Hits:
+        """Hits of queries (B, D) or (B, P, D)."""
+        return searcher.search(queries, self.k, self.nprobe, self.refine_factor, labels=self.labels or None)
+
+
+def answer(searcher: Searches, embeddings: Artifact, asked: Asked) -> Answers:
+    """The nearest items of every item of `embeddings`; several parts of one query merge by best score.
 
     Raises:
         ConfigError: another checkpoint, width, metric or normalisation than the gallery's.
     """
     searcher.check(embeddings)
     source = Vectors.of(embeddings)
-    found, names = [], []
-    width = k * searcher.parts
-    for shard in range(len(source.shards)):
-        block = source.read(shard)
-        names.append(block.names)
-        found.append(searcher.nearest(block.vectors.astype(np.float32), width, nprobe, refine_factor, wanted=wanted))
-    table = pa.concat_tables(names)
-    first, rows = _group(table.column("id").to_numpy())
-    # one row of nothing at the end, which the padding of `rows` points at
-    ordinals = np.concatenate([*(o for o, _ in found), np.full((1, width), -1)])
-    scores = np.concatenate([*(s for _, s in found), np.full((1, width), -np.inf, np.float32)])
-    flat = (len(rows), rows.shape[1] * width)
-    hits = searcher.resolve(*merge_best(ordinals[rows].reshape(flat), scores[rows].reshape(flat), searcher.ids, k))
-    ids, keys, labels = (table.column(c).take(pa.array(first)) for c in ("id", "key", "label"))
+    blocks = [source.read(shard) for shard in range(len(source.shards))]
+    whole = Block(pa.concat_tables([b.names for b in blocks]), np.concatenate([b.vectors for b in blocks]))
+    return answer_block(searcher, whole, asked)
+
+
+def answer_block(searcher: Searches, block: Block, asked: Asked) -> Answers:
+    """The nearest items of the items of one block, whose parts are all in it."""
+    first, rows = _group(block.names.column("id").to_numpy())
+    hits = asked.of(searcher, block.vectors.astype(np.float32)[rows])
+    ids, keys, labels = (block.names.column(c).take(pa.array(first)) for c in ("id", "key", "label"))
     return Answers(ids.to_numpy(), objects(keys), objects(labels), hits)
 
 
@@ -106,11 +123,11 @@ def require_suffix(output: Path) -> None:
 
 
 def _group(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each distinct id, in order of appearance (Q,), and its rows (Q, P) padded with len(ids)."""
+    """First row of each distinct id, in order of appearance (Q,), and its rows (Q, P), padded with the first."""
     _, first, group, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
     by_group = np.argsort(group, kind="stable")
     place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    rows = np.full((len(first), int(counts.max())), len(ids))
+    rows = np.repeat(first[:, None], int(counts.max()), axis=1)
     rows[group[by_group], place] = by_group
     appearance = np.argsort(first)
     return first[appearance], rows[appearance]

@@ -133,6 +133,8 @@ def build(job: Job, store: Store) -> Published:
     if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
         return Published(made, version_of(store, made.digest))
     staging, clock = store.staging(task), ledger.Ledger()
+    with clock.stage("sample"):
+        clock.tasks("sample", sample(job, staging))
     with clock.stage("train"):
         train(job, staging)
     with clock.stage("add"):
@@ -149,19 +151,57 @@ def build(job: Job, store: Store) -> Published:
     return published
 
 
+def sample(job: Job, staging: Staging) -> list[dict[str, Any]]:
+    """Stage the training vectors, uniform over all shards and in row order, one Ray task a shard; what each cost."""
+    if staging.finished(CODEC, scratch=True):
+        return []
+    todo = [piece for piece in drawn(job) if staging.finished(sample_name(piece["shard"]), scratch=True) is None]
+    shared = {"gallery": job.gallery, "staging": staging}
+    return map_pieces("sample", _sample_shard, todo, fn_kwargs=shared, num_cpus=1, concurrency=job.config.num_workers)
+
+
+def drawn(job: Job) -> list[dict[str, Any]]:
+    """Which rows of which shard are trained on."""
+    return job.gallery.pieces(job.gallery.drawn(job.chosen.train_size, job.config.seed))
+
+
+def sample_name(shard: int) -> str:
+    """Scratch piece: the training vectors of one shard, float32, row after row."""
+    return f"sample/part-{shard:05d}.raw"
+
+
+def _sample_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging) -> dict[str, Any]:
+    """Stage the training vectors of one shard. Runs in a Ray task."""
+    clock = ledger.Clock()
+    staging.write(sample_name(piece["shard"]), gallery.picked(piece).tobytes(), scratch=True)
+    return {"shard": piece["shard"], **clock.spent()}
+
+
+def staged_sample(job: Job, staging: Staging) -> np.ndarray:
+    """The training vectors (n, D) float32 that `sample` staged."""
+    out = np.empty((job.chosen.train_size, job.gallery.space.dim), np.float32)
+    at = 0
+    for piece in drawn(job):
+        rows = len(piece["rows"])
+        path = lists.staged(staging, sample_name(piece["shard"]), scratch=True)
+        out[at : at + rows] = np.fromfile(path, np.float32).reshape(rows, -1)
+        at += rows
+    return out
+
+
 def train(job: Job, staging: Staging) -> None:
     """Stage the trained, empty template, the codec of the refine codes, and what the sample looks like under them."""
     if staging.finished(CODEC, scratch=True):
         return
-    sample = job.gallery.sample(job.chosen.train_size, job.config.seed)
+    vectors = staged_sample(job, staging)
     key = job.chosen.index_key
     with staging.piece(TEMPLATE, scratch=True) as path:
         fault.here("index.train")
-        index = engine.train(key, job.chosen.metric, sample, job.config.seed, job.config.threads)
+        index = engine.train(key, job.chosen.metric, vectors, job.config.seed, job.config.threads)
         path.write_bytes(engine.to_bytes(index))
     # one in eight: the drift report needs averages, not every vector
-    staging.write(drift.FOUND, drift.Spread.of(index, sample[::8]).to_bytes(), scratch=True)
-    codec = engine.refiner(key, sample)
+    staging.write(drift.FOUND, drift.Spread.of(index, vectors[::8]).to_bytes(), scratch=True)
+    codec = engine.refiner(key, vectors)
     staging.write(CODEC, engine.to_bytes(codec) if codec else b"", scratch=True)
 
 

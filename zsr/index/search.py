@@ -33,12 +33,19 @@ class Hits:
         keys, labels: (B, k) object, str or None.
         scores: (B, k) float32, higher is nearer: inner product, or minus the Euclidean distance; of the vectors as the
             refine codes have them, or as the codes have them where nothing is re-ranked.
+        missing: share of the gallery's vectors that nobody could be asked about; see `zsr.index.sharded`.
     """
 
     ids: np.ndarray
     keys: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+    missing: float = 0.0
+
+
+def starts_of(specs: Sequence[Spec]) -> np.ndarray:
+    """Ordinal of the first vector of each segment, and the number of all: (S + 1,) int64."""
+    return np.cumsum([0, *(spec.rows for spec in specs)])
 
 
 class Searcher:
@@ -58,7 +65,7 @@ class Searcher:
         """
         self.segments, self.facts, self.dead, self.files = segments, facts, dead, files
         self.space = segments[0].space
-        self.starts = np.cumsum([0, *(segment.spec.rows for segment in segments)])
+        self.starts = starts_of([segment.spec for segment in segments])
         self.names = pa.concat_tables([segment.names for segment in segments])
         self.ids = self.names.column("id").to_numpy()
         self.alive = np.ones(len(self.ids), bool)
@@ -74,17 +81,26 @@ class Searcher:
         return cls.of(open_artifact(index_dir, "index"))
 
     @classmethod
-    def of(cls, artifact: Artifact) -> "Searcher":
-        """The index in `artifact`. Raises DamagedArtifact."""
+    def of(cls, artifact: Artifact, chosen: Sequence[int] | None = None) -> "Searcher":
+        """The index in `artifact`. Raises DamagedArtifact.
+
+        Args:
+            chosen: numbers of the segments to open, ascending; their vectors are numbered on without the others.
+        """
         facts = artifact.facts
         space = Space.of(facts, str(artifact.directory))
-        specs = [Spec.of(spec) for spec in facts["segments"]]
+        every = [Spec.of(spec) for spec in facts["segments"]]
+        numbers = range(len(every)) if chosen is None else chosen
+        specs = [every[i] for i in numbers]
         own = {e.path: artifact.local(e.path) for e in artifact.files if "/" not in e.path}
         files = [segment_files(artifact, spec) for spec in specs]  # all are hashed before one is parsed
         key = str(facts["index_key"])
         opened = [Segment(each, spec, space, key) for each, spec in zip(files, specs, strict=True)]
         dead = artifact.read_table(DEAD).column("ordinal").to_numpy() if DEAD in own else np.empty(0, np.int64)
-        return cls(opened, facts, dead, own)
+        starts = starts_of(every)
+        parts = [dead[(dead >= starts[i]) & (dead < starts[i + 1])] - starts[i] for i in numbers]
+        moved = [part + start for part, start in zip(parts, starts_of(specs), strict=False)]
+        return cls(opened, facts, np.concatenate([np.empty(0, np.int64), *moved]), own)
 
     @property
     def parts(self) -> int:
@@ -98,9 +114,13 @@ class Searcher:
 
     @cached_property
     def _undeleted(self) -> list[np.ndarray] | None:
-        return self._bits(self.alive) if len(self.dead) else None
+        return self.bits(self.alive) if len(self.dead) else None
 
-    def _bits(self, mask: np.ndarray) -> list[np.ndarray]:
+    def rows_of(self, segment: int) -> tuple[int, int]:
+        """Ordinals of a segment, from and to."""
+        return int(self.starts[segment]), int(self.starts[segment + 1])
+
+    def bits(self, mask: np.ndarray) -> list[np.ndarray]:
         """`mask` (N,) over ordinals as a bitmap a segment."""
         pieces = zip(self.starts[:-1], self.starts[1:], strict=True)
         return [np.packbits(mask[a:b], bitorder="little") for a, b in pieces]
@@ -170,7 +190,7 @@ class Searcher:
         depth = max(count, K) * factor
         if wanted is None:
             return merge_best(*self.candidates(queries, depth, probes), None, count)
-        allowed, lists = self._bits(wanted), int(self.facts["nlist"])
+        allowed, lists = self.bits(wanted), int(self.facts["nlist"])
         enough = min(count, int(wanted.sum()))
         while True:
             ordinals, scores = merge_best(*self.candidates(queries, depth, probes, allowed), None, count)
@@ -186,18 +206,39 @@ class Searcher:
         Args:
             allowed: a bitmap a segment; what is not deleted if not given.
         """
-        if queries.ndim != 2 or queries.shape[1] != self.space.dim:
-            raise ConfigError(f"queries are {queries.shape}, expected (B, {self.space.dim}) as in the gallery")
-        queries = np.ascontiguousarray(queries, np.float32)
+        ordinals, scores = self.coded(queries, depth, nprobe, allowed)
+        return ordinals, self.ranked(queries, ordinals, scores)
+
+    def coded(
+        self,
+        queries: np.ndarray,
+        depth: int,
+        nprobe: int,
+        allowed: list[np.ndarray] | None = None,
+        *,
+        segments: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Candidates (B, depth) as the codes order them, and their scores by the codes; see `candidates`.
+
+        Args:
+            segments: which of them are looked into; all if not given.
+        """
+        queries = as_queries(queries, self.space.dim)
         bits = self._undeleted if allowed is None else allowed
         found = []
-        for number, segment in enumerate(self.segments):
+        for number in range(len(self.segments)) if segments is None else segments:
+            segment = self.segments[number]
             deep = min(depth, segment.spec.rows)
             lists = min(nprobe, int(self.facts["nlist"]))
             ordinals, scores = engine.probe(segment.index, queries, deep, lists, None if bits is None else bits[number])
             found.append((np.where(ordinals >= 0, ordinals + self.starts[number], -1), scores))
-        ordinals, scores = _joined(found, depth)
-        return (ordinals, self._refined(queries, ordinals)) if self.segments[0].refine else (ordinals, scores)
+        return joined(found, depth)
+
+    def ranked(self, queries: np.ndarray, ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Scores of candidates (B, C) by their refine codes, if there are some; else `scores`, those by the codes."""
+        if not self.segments[0].refine:
+            return scores
+        return self._refined(np.ascontiguousarray(queries, np.float32), ordinals)
 
     def _refined(self, queries: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
         """Scores of candidates (B, C) by their refine vectors: (B, C) float32."""
@@ -262,12 +303,19 @@ def golden_truth(table: pa.Table, dim: int) -> Truth:
     return Truth(queries, matrix("ordinals"), matrix("scores"), table.column("floor").to_numpy())
 
 
-def _joined(found: Sequence[tuple[np.ndarray, np.ndarray]], depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates of several segments as one list in the order of their scores; of one segment, as they are."""
+def as_queries(queries: np.ndarray, dim: int) -> np.ndarray:
+    """(B, dim) float32 as faiss wants it. Raises ConfigError for another shape."""
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise ConfigError(f"queries are {queries.shape}, expected (B, {dim}) as in the gallery")
+    return np.ascontiguousarray(queries, np.float32)
+
+
+def joined(found: Sequence[tuple[np.ndarray, np.ndarray]], depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of several segments as one list in the order of their scores, ties by ordinal; of one, as they are."""
     if len(found) == 1:
         return found[0]
     ordinals, scores = (np.concatenate([pair[i] for pair in found], axis=1) for i in (0, 1))
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    order = np.lexsort((ordinals, -scores), axis=1)[:, :depth]
     return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from zsr.artifact import Artifact, FileEntry, Json
-from zsr.cluster import map_pieces
+from zsr.cluster import stream_pieces
 from zsr.data.features import vectors
 from zsr.errors import ConfigError, DamagedArtifact
 
@@ -149,25 +149,33 @@ class Vectors:
         return np.sort(np.random.default_rng(seed).choice(self.rows, count, replace=False, shuffle=False))
 
     def take(self, ordinals: np.ndarray) -> np.ndarray:
-        """The vectors of ascending `ordinals` (n,) as float32 (n, D)."""
+        """The vectors of ascending `ordinals` (n,) as float32 (n, D), for a number that fits the memory well."""
+        pieces = self.pieces(ordinals)
+        out = np.empty((len(ordinals), self.space.dim), np.float32)
+        at = 0
+        for piece, found in zip(
+            pieces, stream_pieces("sample", _pick, pieces, fn_kwargs={"source": self}), strict=True
+        ):
+            rows = len(piece["rows"])
+            out[at : at + rows] = np.frombuffer(found["vectors"], np.float32).reshape(rows, -1)
+            at += rows
+        return out
+
+    def pieces(self, ordinals: np.ndarray) -> list[dict[str, Any]]:
+        """Ascending `ordinals` (n,) as pieces of work: `shard`, and its `rows`."""
         bounds = np.searchsorted(ordinals, self.starts)
-        pieces = [
+        return [
             {"shard": i, "rows": (ordinals[a:b] - self.starts[i]).tolist()}
             for i, (a, b) in enumerate(pairwise(bounds))
             if b > a
         ]
-        drawn = map_pieces("sample", _pick, pieces, fn_kwargs={"source": self})
-        out = np.empty((len(ordinals), self.space.dim), np.float32)
-        for piece, found in zip(pieces, drawn, strict=True):
-            at = bounds[piece["shard"]]
-            out[at : at + len(piece["rows"])] = np.frombuffer(found.pop("vectors"), np.float32).reshape(
-                -1, self.space.dim
-            )
-        return out
+
+    def picked(self, piece: Mapping[str, Any]) -> np.ndarray:
+        """The vectors of one of `pieces`, (n, D) float32."""
+        rows: Sequence[int] = piece["rows"]
+        return np.asarray(self.read(int(piece["shard"])).vectors[np.asarray(rows)], np.float32)
 
 
 def _pick(piece: Mapping[str, Any], source: Vectors) -> dict[str, Any]:
     """Some rows of one shard as float32 bytes. Runs in a Ray task."""
-    rows: Sequence[int] = piece["rows"]
-    block = source.read(int(piece["shard"]))
-    return {"vectors": block.vectors[np.asarray(rows)].astype(np.float32).tobytes()}
+    return {"vectors": source.picked(piece).tobytes()}

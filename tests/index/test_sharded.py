@@ -1,0 +1,46 @@
+"""Offline search as an artifact, killed and run again; and search over nodes of which one is lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.index.helpers import KEY, World, embeddings, run_job
+from zsr.artifact import Store, open_artifact
+from zsr.index.answers import Asked, answer, answers_table
+from zsr.index.build import Job, build
+from zsr.index.plan import IndexConfig
+from zsr.index.search import Searcher
+
+
+@pytest.fixture(scope="module")
+def index(world: World, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
+    place = Path(tmp_path_factory.mktemp("parted"))
+    build(Job.of(world.gallery, world.queries, IndexConfig(index_key=KEY, segment_rows=800)), Store.at(place))
+    return place
+
+
+@pytest.mark.parametrize("flags", [(), ("--replicas", 2)], ids=["mapped whole", "on the nodes"])
+def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
+    index: Path, world: World, tmp_path: Path, flags: tuple[object, ...]
+) -> None:
+    queries = embeddings(tmp_path / "queries", np.repeat(world.sketches, 3, axis=0), "sketch", shards=3, parts=2)
+    words = ("--index-dir", index, "--queries", queries.directory, "--output", tmp_path / "out", "--k", 5, *flags)
+    killed = run_job("search", *words, fault=f"search.shard=kill@2@{tmp_path / 'once'}")
+    ended = killed if killed.code == 0 else run_job("search", *words)  # Ray itself starts a lost actor again
+    assert ended.code == 0, ended.errors
+    found = open_artifact(tmp_path / "out", "neighbours")
+    rows = [pq.read_table(found.local(entry.path)) for entry in found.files]
+    wanted = answers_table(answer(Searcher.open(index), queries, Asked(5)))
+    assert [row for table in rows for row in table.to_pylist()] == wanted.to_pylist()
+    assert ended.results["neighbours"] == found.digest
+    assert run_job("search", *words).results["reused"] is True
+
+
+def test_a_lost_node_changes_no_answer() -> None:
+    command = [sys.executable, "-m", "tests.faults.sharded", "--queries", "6000", "--photos", "6000"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -1,0 +1,370 @@
+"""Search over the nodes that hold the segments: scatter to one actor a node, gather, replicas where one is lost.
+
+Every node of the cluster that has CPUs gets an actor, a host, which opens some of the segments; a segment lies on as
+many hosts as there are replicas. A query goes to one host for each segment. Where a host does not answer, the next
+replica of its segments is asked; where none is left, the answer says which share of the gallery is missing from it. Ray
+starts a lost host again, on another node if it has to, and it is asked again as soon as it answers.
+
+Candidates are chosen by their codes over all segments, as `Searcher` does, so the answers are the same.
+"""
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from zsr.artifact import Artifact, Store, open_artifact
+from zsr.cluster import connect
+from zsr.errors import ConfigError, StorageError
+from zsr.index import engine
+from zsr.index.search import WIDEN, Hits, Searcher, as_queries, merge_best, objects, starts_of
+from zsr.index.segments import Spec
+from zsr.index.truth import K
+from zsr.index.vectors import Space
+
+logger = logging.getLogger("zsr")
+
+PATIENCE: Final = 60.0  # seconds that a host may take for one batch; then its replicas are asked
+OPENING: Final = 3600.0  # seconds that a host may take to hash and open its segments
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a filter admits, as `Searcher.mask` takes it."""
+
+    labels: frozenset[str] | None = None
+    ids: frozenset[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Of B queries, from some segments.
+
+    Attributes:
+        ordinals: (B, C) int64 over the whole gallery, -1 where there is none.
+        codes, scores: (B, C) float32, by the codes, and as they are ranked.
+        ids: (B, C) int64, of the items.
+        admitted: vectors that the filter leaves in these segments.
+    """
+
+    ordinals: np.ndarray
+    codes: np.ndarray
+    scores: np.ndarray
+    ids: np.ndarray
+    admitted: int
+
+
+class Host:
+    """An actor that searches some segments of one version. They are opened when they are first needed."""
+
+    def __init__(self, place: str, numbers: Sequence[int], threads: int) -> None:
+        self.place, self.numbers, self.threads = place, tuple(numbers), threads
+        self.masks: dict[Wanted, np.ndarray | None] = {}
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        return Searcher.of(open_artifact(self.place, "index"), self.numbers)
+
+    @cached_property
+    def shifts(self) -> np.ndarray:
+        """What each segment's own ordinals lack to those of the whole gallery."""
+        every = starts_of([Spec.of(spec) for spec in self.searcher.facts["segments"]])
+        return np.asarray(every[list(self.numbers)] - self.searcher.starts[:-1])
+
+    def ready(self) -> tuple[int, ...]:
+        """The segments, when they are open. Raises DamagedArtifact."""
+        return self.numbers if len(self.shifts) else ()
+
+    def _mask(self, wanted: Wanted) -> np.ndarray | None:
+        if wanted not in self.masks:
+            self.masks = {wanted: self.searcher.mask(wanted.labels, wanted.ids)}  # the last one: filters come in runs
+        return self.masks[wanted]
+
+    def candidates(
+        self, queries: np.ndarray, depth: int, nprobe: int, wanted: Wanted, numbers: Sequence[int]
+    ) -> Candidates:
+        """The best `depth` of the segments `numbers`."""
+        searcher, mask = self.searcher, self._mask(wanted)
+        at = [self.numbers.index(number) for number in numbers]
+        bits = None if mask is None else searcher.bits(mask)
+        admitted = sum(int(mask[a:b].sum()) for a, b in map(searcher.rows_of, at)) if mask is not None else 0
+        with engine.threads(self.threads):
+            own, codes = searcher.coded(queries, depth, nprobe, bits, segments=at)
+            scores = searcher.ranked(queries, own, codes)
+        found = own >= 0
+        segment = np.searchsorted(searcher.starts, np.where(found, own, 0), side="right") - 1
+        ordinals = np.where(found, own + self.shifts[segment], -1)
+        return Candidates(ordinals, codes, scores, np.where(found, searcher.ids[own], -1), admitted)
+
+    def names(self, ordinals: np.ndarray, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and labels of vectors (n,) of segment numbers[0], as objects."""
+        own = ordinals - self.shifts[self.numbers.index(numbers[0])]
+        rows = self.searcher.names.take(pa.array(own))
+        return objects(rows.column("key")), objects(rows.column("label"))
+
+
+@dataclass
+class Serving:
+    """The hosts of one version.
+
+    Attributes:
+        hosts: actors. nodes: where each was started.
+        replicas: of each segment, the numbers of its hosts, in the order in which they are asked.
+        down: hosts that did not answer, each with the call that will tell when it does again.
+    """
+
+    artifact: Artifact
+    hosts: Sequence[Any]
+    nodes: Sequence[str]
+    replicas: Sequence[Sequence[int]]
+    down: dict[int, Any] = field(default_factory=dict)
+    turn: int = 0
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(S,) vectors of each segment."""
+        return np.array([spec["rows"] for spec in self.artifact.facts["segments"]], np.int64)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(S,) ordinal of the first vector of each segment."""
+        return np.asarray(np.cumsum(self.sizes) - self.sizes)
+
+    def lost(self, host: int, error: Exception) -> None:
+        """Leave `host` out until it answers again."""
+        logger.warning("host %d of index %s did not answer: %s", host, self.artifact.digest[:12], type(error).__name__)
+        self.down[host] = self.hosts[host].ready.remote()
+
+    def recover(self) -> None:
+        """Take back the hosts that answer again."""
+        for host, ref in list(self.down.items()):
+            if ray.wait([ref], timeout=0)[0]:
+                try:
+                    ray.get(ref)
+                    del self.down[host]
+                except RayActorError:
+                    self.down[host] = self.hosts[host].ready.remote()
+
+    def scatter(
+        self, method: str, segments: Collection[int], shared: Sequence[Any], patience: float
+    ) -> tuple[list[Any], set[int]]:
+        """Call `method(*shared, its segments)` of one host for each segment.
+
+        Returns:
+            what every host that answered said, and the segments that nobody answered for.
+        """
+        self.recover()
+        self.turn += 1
+        left = {s: [h for h in self._order(s) if h not in self.down] for s in segments}
+        done: list[Any] = []
+        missing: set[int] = set()
+        while left:
+            missing |= {s for s, hosts in left.items() if not hosts}
+            by_host: dict[int, list[int]] = {}
+            for s in sorted(left):
+                if left[s]:
+                    by_host.setdefault(left[s][0], []).append(s)
+            calls = {h: getattr(self.hosts[h], method).remote(*shared, its) for h, its in by_host.items()}
+            until = time.monotonic() + patience
+            for host, ref in calls.items():
+                try:
+                    done.append(ray.get(ref, timeout=max(0.0, until - time.monotonic())))
+                    for s in by_host[host]:
+                        del left[s]
+                except (RayActorError, GetTimeoutError) as error:
+                    self.lost(host, error)
+            left = {s: [h for h in hosts if h not in self.down] for s, hosts in left.items() if s not in missing}
+        return done, missing
+
+    def _order(self, segment: int) -> list[int]:
+        """Replicas of a segment, a different one first each time."""
+        hosts = self.replicas[segment]
+        at = self.turn % len(hosts)
+        return [*hosts[at:], *hosts[:at]]
+
+
+class ShardedSearcher:
+    """An index version that lies on several nodes; see `Searcher` for what a search gives. Not for several threads."""
+
+    def __init__(self, store: Store | None, serving: Serving, replicas: int, threads: int, patience: float) -> None:
+        """Use `open`."""
+        self.store, self._serving = store, serving
+        self.replicas, self.threads, self.patience = replicas, threads, patience
+
+    @classmethod
+    def open(
+        cls, index_dir: str | Path, *, replicas: int = 2, threads: int = 1, patience: float = PATIENCE
+    ) -> "ShardedSearcher":
+        """Open the index at `index_dir`, storage that all nodes reach, on the nodes of the cluster that have CPUs.
+
+        Args:
+            index_dir: a ROOT (its highest version that verifies) or an object.
+            replicas: hosts of each segment, at most one a node.
+            threads: of a host's searches, and the CPUs that it asks for.
+            patience: seconds that a host may take for one batch.
+
+        Raises:
+            ConfigError: no replica wanted. StorageError: nothing is there, or no node has CPUs.
+            DamagedArtifact: bytes are not what the manifest says.
+        """
+        if replicas < 1:
+            raise ConfigError(f"replicas must be at least 1; found {replicas}")
+        artifact = open_artifact(index_dir, "index")
+        store = Store.at(artifact.place)
+        return cls(store, host(artifact, replicas, threads), replicas, threads, patience)
+
+    @property
+    def artifact(self) -> Artifact:
+        """The version that answers."""
+        return self._serving.artifact
+
+    def refresh(self) -> bool:
+        """Take over the newest version, if there is a newer one; the old one answers until all of it is open."""
+        latest = self.store.latest() if self.store is not None else self.artifact
+        if latest.digest == self.artifact.digest:
+            return False
+        self._serving = host(latest, self.replicas, self.threads)  # the old hosts end with their last handle
+        return True
+
+    def held_on(self, node: str) -> int:
+        """Segments whose hosts were all started on the node with this id."""
+        serving = self._serving
+        return sum(all(serving.nodes[h] == node for h in hosts) for hosts in serving.replicas)
+
+    def check(self, embeddings: Artifact) -> None:
+        """Raise ConfigError if `embeddings` have another checkpoint, width, metric or normalisation."""
+        where = str(embeddings.directory)
+        Space.of(self.artifact.facts, str(self.artifact.directory)).require(Space.of(embeddings.facts, where), where)
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        nprobe: int | None = None,
+        refine_factor: int | None = None,
+        *,
+        labels: Collection[str] | None = None,
+        ids: Collection[int] | None = None,
+    ) -> Hits:
+        """The k nearest items, as `Searcher.search`; `missing` is the share of the gallery that nobody was asked about.
+
+        Raises:
+            ConfigError: queries of another shape, or a number below 1.
+            DamagedArtifact: a host that was started again found damaged bytes.
+        """
+        serving, facts = self._serving, self.artifact.facts
+        wanted = Wanted(None if labels is None else frozenset(labels), None if ids is None else frozenset(ids))
+        flat = as_queries(queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries, int(facts["dim"]))
+        point = facts["operating_point"]
+        factor = point["refine_factor"] if refine_factor is None else refine_factor
+        probes = point["nprobe"] if nprobe is None else nprobe
+        if min(k, factor, probes) < 1:
+            raise ConfigError(f"k, nprobe and refine_factor must be at least 1; found {k}, {probes}, {factor}")
+        count = k * int(facts["parts"])
+        depth, lists = max(count, K) * factor, int(facts["nlist"])
+        shared = ray.put(flat)  # once, and not once a host
+        while True:
+            parts, lost = serving.scatter(
+                "candidates", range(len(serving.sizes)), (shared, depth, probes, wanted), self.patience
+            )
+            found = gathered(parts, len(flat), depth)
+            ordinals, scores = merge_best(*found, None, count)
+            enough = min(count, sum(part.admitted for part in parts))
+            short = len(ordinals) > 0 and (ordinals >= 0).sum(axis=1).min() < enough
+            if wanted == Wanted() or probes >= lists or not short:
+                break
+            probes *= WIDEN
+        known, owners = named_by(parts)
+        # numbered by their places among the known, in the same order, since nobody here has the ids of all
+        places = np.where(ordinals >= 0, np.searchsorted(known, ordinals), -1)
+        rows = (len(queries), -1)
+        places, scores = merge_best(places.reshape(rows), scores.reshape(rows), owners, k)
+        hits = self._named(serving, places, scores, known, owners)
+        return replace(hits, missing=float(serving.sizes[sorted(lost)].sum() / serving.sizes.sum()))
+
+    def _named(
+        self, serving: Serving, places: np.ndarray, scores: np.ndarray, known: np.ndarray, owners: np.ndarray
+    ) -> Hits:
+        """Hits of the items at `places` (B, k) of `known`, whose keys and labels their hosts know."""
+        keys, labels = np.full(places.shape, None, object), np.full(places.shape, None, object)
+        there = places >= 0
+        ids = np.full(places.shape, -1, np.int64)
+        ids[there] = owners[places[there]]
+        ordinals = np.full(places.shape, -1, np.int64)
+        ordinals[there] = known[places[there]]
+        segment = np.searchsorted(serving.starts, ordinals, side="right") - 1
+        for number in np.unique(segment[there]).tolist():
+            here = there & (segment == number)
+            # where the last host of a segment is lost between the two calls, its hits stay without names
+            for found in serving.scatter("names", [number], (ordinals[here],), self.patience)[0]:
+                keys[here], labels[here] = found
+        return Hits(ids, keys, labels, scores)
+
+
+def gathered(parts: Sequence[Candidates], queries: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` best by their codes of all hosts, and the scores that rank them: two (B, C)."""
+    if not parts:
+        return np.full((queries, 1), -1, np.int64), np.full((queries, 1), -np.inf, np.float32)
+    ordinals, codes, scores = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("ordinals", "codes", "scores")
+    )
+    order = np.lexsort((ordinals, -codes), axis=1)[:, :depth]
+    return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def named_by(parts: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray]:
+    """Every ordinal that was found, ascending, and the id of its item: two (n,) int64."""
+    if not parts:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    ordinals, ids = (np.concatenate([getattr(part, name).ravel() for part in parts]) for name in ("ordinals", "ids"))
+    known, first = np.unique(ordinals, return_index=True)
+    there = known >= 0
+    return known[there], ids[first][there]
+
+
+def all_nodes() -> list[dict[str, Any]]:
+    """What Ray knows of every node."""
+    connect()
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return found
+
+
+def host(artifact: Artifact, replicas: int, threads: int) -> Serving:
+    """Start the hosts of a version and wait until they have opened their segments.
+
+    Raises:
+        StorageError: no node has CPUs. DamagedArtifact: bytes are not what the manifest says.
+    """
+    nodes = sorted(n["NodeID"] for n in all_nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= threads)
+    if not nodes:
+        raise StorageError(f"no node has {threads} CPUs to hold segments; add nodes, or ask for fewer threads")
+    segments = len(artifact.facts["segments"])
+    copies = min(replicas, len(nodes))
+    replicas_of = [[(segment + copy) % len(nodes) for copy in range(copies)] for segment in range(segments)]
+    place = f"{artifact.place}/objects/{artifact.digest}"
+    hosts: list[Any] = []
+    for number, node in enumerate(nodes):
+        held = [segment for segment in range(segments) if number in replicas_of[segment]]
+        options = {
+            "num_cpus": threads,
+            "max_restarts": -1,
+            "max_concurrency": 2,  # so that it says that it lives while it searches
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+        }
+        hosts.append(ray.remote(Host).options(**options).remote(place, held, threads))
+    serving = Serving(artifact, hosts, nodes, replicas_of)
+    for number, ref in enumerate([one.ready.remote() for one in hosts]):
+        try:
+            ray.get(ref, timeout=OPENING)
+        except (RayActorError, GetTimeoutError) as error:
+            serving.lost(number, error)
+    return serving
