@@ -31,6 +31,7 @@ faults: $(VENV)/installed ## the demo and prepare, killed at random times, end w
 	$(RUN) -m tests.faults.kill_demo runs/faults
 	$(RUN) -m tests.faults.kill_prepare runs/faults/prepare
 	$(RUN) -m tests.faults.cluster runs/faults/cluster
+	$(RUN) -m tests.faults.sharded
 	$(RUN) -m tests.faults.kill_train runs/faults/train $(TRAINING_FAULTS)
 	$(RUN) -m tests.faults.loss_compare $(BASE) --models sem-pcyc lcale
 

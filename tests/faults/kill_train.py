@@ -207,7 +207,7 @@ def other_worlds(runs: Runs, unbroken: dict[str, Any], token: Path) -> bool:
     )
     apart = abs(last - wanted) / abs(wanted)
     score = abs(found["validation_map_all"] - unbroken["validation_map_all"])
-    print(f"{runs.model}: two workers, one, two: loss {apart:.2%} apart, mAP {score:.3f} apart", flush=True)
+    print(f"{runs.model}: two workers, one, two: loss {apart:.2%} apart, mAP {score:.4f} apart", flush=True)
     return bool(apart <= 0.01 and score <= 0.01)
 
 

@@ -3,7 +3,8 @@
 Every node of the cluster that has CPUs gets an actor, a host, which opens some of the segments; a segment lies on as
 many hosts as there are replicas. A query goes to one host for each segment. Where a host does not answer, the next
 replica of its segments is asked; where none is left, the answer says which share of the gallery is missing from it. Ray
-starts a lost host again, on another node if it has to, and it is asked again as soon as it answers.
+starts a lost host again, on another node if it has to, and it is asked again as soon as it answers. A new version is
+opened by the same hosts beside the old one, and then asked.
 
 Candidates are chosen by their codes over all segments, as `Searcher` does, so the answers are the same.
 """
@@ -63,26 +64,30 @@ class Candidates:
     admitted: int
 
 
-class Host:
-    """An actor that searches some segments of one version. They are opened when they are first needed."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Segments `numbers` of the index version that lies at `place`."""
 
-    def __init__(self, place: str, numbers: Sequence[int], threads: int) -> None:
-        self.place, self.numbers, self.threads = place, tuple(numbers), threads
+    place: str
+    numbers: tuple[int, ...]
+
+
+class Part:
+    """Some segments of one version. They are opened when they are first needed."""
+
+    def __init__(self, held: Held, threads: int) -> None:
+        self.held, self.numbers, self.threads = held, held.numbers, threads
         self.masks: dict[Wanted, np.ndarray | None] = {}
 
     @cached_property
     def searcher(self) -> Searcher:
-        return Searcher.of(open_artifact(self.place, "index"), self.numbers)
+        return Searcher.of(open_artifact(self.held.place, "index"), self.numbers)
 
     @cached_property
     def shifts(self) -> np.ndarray:
         """What each segment's own ordinals lack to those of the whole gallery."""
         every = starts_of([Spec.of(spec) for spec in self.searcher.facts["segments"]])
         return np.asarray(every[list(self.numbers)] - self.searcher.starts[:-1])
-
-    def ready(self) -> tuple[int, ...]:
-        """The segments, when they are open. Raises DamagedArtifact."""
-        return self.numbers if len(self.shifts) else ()
 
     def _mask(self, wanted: Wanted) -> np.ndarray | None:
         if wanted not in self.masks:
@@ -112,12 +117,39 @@ class Host:
         return objects(rows.column("key")), objects(rows.column("label"))
 
 
+class Host:
+    """An actor of one node. Every call says what it is about, so that a host that Ray started again needs no more."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.parts: dict[Held, Part] = {}
+
+    def _part(self, held: Held) -> Part:
+        return self.parts.setdefault(held, Part(held, self.threads))
+
+    def ready(self, held: Held) -> int:
+        """Segments, when they are open. Raises DamagedArtifact."""
+        return len(self._part(held).shifts)
+
+    def forget(self, held: Held) -> None:
+        """Close what is no longer asked for."""
+        self.parts.pop(held, None)
+
+    def candidates(self, held: Held, *words: Any) -> Candidates:
+        """See Part."""
+        return self._part(held).candidates(*words)
+
+    def names(self, held: Held, *words: Any) -> tuple[np.ndarray, np.ndarray]:
+        """See Part."""
+        return self._part(held).names(*words)
+
+
 @dataclass
 class Serving:
     """The hosts of one version.
 
     Attributes:
-        hosts: actors. nodes: where each was started.
+        hosts: actors. nodes: where each was started. held: what each holds.
         replicas: of each segment, the numbers of its hosts, in the order in which they are asked.
         down: hosts that did not answer, each with the call that will tell when it does again.
     """
@@ -125,6 +157,7 @@ class Serving:
     artifact: Artifact
     hosts: Sequence[Any]
     nodes: Sequence[str]
+    held: Sequence[Held]
     replicas: Sequence[Sequence[int]]
     down: dict[int, Any] = field(default_factory=dict)
     turn: int = 0
@@ -142,7 +175,7 @@ class Serving:
     def lost(self, host: int, error: Exception) -> None:
         """Leave `host` out until it answers again."""
         logger.warning("host %d of index %s did not answer: %s", host, self.artifact.digest[:12], type(error).__name__)
-        self.down[host] = self.hosts[host].ready.remote()
+        self.down[host] = self.hosts[host].ready.remote(self.held[host])
 
     def recover(self) -> None:
         """Take back the hosts that answer again."""
@@ -152,7 +185,7 @@ class Serving:
                     ray.get(ref)
                     del self.down[host]
                 except RayActorError:
-                    self.down[host] = self.hosts[host].ready.remote()
+                    self.down[host] = self.hosts[host].ready.remote(self.held[host])
 
     def scatter(
         self, method: str, segments: Collection[int], shared: Sequence[Any], patience: float
@@ -173,7 +206,7 @@ class Serving:
             for s in sorted(left):
                 if left[s]:
                     by_host.setdefault(left[s][0], []).append(s)
-            calls = {h: getattr(self.hosts[h], method).remote(*shared, its) for h, its in by_host.items()}
+            calls = {h: getattr(self.hosts[h], method).remote(self.held[h], *shared, its) for h, its in by_host.items()}
             until = time.monotonic() + patience
             for host, ref in calls.items():
                 try:
@@ -220,7 +253,7 @@ class ShardedSearcher:
             raise ConfigError(f"replicas must be at least 1; found {replicas}")
         artifact = open_artifact(index_dir, "index")
         store = Store.at(artifact.place)
-        return cls(store, host(artifact, replicas, threads), replicas, threads, patience)
+        return cls(store, serve(artifact, replicas, threads), replicas, threads, patience)
 
     @property
     def artifact(self) -> Artifact:
@@ -232,7 +265,9 @@ class ShardedSearcher:
         latest = self.store.latest() if self.store is not None else self.artifact
         if latest.digest == self.artifact.digest:
             return False
-        self._serving = host(latest, self.replicas, self.threads)  # the old hosts end with their last handle
+        old, self._serving = self._serving, serve(latest, self.replicas, self.threads, self._serving)
+        for actor, held in zip(old.hosts, old.held, strict=True):
+            actor.forget.remote(held)
         return True
 
     def held_on(self, node: str) -> int:
@@ -338,8 +373,12 @@ def all_nodes() -> list[dict[str, Any]]:
     return found
 
 
-def host(artifact: Artifact, replicas: int, threads: int) -> Serving:
-    """Start the hosts of a version and wait until they have opened their segments.
+def serve(artifact: Artifact, replicas: int, threads: int, before: Serving | None = None) -> Serving:
+    """Have a host on every node open its segments of a version, and wait for them.
+
+    Args:
+        before: of another version, whose hosts are used where their nodes are still there: a second host on each node
+            would need its CPUs twice while both versions are open.
 
     Raises:
         StorageError: no node has CPUs. DamagedArtifact: bytes are not what the manifest says.
@@ -351,20 +390,28 @@ def host(artifact: Artifact, replicas: int, threads: int) -> Serving:
     copies = min(replicas, len(nodes))
     replicas_of = [[(segment + copy) % len(nodes) for copy in range(copies)] for segment in range(segments)]
     place = f"{artifact.place}/objects/{artifact.digest}"
-    hosts: list[Any] = []
-    for number, node in enumerate(nodes):
-        held = [segment for segment in range(segments) if number in replicas_of[segment]]
-        options = {
-            "num_cpus": threads,
-            "max_restarts": -1,
-            "max_concurrency": 2,  # so that it says that it lives while it searches
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
-        }
-        hosts.append(ray.remote(Host).options(**options).remote(place, held, threads))
-    serving = Serving(artifact, hosts, nodes, replicas_of)
-    for number, ref in enumerate([one.ready.remote() for one in hosts]):
+    held = [
+        Held(place, tuple(segment for segment in range(segments) if number in replicas_of[segment]))
+        for number in range(len(nodes))
+    ]
+    there = dict(zip(before.nodes, before.hosts, strict=True)) if before is not None else {}
+    hosts = [there.get(node) or started(node, threads) for node in nodes]
+    serving = Serving(artifact, hosts, nodes, held, replicas_of)
+    refs = [one.ready.remote(its) for one, its in zip(hosts, held, strict=True)]
+    for number, ref in enumerate(refs):
         try:
             ray.get(ref, timeout=OPENING)
         except (RayActorError, GetTimeoutError) as error:
             serving.lost(number, error)
     return serving
+
+
+def started(node: str, threads: int) -> Any:
+    """A host on the node with this id; when the node is lost, Ray starts it on another."""
+    options = {
+        "num_cpus": threads,
+        "max_restarts": -1,
+        "max_concurrency": 2,  # so that it says that it lives while it searches
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+    }
+    return ray.remote(Host).options(**options).remote(threads)
