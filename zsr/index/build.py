@@ -17,7 +17,7 @@ from zsr.cluster import map_pieces
 from zsr.errors import DamagedArtifact
 from zsr.index import drift, engine, ledger, lists, trial
 from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, small
-from zsr.index.publish import Published, publish, require_unique, verify, version_of
+from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import GOLDEN, Searcher, golden_table
 from zsr.index.segments import INDEX, LISTS, REFINE, Segment, Spec, ids_name, refine_name, segment_name
 from zsr.index.truth import Truth, exact
@@ -329,7 +329,7 @@ def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
     point, curve = tune(searcher, sketches, own, job.config.recall_target)
     staging.write_table(GOLDEN, golden_table(sketches))
     facts |= {
-        "parts": int(np.unique(searcher.ids, return_counts=True)[1].max()),
+        "parts": most_parts(searcher),
         "imbalance": drift.imbalance(np.sum([engine.list_sizes(segment.stored) for segment in segments], axis=0)),
         "golden_k": sketches.k,
         "operating_point": point.as_json(),

@@ -15,9 +15,9 @@ from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, sha256
 from zsr.errors import ConfigError, QualityGateFailed
 from zsr.index import build, drift, engine, lists
-from zsr.index.publish import Published, publish, require_unique, verify, version_of
+from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
-from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, refine_name, segment_name
+from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, labels_of, refine_name, segment_name
 from zsr.index.truth import K, Truth, exact
 from zsr.index.tune import Point, at_point, tune
 from zsr.index.vectors import Vectors
@@ -249,8 +249,8 @@ def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dic
     if found.recall_sketch < target:
         found, points = tune(searcher, truth, truth, target)
         curve = [p.as_json() for p in points]
-    parts = np.unique(searcher.ids[searcher.alive], return_counts=True)[1].max(initial=1)
-    return {**counted, "parts": int(parts), "golden_k": truth.k, "operating_point": found.as_json(), "curve": curve}
+    parts = most_parts(searcher)
+    return {**counted, "parts": parts, "golden_k": truth.k, "operating_point": found.as_json(), "curve": curve}
 
 
 def agree(old: Searcher, new: Searcher, truth: Truth) -> float:
@@ -317,7 +317,9 @@ def _copy_live(staging: Staging, name: str, searcher: Searcher) -> None:
             if not len(rows):
                 continue
             facts = {"rows": len(rows), "dtype": segment.spec.dtype, "source": source}
-            staging.write_table(f"{name}/{ids_name(place)}", segment.names.slice(a, b - a).take(rows), facts=facts)
+            named = segment.names.slice(a, b - a).take(rows)
+            named = named.set_column(named.column_names.index("label"), "label", labels_of(named))
+            staging.write_table(f"{name}/{ids_name(place)}", named, facts=facts)
             if segment.refine:
                 stored = np.ascontiguousarray(segment.refine[number][rows])
                 staging.write(f"{name}/{refine_name(place)}", stored.tobytes())

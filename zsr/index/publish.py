@@ -63,8 +63,18 @@ def _require_each_once(segment: Segment) -> None:
         )
 
 
+def most_parts(searcher: Searcher) -> int:
+    """The most vectors that one item has, and at least 1; in little memory, since every build asks for it."""
+    ids, parts = np.sort(searcher.ids[searcher.alive]), 1
+    while len(ids) > parts and (ids[parts:] == ids[:-parts]).any():
+        parts += 1
+    return parts
+
+
 def require_unique(searcher: Searcher) -> None:
     """Raise ConfigError if two rows that are not deleted have the same id and part: a hit could not say which it is."""
+    if most_parts(searcher) == 1:
+        return
     live = np.flatnonzero(searcher.alive)
     ids, part = searcher.ids[live], searcher.names.column("part").to_numpy()[live]
     order = np.lexsort((part, ids))

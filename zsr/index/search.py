@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from zsr.artifact import Artifact, Json, open_artifact
 from zsr.errors import ConfigError
 from zsr.index import engine
-from zsr.index.segments import Segment, Spec, segment_files
+from zsr.index.segments import Segment, Spec, joined_names, labels_of, segment_files
 from zsr.index.truth import K, Truth
 from zsr.index.vectors import Space
 
@@ -66,8 +66,8 @@ class Searcher:
         self.segments, self.facts, self.dead, self.files = segments, facts, dead, files
         self.space = segments[0].space
         self.starts = starts_of([segment.spec for segment in segments])
-        self.names = pa.concat_tables([segment.names for segment in segments])
-        self.ids = self.names.column("id").to_numpy()
+        self.names = segments[0].names if len(segments) == 1 else joined_names([segment.names for segment in segments])
+        self.ids = self.names.column("id").chunk(0).to_numpy()
         self.alive = np.ones(len(self.ids), bool)
         self.alive[dead] = False
 
@@ -265,7 +265,8 @@ class Searcher:
         missing = ordinals < 0
         at = pa.array(np.where(missing, 0, ordinals).reshape(-1))
         ids = np.where(missing, -1, self.ids[np.where(missing, 0, ordinals)])
-        named = [objects(self.names.column(c).take(at)).reshape(ordinals.shape) for c in ("key", "label")]
+        found = self.names.take(at)
+        named = [objects(column).reshape(ordinals.shape) for column in (found.column("key"), labels_of(found))]
         for column in named:
             column[missing] = None
         return Hits(ids, named[0], named[1], scores)

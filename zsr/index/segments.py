@@ -7,7 +7,7 @@ segment-NNNNN/refine/part-NNNNN.raw  refine codes or whole vectors, row after ro
 segment-NNNNN/ids/part-NNNNN.parquet id, part, key, label; row i is ordinal i of the segment
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -86,7 +86,7 @@ class Segment:
         shards = range(len(spec.sources))
         self.codec = engine.from_bytes(files[REFINE].read_bytes(), str(files[REFINE])) if REFINE in files else None
         self.refine = [self._map(files[refine_name(i)]) for i in shards if refine_name(i) in files]
-        self.names = pa.concat_tables([_read_names(files[ids_name(i)]) for i in shards])
+        self.names = joined_names([_read_names(files[ids_name(i)]) for i in shards])
         self._check_fit()
 
     def _map(self, path: Path) -> np.ndarray:
@@ -132,10 +132,21 @@ def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
     return {e.path.removeprefix(prefix): owner.local(e.path) for e in owner.files if e.path.startswith(prefix)}
 
 
+def joined_names(tables: Sequence[pa.Table]) -> pa.Table:
+    """Id maps one after the other, with the ids in one piece, so that numpy can look at them without a copy."""
+    table = pa.concat_tables(tables)
+    return table.set_column(0, table.field(0), table.column(0).combine_chunks())
+
+
+def labels_of(names: pa.Table) -> pa.ChunkedArray:
+    """Labels as strings: in memory, rows of the same label share it."""
+    return names.column("label").cast(pa.string())
+
+
 def _read_names(path: Path) -> pa.Table:
     """An id map that the caller has verified."""
     try:
-        parquet = pq.ParquetFile(path, memory_map=False)
+        parquet = pq.ParquetFile(path, memory_map=False, read_dictionary=["label"])
         refuse_extension_types(parquet.schema_arrow, str(path))
         return parquet.read()
     except (pa.ArrowException, OSError) as error:

@@ -28,7 +28,7 @@ from zsr.cluster import connect
 from zsr.errors import ConfigError, StorageError
 from zsr.index import engine
 from zsr.index.search import WIDEN, Hits, Searcher, as_queries, merge_best, objects, starts_of
-from zsr.index.segments import Spec
+from zsr.index.segments import Spec, labels_of
 from zsr.index.truth import K
 from zsr.index.vectors import Space
 
@@ -114,7 +114,7 @@ class Part:
         """Keys and labels of vectors (n,) of segment numbers[0], as objects."""
         own = ordinals - self.shifts[self.numbers.index(numbers[0])]
         rows = self.searcher.names.take(pa.array(own))
-        return objects(rows.column("key")), objects(rows.column("label"))
+        return objects(rows.column("key")), objects(labels_of(rows))
 
 
 class Host:
