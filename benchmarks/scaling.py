@@ -1,10 +1,11 @@
 """How long and how dear a rebuild is on many nodes: a simulation from measured CPU seconds a row, assumptions as flags.
 
-    python -m benchmarks.scaling measure --output rates.json          # the demo's data on 1, 2 and 3 local nodes
+    python -m benchmarks.scaling measure --output rates.json          # generated pictures on 1, 2 and 3 local nodes
     python -m benchmarks.scaling simulate --rates rates.json --price 1.6 --cpus 32 > docs/scaling.md
 
-`measure` runs the pipeline on local clusters of 1, 2 and 3 worker nodes and prints the largest CPU seconds a row of
-each stage over the smallest: two cores cannot show a shorter wall clock, but work that grows with nodes would show.
+`measure` runs the pipeline on pictures of natural size, on local clusters of 1, 2 and 3 worker nodes, and prints the
+largest CPU seconds a row of each stage over the smallest: two cores cannot show a shorter wall clock, but work that
+grows with nodes would show.
 
 `simulate` is the model below and no more; what it leaves out (stragglers, spot losses, contention in the storage) makes
 a real cluster slower. A stage of R rows in shards of S on N nodes with C CPUs each takes
@@ -29,6 +30,7 @@ from typing import Any, Final
 
 import yaml
 
+from benchmarks.stream import write_files
 from cluster.local import ROOT, LocalCluster, local_cluster
 
 NODES: Final = (1, 2, 3)
@@ -90,13 +92,13 @@ def last_useful(rows: float, shard: int, cpu: float, size: float, machine: Machi
         nodes *= 2
 
 
-def configuration(folder: Path) -> Path:
-    """The demo's data through a small pipeline."""
+def configuration(folder: Path, raw: Path) -> Path:
+    """The pictures below `raw` through a small pipeline."""
     settings: dict[str, Any] = {
         "output": str(folder / "run"),
-        "prepare": {"source": "emoji", "rows_per_shard": 250},
-        "features": {"size": 64, "actors": 2},
-        "train": {"model": "ridge", "split": "random:14:0", "num_workers": 1},
+        "prepare": {"source": "folders", "input": str(raw), "rows_per_shard": 500},
+        "features": {"actors": 3},
+        "train": {"model": "ridge", "split": "random:5:0", "num_workers": 1},
         "embed": {"actors": 2, "classes": "all"},
     }
     file = folder / "pipeline.yaml"
@@ -112,7 +114,7 @@ def submit(cluster: LocalCluster, file: Path) -> dict[str, Any]:
     return results
 
 
-def measured(workers: int) -> dict[str, float]:
+def measured(workers: int, raw: Path) -> dict[str, float]:
     """CPU seconds a row of each stage on so many worker nodes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -120,7 +122,7 @@ def measured(workers: int) -> dict[str, float]:
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
         with local_cluster(token, nodes=workers + 1, kinds=("cpu",), cpus=3) as cluster:
-            results = submit(cluster, configuration(folder))
+            results = submit(cluster, configuration(folder, raw))
         spent: dict[str, float] = {}
         for lap in results["timeline"]:
             for what, seconds in lap["task_cpu_seconds"].items():
@@ -138,9 +140,11 @@ def rows_of(root: Path) -> int:
     return int(sum(found.values()) if isinstance(found, dict) else found)
 
 
-def measure(output: Path) -> int:
+def measure(output: Path, files: int) -> int:
     """Measure on 1, 2 and 3 nodes; 1 where a stage's CPU seconds a row differ by more than 20%."""
-    by_nodes = {nodes: measured(nodes) for nodes in NODES}
+    with tempfile.TemporaryDirectory() as name:
+        raw = write_files(Path(name), files)
+        by_nodes = {nodes: measured(nodes, raw) for nodes in NODES}
     spread = {s: max(r[s] for r in by_nodes.values()) / min(r[s] for r in by_nodes.values()) for s in STAGES}
     print("| stage | " + " | ".join(f"{n} nodes, ms a row" for n in NODES) + " | largest / smallest |")
     print("|---|" + "---|" * (len(NODES) + 1))
@@ -179,7 +183,9 @@ def simulate(arguments: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("measure").add_argument("--output", type=Path, required=True)
+    with_measure = commands.add_parser("measure", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    with_measure.add_argument("--output", type=Path, required=True)
+    with_measure.add_argument("--files", type=int, default=6_000, help="pictures, half of them sketches")
     with_flags = commands.add_parser("simulate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     with_flags.add_argument("--rates", type=Path, required=True)
     with_flags.add_argument("--price", type=float, required=True, help="of a node's hour")
@@ -195,7 +201,7 @@ def main() -> int:
     with_flags.add_argument("--start", type=float, default=300, help="seconds until new machines work")
     with_flags.add_argument("--dispatch", type=float, default=0.01, help="seconds of the driver a shard")
     arguments = parser.parse_args()
-    return measure(arguments.output) if arguments.command == "measure" else simulate(arguments)
+    return measure(arguments.output, arguments.files) if arguments.command == "measure" else simulate(arguments)
 
 
 if __name__ == "__main__":
