@@ -9,6 +9,7 @@ from jobs._job import JobConfig, Results, main
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.data.rows import Modality
 from zsr.embedding import gallery
+from zsr.embedding.shards import Prices
 
 
 class Config(JobConfig):
@@ -22,6 +23,8 @@ class Config(JobConfig):
         output: ROOT of the EMB artifact.
         classes: all rows, or those of one role in the checkpoint's split.
         actors: processes that hold the model.
+        cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
+        gpu_price: of a GPU's hour.
     """
 
     data: Path
@@ -31,6 +34,8 @@ class Config(JobConfig):
     features: Path | None = None
     classes: gallery.Classes = "all"
     actors: int = max(1, os.cpu_count() or 1)
+    cpu_price: float = 0.0
+    gpu_price: float = 0.0
 
     def open(self) -> tuple[Artifact, Artifact | None, Artifact]:
         """Data, features and checkpoint."""
@@ -52,10 +57,11 @@ def plan(config: Config) -> Results:
 def work(config: Config) -> Results:
     data, features, checkpoint = config.open()
     store = Store.at(config.output)
-    embeddings = gallery.embed(
+    embeddings, tally = gallery.embed(
         data, features, checkpoint, config.modality, store, classes=config.classes, actors=config.actors
     )
-    return {"embeddings": embeddings.digest, **embeddings.facts}
+    prices = Prices(config.cpu_price, config.gpu_price)
+    return {"embeddings": embeddings.digest, **embeddings.facts, "cost": tally.report(prices)}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

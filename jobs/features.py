@@ -12,6 +12,7 @@ from zsr.embedding.backbone import extract
 from zsr.embedding.backbone import plan as plan_features
 from zsr.embedding.encode import BackboneSettings
 from zsr.embedding.finetune import Finetune, finetune
+from zsr.embedding.shards import Prices
 from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import backbones
 
@@ -35,6 +36,8 @@ class Config(JobConfig):
         finetune: how.
         batch_size: pictures in one forward pass.
         actors: processes that hold the backbone.
+        cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
+        gpu_price: of a GPU's hour.
     """
 
     data: Path
@@ -51,6 +54,8 @@ class Config(JobConfig):
     finetune: Finetune = Finetune()
     batch_size: int = 32
     actors: int = max(1, os.cpu_count() or 1)
+    cpu_price: float = 0.0
+    gpu_price: float = 0.0
 
     def settings(self) -> BackboneSettings:
         return BackboneSettings(**{name: getattr(self, name) for name in BackboneSettings.model_fields})
@@ -73,8 +78,9 @@ def work(config: Config) -> Results:
         tuned = Store.at(config.output / "backbone")
         weights = finetune(data, settings, published, split, config.finetune, tuned, mean_average_precision)
     store = Store.at(config.output)
-    features = extract(data, settings, weights, store, batch=config.batch_size, actors=config.actors)
-    return {"features": features.digest, **features.facts}
+    features, tally = extract(data, settings, weights, store, batch=config.batch_size, actors=config.actors)
+    prices = Prices(config.cpu_price, config.gpu_price)
+    return {"features": features.digest, **features.facts, "cost": tally.report(prices)}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 import torch
-from ray.data import ActorPoolStrategy
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import gpus, map_pieces, own_device
+from zsr.cluster import own_device
 from zsr.data.decode import VERSION, BadImage
 from zsr.data.features import feature_table, seal_features
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
 from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
+from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint, quarantine_name
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
 from zsr.models import backbones
@@ -48,8 +49,8 @@ def plan(data: Artifact, settings: BackboneSettings, weights: Path | Artifact) -
 
 def extract(
     data: Artifact, settings: BackboneSettings, weights: Path | Artifact, output: Store, *, batch: int, actors: int
-) -> Artifact:
-    """Compute FEATURES of every picture in `data` and publish them; finished shards of a killed run are kept.
+) -> tuple[Artifact, Tally]:
+    """Compute FEATURES of every picture in `data` and publish them; see `shards.compute` for what is computed.
 
     Args:
         weights: see `plan`.
@@ -60,41 +61,30 @@ def extract(
         ConfigError: see `plan`; or data without pictures.
     """
     work = plan(data, settings, weights)
-    if done := output.made(work):
-        return done
-    staging = output.staging(work)
     names = shards(data, settings)
+    if done := output.made(work):
+        return done, Tally(found=len(names))
+    staging = output.staging(work)
     if not names:
         raise ConfigError(f"data {data.digest[:12]} has no rows that --backbone or --texts make features of")
-    todo = [{"name": name} for name in names if staging.finished(name) is None]
-    options = {
+    shared = {
         "data": data,
         "settings": settings,
         "weights": weights,
         "sha256": work.config["weights"],
         "texts": work.config.get("texts", ""),
+        "batch": batch,
     }
-    map_pieces(
-        "features",
-        Extractor,
-        todo,
-        fn_constructor_kwargs={**options, "staging": staging, "batch": batch},
-        **pool(actors, len(todo)),
-    )
-    return seal_features(staging, output, names, {"backbone": settings.backbone, "size": work.config["size"]})
+    wanted = {name: fingerprint(work, data.entry(name)) for name in names}
+    tally = compute("features", Extractor, wanted, output, staging, shared, actors)
+    about = {"backbone": settings.backbone, "size": work.config["size"]}
+    return seal_features(staging, output, names, about), tally
 
 
 def shards(data: Artifact, settings: BackboneSettings) -> list[str]:
     """Names of the shards that get features, in order."""
     texts = settings.texts != "none"
     return [e.path for e in data.shards() if int(e.facts["rows"]) and (texts or not e.path.startswith(TEXT))]
-
-
-def pool(actors: int, pieces: int) -> dict[str, Any]:
-    """Options of an actor pool: a GPU each where the cluster has some, and never more actors than GPUs or pieces."""
-    have = gpus()
-    size = max(1, min(actors, pieces, have or actors))
-    return {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if have else 0}
 
 
 class Extractor:
@@ -117,37 +107,53 @@ class Extractor:
         self.texts = TextExtractor(encoder_folder(None), texts, self.device, batch) if texts else None
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
-        name = piece["name"]
-        if self.texts is not None and name.startswith(TEXT):
-            table = self.data.read_table(name, columns=["id", "key", "text"])
-            return self._stage(name, *self.texts(name, table), self.texts.dim)
-        side = "sketch" if name.startswith("modality=sketch/") else "photo"
-        table = self.data.read_table(name, columns=["id", "key", "image"])
+        name, clocks = piece["name"], Clocks()
+        side = name.partition("/")[0].removeprefix("modality=")
+        with clocks.stage("read"):
+            column = "text" if side == "text" else "image"
+            table = self.data.read_table(name, columns=["id", "key", column])
+        if self.texts is not None and side == "text":
+            with clocks.stage("model"):
+                ids, features, bad = self.texts(name, table)
+            dim = self.texts.dim
+        else:
+            ids, features, bad = self._pictures(name, side, table, clocks)
+            dim = self.featurizer.backbones[side].dim
+        with clocks.stage("write"):
+            self._stage(piece, ids, features, bad, dim)
+        return {"name": name, "rows": len(ids), "bytes": self.data.entry(name).bytes, "seconds": clocks.seconds}
+
+    def _pictures(
+        self, name: str, side: str, table: pa.Table, clocks: Clocks
+    ) -> tuple[list[int], list[np.ndarray], list[dict[str, Any]]]:
+        """Ids and features of the pictures that decode, and what is wrong with the others."""
         ids: list[int] = []
         bad: list[dict[str, Any]] = []
         pixels: list[np.ndarray] = []
         features: list[np.ndarray] = []
         for row in table.to_pylist():
             try:
-                pixels.append(self.featurizer.pixels(side, row["image"]))
+                with clocks.stage("decode"):
+                    pixels.append(self.featurizer.pixels(side, row["image"]))
                 ids.append(row["id"])
             except BadImage as error:
-                bad.append(
-                    {"shard": name, "id": row["id"], "key": row["key"], "kind": error.kind, "message": str(error)}
-                )
-            if len(pixels) == self.batch:
-                features.append(self.featurizer.features(side, np.stack(pixels)))
+                about = {"shard": name, "id": row["id"], "key": row["key"]}
+                bad.append({**about, "kind": error.kind, "message": str(error)})
+            if len(pixels) == self.batch:  # full batches whatever is left out: sums in another order are other bits
+                with clocks.stage("model"):
+                    features.append(self.featurizer.features(side, np.stack(pixels)))
                 pixels = []
-        features += [self.featurizer.features(side, np.stack(pixels))] if pixels else []
-        return self._stage(name, ids, features, bad, self.featurizer.backbones[side].dim)
+        with clocks.stage("model"):
+            features += [self.featurizer.features(side, np.stack(pixels))] if pixels else []
+        return ids, features, bad
 
     def _stage(
-        self, name: str, ids: list[int], features: list[np.ndarray], bad: list[dict[str, Any]], dim: int
-    ) -> dict[str, Any]:
+        self, piece: dict[str, Any], ids: list[int], features: list[np.ndarray], bad: list[dict[str, Any]], dim: int
+    ) -> None:
+        name = piece["name"]
         matrix = np.concatenate(features) if features else np.zeros((0, dim), np.float16)
         if bad:
-            self.staging.write(f"_quarantine/{name}.jsonl", b"".join(canonical(line) + b"\n" for line in bad))
+            self.staging.write(quarantine_name(name), b"".join(canonical(line) + b"\n" for line in bad))
         fault.here("features.shard")
-        facts = {"rows": len(ids), "quarantined": len(bad), "dim": int(matrix.shape[1])}
-        self.staging.write_table(name, feature_table(ids, matrix), facts=facts)
-        return {"name": name, "rows": len(ids)}
+        counts = {"rows": len(ids), "quarantined": len(bad), "dim": int(matrix.shape[1])}
+        self.staging.write_table(name, feature_table(ids, matrix), facts={**counts, MADE_FROM: piece[MADE_FROM]})

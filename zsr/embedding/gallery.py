@@ -5,6 +5,7 @@ several vectors of one item. Under the cosine metric embeddings are stored with 
 ranks them.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.cluster import map_pieces, own_device
+from zsr.cluster import own_device
 from zsr.data.shards import Source, featured_rows, pictured_rows
-from zsr.embedding.backbone import pool
 from zsr.embedding.encode import vectors_of
+from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint
 from zsr.errors import ConfigError
 from zsr.models.protocol import Inputs
 from zsr.training.checkpoint import open_model
@@ -47,8 +48,8 @@ def embed(
     *,
     classes: Classes = "all",
     actors: int = 2,
-) -> Artifact:
-    """Embed every row of `modality` and publish EMB; finished shards of a killed run are kept.
+) -> tuple[Artifact, Tally]:
+    """Embed every row of `modality` and publish EMB; see `shards.compute` for what is computed.
 
     Args:
         features: FEATURES, or None for a checkpoint with an image tower, which reads the pictures themselves.
@@ -58,21 +59,15 @@ def embed(
     """
     source = source_of(data, features, checkpoint, modality)
     work = plan(data, source, checkpoint, modality, classes)
-    if done := output.made(work):
-        return done
-    staging = output.staging(work)
-    there = {entry.path for entry in (features or data).files}
+    there = {entry.path: entry for entry in (features or data).files}
     names = [e.path for e in data.shards(modality) if e.path in there]
-    todo = [{"name": name} for name in names if staging.finished(name) is None]
-    shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes, "staging": staging}
-    map_pieces(
-        "embed",
-        ShardEmbedder,
-        todo,
-        fn_constructor_kwargs=shared,
-        **pool(actors, len(todo)),
-    )
-    return _seal(staging, output, checkpoint, modality, names)
+    if done := output.made(work):
+        return done, Tally(found=len(names))
+    staging = output.staging(work)
+    wanted = {name: fingerprint(work, data.entry(name), there[name]) for name in names}
+    shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
+    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors)
+    return _seal(staging, output, checkpoint, modality, names), tally
 
 
 def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, modality: str) -> Source:
@@ -132,17 +127,31 @@ class ShardEmbedder:
         self.model = open_model(checkpoint).to(self.device)
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
-        name = piece["name"]
+        name, clocks = piece["name"], Clocks()
         modality = name.partition("/")[0].partition("=")[2]
+        # pictures are decoded as they are asked for; of feature rows that is all reading
+        asked = "read" if isinstance(self.source, Artifact) else "decode"
+        parts, tables = self._parts(name), []
+        while True:
+            with clocks.stage(asked):
+                part = next(parts, None)
+            if part is None:
+                break
+            with clocks.stage("model"):
+                tables.append(embedding_table(part[0], vectors_of(self.model, modality, part[1], self.device)))
+        with clocks.stage("write"):
+            table = pa.concat_tables(tables)
+            fault.here("embed.shard")
+            self.staging.write_table(name, table, facts={"rows": len(table), MADE_FROM: piece[MADE_FROM]})
+        read = self.source if isinstance(self.source, Artifact) else self.data
+        return {"name": name, "rows": len(table), "bytes": read.entry(name).bytes, "seconds": clocks.seconds}
+
+    def _parts(self, name: str) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Rows of a shard with what the model is given of them, some at a time."""
         if isinstance(self.source, Artifact):
-            parts = iter([featured_rows(self.data, self.source, name, self.classes)])
+            yield featured_rows(self.data, self.source, name, self.classes)
         else:
-            parts = pictured_rows(self.data, self.source, name, self.classes)
-        tables = [embedding_table(r, vectors_of(self.model, modality, items, self.device)) for r, items in parts]
-        table = pa.concat_tables(tables)
-        fault.here("embed.shard")
-        self.staging.write_table(name, table, facts={"rows": len(table)})
-        return {"name": name, "rows": len(table)}
+            yield from pictured_rows(self.data, self.source, name, self.classes)
 
 
 def embedding_table(rows: pa.Table, embeddings: np.ndarray) -> pa.Table:
