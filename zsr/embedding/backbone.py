@@ -18,6 +18,7 @@ from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint,
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
 from zsr.models import backbones
+from zsr.worker import keep_freed_memory
 
 TEXT: Final = "modality=text/"
 
@@ -100,6 +101,7 @@ class Extractor:
         staging: Staging,
         batch: int,
     ) -> None:
+        keep_freed_memory()
         torch.set_num_threads(1)  # one thread an actor: the same bits whatever the number of cores, and no contention
         self.data, self.staging, self.batch = data, staging, batch
         self.device = own_device()

@@ -22,6 +22,7 @@ from zsr.errors import ConfigError
 from zsr.models.protocol import Inputs
 from zsr.training.checkpoint import open_model
 from zsr.training.source import pictures_of
+from zsr.worker import keep_freed_memory
 
 Classes = Literal["all", "unseen", "validation", "training"]
 
@@ -120,6 +121,7 @@ class ShardEmbedder:
     def __init__(
         self, data: Artifact, source: Source, checkpoint: Artifact, classes: Classes, staging: Staging
     ) -> None:
+        keep_freed_memory()
         torch.set_num_threads(1)  # the same bits whatever the number of cores
         self.data, self.source, self.staging = data, source, staging
         self.classes = chosen_classes(checkpoint, classes)
