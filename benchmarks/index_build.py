@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.index_world import World, write
-from zsr import cluster
+from zsr import cluster, measure
 from zsr.artifact import Store, open_artifact
 from zsr.index import edit, engine, ledger
 from zsr.index.build import Job, build
@@ -220,7 +220,10 @@ def do_edit(bench: Bench) -> None:
     gallery = write(changed, bench.root / "photo-changed", "photo")
     clock = ledger.Clock()
     done = edit.rebuild(bench.store, gallery, workers=bench.workers)
-    bench.keep("edit", {**done.as_json(), **clock.spent(), "full_build_cpu": bench.kept("build")["cpu"]})
+    tasks = dict(measure.spent())
+    bench.keep(
+        "edit", {**done.as_json(), **clock.spent(), "tasks": tasks, "full_build_cpu": bench.kept("build")["cpu"]}
+    )
 
 
 def do_table(bench: Bench) -> None:
