@@ -114,7 +114,7 @@ def loader(data: Artifact, workers: int, threads: int) -> float:
 def ours(data: Artifact, scratch: Path, actors: int) -> dict[str, Any]:
     """What the job itself reports."""
     weights, output = backbones.weights_path("lite0", None), Store.at(scratch / "features")
-    _, tally = extract(data, BackboneSettings(), weights, output, batch=BATCH, actors=actors)
+    _, tally = extract(data, BackboneSettings(), weights, output, batch=None, actors=actors)
     return {**tally.report(Prices()), "actors": tally.actors}
 
 
