@@ -127,9 +127,10 @@ class Host:
     def _part(self, held: Held) -> Part:
         return self.parts.setdefault(held, Part(held, self.threads))
 
-    def ready(self, held: Held) -> int:
-        """Segments, when they are open. Raises DamagedArtifact."""
-        return len(self._part(held).shifts)
+    def ready(self, held: Held) -> str:
+        """Open the segments; the id of the node that this host runs on. Raises DamagedArtifact."""
+        self._part(held).searcher  # noqa: B018
+        return str(ray.get_runtime_context().get_node_id())
 
     def forget(self, held: Held) -> None:
         """Close what is no longer asked for."""
@@ -149,14 +150,15 @@ class Serving:
     """The hosts of one version.
 
     Attributes:
-        hosts: actors. nodes: where each was started. held: what each holds.
+        hosts: actors. nodes: where each runs, as it said itself: a node without free CPUs has its host on another.
+        held: what each holds.
         replicas: of each segment, the numbers of its hosts, in the order in which they are asked.
         down: hosts that did not answer, each with the call that will tell when it does again.
     """
 
     artifact: Artifact
     hosts: Sequence[Any]
-    nodes: Sequence[str]
+    nodes: list[str]
     held: Sequence[Held]
     replicas: Sequence[Sequence[int]]
     down: dict[int, Any] = field(default_factory=dict)
@@ -182,7 +184,7 @@ class Serving:
         for host, ref in list(self.down.items()):
             if ray.wait([ref], timeout=0)[0]:
                 try:
-                    ray.get(ref)
+                    self.nodes[host] = ray.get(ref)
                     del self.down[host]
                 except RayActorError:
                     self.down[host] = self.hosts[host].ready.remote(self.held[host])
@@ -271,7 +273,7 @@ class ShardedSearcher:
         return True
 
     def held_on(self, node: str) -> int:
-        """Segments whose hosts were all started on the node with this id."""
+        """Segments whose hosts all run on the node with this id."""
         serving = self._serving
         return sum(all(serving.nodes[h] == node for h in hosts) for hosts in serving.replicas)
 
@@ -400,7 +402,7 @@ def serve(artifact: Artifact, replicas: int, threads: int, before: Serving | Non
     refs = [one.ready.remote(its) for one, its in zip(hosts, held, strict=True)]
     for number, ref in enumerate(refs):
         try:
-            ray.get(ref, timeout=OPENING)
+            serving.nodes[number] = ray.get(ref, timeout=OPENING)
         except (RayActorError, GetTimeoutError) as error:
             serving.lost(number, error)
     return serving
