@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from tests import toy
-from tests.pipeline import job, ok
+from tests.pipeline import ok
 from zsr.artifact import open_artifact
-from zsr.errors import DamagedArtifact
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -62,14 +61,15 @@ def test_another_size_keeps_nothing(before: Path, tmp_path: Path) -> None:
     assert other["cost"]["shards"] == {"computed": 6, "reused": 0, "finished_before": 0}
 
 
-def test_a_damaged_shard_is_not_taken_over(before: Path, after: Path, tmp_path: Path) -> None:
-    features(before / "data", tmp_path)
-    made = open_artifact(tmp_path, "features")
-    for entry in made.files:
+def test_a_damaged_shard_is_not_taken_over_but_computed(before: Path, after: Path, tmp_path: Path) -> None:
+    features(before / "data", tmp_path / "kept")
+    made = open_artifact(tmp_path / "kept", "features")
+    for entry in made.shards("photo"):
         path = made.directory / entry.path
         path.write_bytes(path.read_bytes()[:-1] + b"!")
-    found = job("features", "--data", after / "data", "--output", tmp_path, "--size", 32)
-    assert found["exit_code"] == DamagedArtifact.exit_code, found
+    again = features(after / "data", tmp_path / "kept")
+    assert again["cost"]["shards"] == {"computed": 3, "reused": 3, "finished_before": 0}
+    assert again["features"] == features(after / "data", tmp_path / "fresh")["features"]
 
 
 def test_the_cost_adds_up(before: Path, tmp_path: Path) -> None:

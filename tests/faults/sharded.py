@@ -88,7 +88,7 @@ def without_replicas(root: Path, cluster: Any, nodes: list[Any], queries: np.nda
     """One replica: a share is missing, and comes back."""
     searcher = ShardedSearcher.open(root / "parted", replicas=1, patience=PATIENCE)
     good = same(searcher.search(queries, 10), merged.search(queries, 10))
-    lost = searcher.held_on(nodes[-1].node_id)
+    lost = held_on(searcher, nodes[-1].node_id)
     cluster.remove_node(nodes.pop(), allow_graceful=False)
     started = time.perf_counter()
     found = searcher.search(queries, 10)
@@ -100,6 +100,12 @@ def without_replicas(root: Path, cluster: Any, nodes: list[Any], queries: np.nda
     share = lost / SEGMENTS
     print(f"one replica: missing {found.missing:.4f} of {share:.4f} after {waited:.1f} s, whole after {again:.0f} s")
     return good and back and waited < PATIENCE + 10 and found.missing == share
+
+
+def held_on(searcher: ShardedSearcher, node: str) -> int:
+    """Segments whose hosts all run on the node with this id."""
+    serving = searcher._serving
+    return sum(all(serving.nodes[h] == node for h in hosts) for hosts in serving.replicas)
 
 
 def taken_over(root: Path, queries: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ from zsr.cluster import own_device
 from zsr.data.decode import VERSION, BadImage
 from zsr.data.features import feature_table, seal_features
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
-from zsr.embedding.encode import BackboneSettings, featurizer, pictures_at_once, tower_of
+from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
 from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint, quarantine_name
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
@@ -61,7 +61,7 @@ def extract(
 
     Args:
         weights: see `plan`.
-        batch: pictures in one forward pass; None takes `encode.PICTURES`.
+        batch: pictures in one forward pass; None takes `backbones.PICTURES`.
         actors: Ray actors that hold the model.
 
     Raises:
@@ -111,9 +111,9 @@ class Extractor:
         torch.set_num_threads(1)  # one thread an actor: the same bits whatever the number of cores, and no contention
         self.data, self.staging = data, staging
         self.device = own_device()
-        self.batch = batch or pictures_at_once(self.device)
+        self.batch = batch or backbones.pictures_at_once(self.device)
         self.featurizer = featurizer(settings, weights, sha256).to(self.device)
-        self.texts = TextExtractor(encoder_folder(None), texts, self.device, self.batch) if texts else None
+        self.texts = TextExtractor(encoder_folder(None), texts, self.device) if texts else None
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         name, clocks = piece["name"], Clocks()

@@ -21,7 +21,6 @@ from zsr.training.checkpoint import open_model
 from zsr.training.source import pictures_of, resize_of
 
 BATCH: Final = 1024  # feature rows in one forward pass
-PICTURES: Final = {"cpu": 4, "cuda": 64}  # on CPUs larger batches leave the caches and are no faster
 SIDES: Final = ("sketch", "photo")
 
 
@@ -113,15 +112,10 @@ def featurizer(settings: BackboneSettings, weights: Path | Artifact, sha256: str
     return Featurizer(dict.fromkeys(SIDES, loaded), Pictures(resize, settings.invert_sketches))
 
 
-def pictures_at_once(device: str) -> int:
-    """Pictures in one forward pass on a device."""
-    return PICTURES[torch.device(device).type]
-
-
 def vectors_of(model: Embedder, modality: str, items: np.ndarray, device: str) -> np.ndarray:
     """Embeddings (N, P, D) float32 of raw features (N, F) or pictures (N, H, W, 3), unit length under the cosine."""
     found = []
-    for block in torch.split(torch.from_numpy(items), BATCH if items.ndim == 2 else pictures_at_once(device)):
+    for block in torch.split(torch.from_numpy(items), BATCH if items.ndim == 2 else backbones.pictures_at_once(device)):
         embedded = model.encode(modality, block.to(device))
         found.append((functional.normalize(embedded, dim=-1) if model.metric == "cosine" else embedded).cpu())
     return torch.cat(found).numpy() if found else np.zeros((0, 1, model.dim), np.float32)

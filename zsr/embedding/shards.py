@@ -5,6 +5,7 @@ A shard is kept where the last version in the same ROOT has it from the same byt
 and of whatever else shapes it. The result is the same in every bit, and so is its digest.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -18,7 +19,9 @@ from ray.data import ActorPoolStrategy
 
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
 from zsr.cluster import gpus, map_pieces
-from zsr.errors import StorageError
+from zsr.errors import DamagedArtifact, StorageError
+
+logger = logging.getLogger("zsr")
 
 MADE_FROM: Final = "made_from"  # the fact of a file that holds its fingerprint
 STAGES: Final = ("read", "decode", "model", "write")
@@ -45,8 +48,10 @@ class Clocks:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - began
+        try:
+            yield
+        finally:  # a picture that does not decode takes its time, too
+            self.seconds[name] += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -136,22 +141,29 @@ def _kept(what: str, wanted: Mapping[str, str], output: Store, staging: Staging)
     """Names of the shards that the last version had, and `staging` has now."""
     try:
         before = output.latest()
-    except StorageError:  # nothing is published yet, or nothing that verifies: then nothing is kept
+    except (StorageError, DamagedArtifact):  # nothing is published yet, or nothing that verifies
         return set()
-    same = [e.path for e in before.files if e.facts.get(MADE_FROM, "") == wanted.get(e.path)]
-    map_pieces(what, _keep, [{"name": name} for name in same], fn_kwargs={"before": before, "staging": staging})
-    return set(same)
+    same = [{"name": e.path} for e in before.files if e.facts.get(MADE_FROM, "") == wanted.get(e.path)]
+    kept = map_pieces(what, _keep, same, fn_kwargs={"before": before, "staging": staging})
+    for piece in kept:
+        if piece["damaged"]:
+            logger.warning("%s is not kept, but computed anew: %s", piece["name"], piece["damaged"])
+    return {piece["name"] for piece in kept if not piece["damaged"]}
 
 
 def _keep(piece: dict[str, Any], before: Artifact, staging: Staging) -> dict[str, Any]:
-    """Take one shard over, after its bytes have been checked. Runs in a Ray task."""
+    """Take one shard over if its bytes are sound, and say what is wrong with them otherwise. Runs in a Ray task."""
     name = piece["name"]
     entries = {entry.path: entry for entry in before.files}
     for path in (quarantine_name(name), name):  # the shard last: it is what tells that both are there
         if path in entries:
+            try:
+                source = before.local(path)
+            except DamagedArtifact as error:
+                return {"name": name, "damaged": str(error)}
             with staging.piece(path, facts=dict(entries[path].facts)) as place:
-                linked(before.local(path), place)
-    return {"name": name}
+                linked(source, place)
+    return {"name": name, "damaged": ""}
 
 
 def linked(source: Path, place: Path) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
 from zsr.data.semantics.sentences import SentenceEncoder
+
+SENTENCES: Final = 32  # in one forward pass
 
 
 class TextExtractor:
@@ -20,7 +22,7 @@ class TextExtractor:
         ConfigError, DamagedArtifact: see SentenceEncoder.
     """
 
-    def __init__(self, folder: Path, sha256: str, device: str, batch: int) -> None:
+    def __init__(self, folder: Path, sha256: str, device: str, batch: int = SENTENCES) -> None:
         self.encoder = SentenceEncoder(folder, sha256, device)
         self.batch = batch
         self.dim = self.encoder.dim

@@ -48,6 +48,20 @@ def starts_of(specs: Sequence[Spec]) -> np.ndarray:
     return np.cumsum([0, *(spec.rows for spec in specs)])
 
 
+def reach(facts: Json, count: int, nprobe: int | None, refine_factor: int | None) -> tuple[int, int]:
+    """Candidates to rank for `count` neighbours, and lists to look into; what is not given as it was published.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+    # an index that is being tuned has no operating point yet
+    factor = facts["operating_point"]["refine_factor"] if refine_factor is None else refine_factor
+    probes = facts["operating_point"]["nprobe"] if nprobe is None else nprobe
+    if min(count, factor, probes) < 1:
+        raise ConfigError(f"k, nprobe and refine_factor must be at least 1; found {count}, {probes}, {factor}")
+    return max(count, K) * factor, probes
+
+
 class Searcher:
     """An opened index version. Lists and refine codes are mapped from disk; ids, keys and labels are in memory.
 
@@ -183,11 +197,7 @@ class Searcher:
         Args:
             wanted: (N,) bool, see `mask`.
         """
-        factor = self.facts["operating_point"]["refine_factor"] if refine_factor is None else refine_factor
-        probes = self.facts["operating_point"]["nprobe"] if nprobe is None else nprobe
-        if min(count, factor, probes) < 1:
-            raise ConfigError(f"k, nprobe and refine_factor must be at least 1; found {count}, {probes}, {factor}")
-        depth = max(count, K) * factor
+        depth, probes = reach(self.facts, count, nprobe, refine_factor)
         if wanted is None:
             return merge_best(*self.candidates(queries, depth, probes), None, count)
         allowed, lists = self.bits(wanted), int(self.facts["nlist"])

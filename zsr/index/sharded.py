@@ -27,9 +27,8 @@ from zsr.artifact import Artifact, Store, open_artifact
 from zsr.cluster import connect
 from zsr.errors import ConfigError, StorageError
 from zsr.index import engine
-from zsr.index.search import WIDEN, Hits, Searcher, as_queries, merge_best, objects, starts_of
+from zsr.index.search import WIDEN, Hits, Searcher, as_queries, merge_best, objects, reach, starts_of
 from zsr.index.segments import Spec, labels_of
-from zsr.index.truth import K
 from zsr.index.vectors import Space
 
 logger = logging.getLogger("zsr")
@@ -89,6 +88,10 @@ class Part:
         every = starts_of([Spec.of(spec) for spec in self.searcher.facts["segments"]])
         return np.asarray(every[list(self.numbers)] - self.searcher.starts[:-1])
 
+    def open(self) -> None:
+        """Raises DamagedArtifact."""
+        _ = self.shifts
+
     def _mask(self, wanted: Wanted) -> np.ndarray | None:
         if wanted not in self.masks:
             self.masks = {wanted: self.searcher.mask(wanted.labels, wanted.ids)}  # the last one: filters come in runs
@@ -129,7 +132,7 @@ class Host:
 
     def ready(self, held: Held) -> str:
         """Open the segments; the id of the node that this host runs on. Raises DamagedArtifact."""
-        self._part(held).searcher  # noqa: B018
+        self._part(held).open()
         return str(ray.get_runtime_context().get_node_id())
 
     def forget(self, held: Held) -> None:
@@ -165,14 +168,14 @@ class Serving:
     turn: int = 0
 
     @cached_property
-    def sizes(self) -> np.ndarray:
-        """(S,) vectors of each segment."""
-        return np.array([spec["rows"] for spec in self.artifact.facts["segments"]], np.int64)
+    def starts(self) -> np.ndarray:
+        """(S + 1,) see `starts_of`."""
+        return starts_of([Spec.of(spec) for spec in self.artifact.facts["segments"]])
 
     @cached_property
-    def starts(self) -> np.ndarray:
-        """(S,) ordinal of the first vector of each segment."""
-        return np.asarray(np.cumsum(self.sizes) - self.sizes)
+    def sizes(self) -> np.ndarray:
+        """(S,) vectors of each segment."""
+        return np.diff(self.starts)
 
     def lost(self, host: int, error: Exception) -> None:
         """Leave `host` out until it answers again."""
@@ -230,7 +233,7 @@ class Serving:
 class ShardedSearcher:
     """An index version that lies on several nodes; see `Searcher` for what a search gives. Not for several threads."""
 
-    def __init__(self, store: Store | None, serving: Serving, replicas: int, threads: int, patience: float) -> None:
+    def __init__(self, store: Store, serving: Serving, replicas: int, threads: int, patience: float) -> None:
         """Use `open`."""
         self.store, self._serving = store, serving
         self.replicas, self.threads, self.patience = replicas, threads, patience
@@ -264,18 +267,13 @@ class ShardedSearcher:
 
     def refresh(self) -> bool:
         """Take over the newest version, if there is a newer one; the old one answers until all of it is open."""
-        latest = self.store.latest() if self.store is not None else self.artifact
+        latest = self.store.latest()
         if latest.digest == self.artifact.digest:
             return False
         old, self._serving = self._serving, serve(latest, self.replicas, self.threads, self._serving)
         for actor, held in zip(old.hosts, old.held, strict=True):
             actor.forget.remote(held)
         return True
-
-    def held_on(self, node: str) -> int:
-        """Segments whose hosts all run on the node with this id."""
-        serving = self._serving
-        return sum(all(serving.nodes[h] == node for h in hosts) for hosts in serving.replicas)
 
     def check(self, embeddings: Artifact) -> None:
         """Raise ConfigError if `embeddings` have another checkpoint, width, metric or normalisation."""
@@ -301,13 +299,8 @@ class ShardedSearcher:
         serving, facts = self._serving, self.artifact.facts
         wanted = Wanted(None if labels is None else frozenset(labels), None if ids is None else frozenset(ids))
         flat = as_queries(queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries, int(facts["dim"]))
-        point = facts["operating_point"]
-        factor = point["refine_factor"] if refine_factor is None else refine_factor
-        probes = point["nprobe"] if nprobe is None else nprobe
-        if min(k, factor, probes) < 1:
-            raise ConfigError(f"k, nprobe and refine_factor must be at least 1; found {k}, {probes}, {factor}")
-        count = k * int(facts["parts"])
-        depth, lists = max(count, K) * factor, int(facts["nlist"])
+        count, lists = k * int(facts["parts"]), int(facts["nlist"])
+        depth, probes = reach(facts, count, nprobe, refine_factor)
         shared = ray.put(flat)  # once, and not once a host
         while True:
             parts, lost = serving.scatter(

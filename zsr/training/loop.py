@@ -15,6 +15,7 @@ from zsr.batch import Batch
 from zsr.data.sampling import seed_of
 from zsr.data.shards import Rows
 from zsr.errors import NonFiniteLoss
+from zsr.models.backbones import pictures_at_once
 from zsr.models.protocol import Embedder, Metric, Model, Terms
 from zsr.training.checkpoint import Progress, Writer, last_progress, save_progress
 from zsr.training.config import TrainSettings
@@ -26,8 +27,7 @@ from zsr.training.metrics import Meter
 # score, higher is better
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Metric], float]
 
-BLOCK: Final = 4096  # feature rows, or pictures, that are embedded at once
-PICTURES: Final = 64
+BLOCK: Final = 4096  # feature rows that are embedded at once
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Validation:
         """The score of `model` as it stands, photos as gallery."""
         parts = []
         for side, rows in (("sketch", self.query), ("photo", self.photo)):
-            blocks = torch.split(torch.from_numpy(rows.features), BLOCK if rows.features.ndim == 2 else PICTURES)
+            at_once = BLOCK if rows.features.ndim == 2 else pictures_at_once(device)
+            blocks = torch.split(torch.from_numpy(rows.features), at_once)
             parts.append(torch.cat([model.encode(side, block.to(device)).cpu() for block in blocks]))
         labels = [torch.from_numpy(rows.labels) for rows in (self.query, self.photo)]
         return self.score(parts[0], parts[1], labels[0], labels[1], model.metric)
