@@ -30,13 +30,15 @@ sanity: $(VENV)/installed ## gates and ablations of the models on a synthetic wo
 faults: $(VENV)/installed ## the demo and prepare, killed at random times, end with the digests of unbroken ones
 	$(RUN) -m tests.faults.kill_demo runs/faults
 	$(RUN) -m tests.faults.kill_prepare runs/faults/prepare
+	$(RUN) -m tests.faults.kill_gallery runs/faults/gallery $(GALLERY_FAULTS)
 	$(RUN) -m tests.faults.cluster runs/faults/cluster
 	$(RUN) -m tests.faults.sharded
 	$(RUN) -m tests.faults.kill_train runs/faults/train $(TRAINING_FAULTS)
 	$(RUN) -m tests.faults.loss_compare $(BASE) --models sem-pcyc lcale
 
 faults-nightly: ## the same with training killed as often as the bar asks for each night
-	$(MAKE) faults TRAINING_FAULTS="--kills 20 --nodes 10 --drivers 10 --models $(STEPPED)"
+	$(MAKE) faults TRAINING_FAULTS="--kills 20 --nodes 10 --drivers 10 --models $(STEPPED)" \
+		GALLERY_FAULTS="--kills 200 --disks 200"
 	$(MAKE) loss-compare
 
 stages: $(VENV)/installed ## every model: ZeRO stages, ranks and pieces of a batch train the same weights; some minutes

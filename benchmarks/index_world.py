@@ -23,16 +23,21 @@ NOISE: Final = 0.15
 SHIFT: Final = 0.5
 SHARD: Final = 65_536
 CHECKPOINT: Final = "b" * 64
+AGAIN: Final = 1_000_000  # added to the seed of what is drawn anew
 
 
 @dataclass(frozen=True)
 class World:
-    """Its size: gallery vectors, dimensions, sketches. `changed` names shards that are drawn anew."""
+    """Its size: gallery vectors, dimensions, sketches.
+
+    `changed` names shards that are drawn anew; `scattered` is the share of rows, of all shards, that are.
+    """
 
     count: int
     dim: int
     sketches: int = 1000
     changed: tuple[int, ...] = ()
+    scattered: float = 0.0
 
     def shares(self) -> np.ndarray:
         """(CLUSTERS,) share of the gallery in each cluster."""
@@ -57,8 +62,12 @@ class World:
         bounds = np.cumsum(np.random.default_rng(4).multinomial(self.count, self.shares()))
         rows = np.arange(number * SHARD, min(self.count, (number + 1) * SHARD))
         clusters = np.searchsorted(bounds, rows, side="right")
-        seed = number + (1_000_000 if number in self.changed else 0)
-        return table("photo", rows, clusters, self.vectors(clusters, seed, shifted=False))
+        seed = number + (AGAIN if number in self.changed else 0)
+        vectors = self.vectors(clusters, seed, shifted=False)
+        if self.scattered:
+            some = np.random.default_rng([6, number]).random(len(rows)) < self.scattered
+            vectors[some] = self.vectors(clusters[some], number + AGAIN, shifted=False)
+        return table("photo", rows, clusters, vectors)
 
     def queries(self) -> pa.Table:
         """Rows of the sketches."""
@@ -84,7 +93,7 @@ def table(modality: str, rows: np.ndarray, clusters: np.ndarray, vectors: np.nda
 def write(world: World, place: Path, modality: str) -> Artifact:
     """Publish the gallery (`photo`) or the sketches under `place`; what is there already is kept."""
     config = {"benchmark": modality, "count": world.count, "dim": world.dim, "sketches": world.sketches}
-    plan = Plan("embeddings", {**config, "changed": list(world.changed)})
+    plan = Plan("embeddings", {**config, "changed": list(world.changed), "scattered": world.scattered})
     store = Store.at(place)
     if done := store.made(plan):
         return done

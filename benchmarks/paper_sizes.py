@@ -28,7 +28,7 @@ from torch import Tensor
 from zsr.batch import Batch
 from zsr.models import backbones, build, configure
 from zsr.models.protocol import Inputs, Model, Tower
-from zsr.training.engines import Engines, deepspeed_config, init_distributed
+from zsr.training.engines import Engines, Precision, deepspeed_config, init_distributed
 
 STEPS: Final = 2
 
@@ -169,15 +169,16 @@ def weigh(name: str, rows: int) -> Weighed:
     )
 
 
-def start(model: Model, rows: int) -> Engines:
-    """Engines of a group of one process."""
+def start(model: Model, rows: int, precision: Precision = "fp32") -> Engines:
+    """Engines of a group of one process, on the model's own device."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    init_distributed("gloo")
-    return Engines(model.train(), rows, deepspeed_config())
+    backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    init_distributed(backend)
+    return Engines(model.train(), rows, deepspeed_config(precision=precision))
 
 
 def count(model: Model, part: Part) -> int:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.faults.counts import count
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Store, canonical, open_artifact, refuse_extension_types, safe_name
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, DiskFull, StorageError
@@ -202,7 +203,7 @@ def test_plain_names_pass(name: str) -> None:
 
 def test_one_of_two_racing_publishers_wins(tmp_path: Path) -> None:
     store = Store.at(tmp_path)
-    for race in range(50):
+    for race in range(count(200, 5_000)):
         plans = [Plan("data", {"race": race, "who": who}) for who in range(2)]
         sealed = [_sealed(store, plan) for plan in plans]
         outcomes: list[object] = []

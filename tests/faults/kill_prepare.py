@@ -7,15 +7,13 @@ driver dies and is started again. Exit status 0 when all digests are equal and n
 """
 
 import argparse
-import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.data_memory import generate
-from tests.faults.killing import finish, kill_after
+from tests.faults.killing import finish, kill_after, kill_at
 
 # where to fire: a worker that dies at its first passing would die for ever
 POINTS = (
@@ -32,14 +30,6 @@ def command(raw: Path, output: Path) -> list[str]:
     """The job, with slices so small that there are many."""
     flags = ["--source", "folders", "--input", str(raw), "--output", str(output), "--rows-per-shard", "100"]
     return [sys.executable, "-m", "jobs.prepare", *flags]
-
-
-def kill_at(point: str, job: list[str]) -> int:
-    """Run the job with the point armed; how it ended."""
-    name, _, nth = point.partition("@")
-    environment = {**os.environ, "ZSR_FAULT": f"{name}=kill@{nth or 1}"}
-    quiet = subprocess.DEVNULL
-    return subprocess.run(job, env=environment, stdout=quiet, stderr=quiet, check=False).returncode
 
 
 def main() -> int:
@@ -60,7 +50,7 @@ def main() -> int:
     wrong = 0
     for point in arguments.points:
         job = command(raw, arguments.output / point)
-        code = kill_at(point, job)
+        code = kill_at(job, point)
         wrong += _differs(f"{point} (ended with {code})", job, arguments.output / point, unbroken)
     job = command(raw, arguments.output / "killed")
     for kill in range(arguments.kills):

@@ -1,4 +1,4 @@
-"""Start a job, SIGKILL its driver after a while, and read what a job says that came to its end."""
+"""Start a job, SIGKILL its driver after a while or at a fault point, and read what a job says that came to its end."""
 
 import json
 import os
@@ -24,3 +24,11 @@ def kill_after(command: Sequence[str], seconds: float) -> bool:
             process.kill()
             return True
     return False
+
+
+def kill_at(command: Sequence[str], point: str) -> int:
+    """Run the job with a fault point armed, `NAME@N` for its N-th passing in a process; how the job ended."""
+    name, _, nth = point.partition("@")
+    environment = {**os.environ, "ZSR_FAULT": f"{name}=kill@{nth or 1}"}
+    quiet = subprocess.DEVNULL
+    return subprocess.run(command, env=environment, stdout=quiet, stderr=quiet, check=False).returncode

@@ -131,6 +131,16 @@ def test_a_drift_report_says_when_to_train_again(store: Store, tmp_path: Path) -
     assert "quantisation error" in other.told["drift"]["why"][0]
 
 
+def test_new_vectors_of_one_class_are_no_drift_but_lists_of_the_index_that_fill_unevenly_are() -> None:
+    sample = drift.Spread(3000, 0.1, drift.imbalance(np.full(64, 47)))
+    one_class = drift.Spread(1500, 0.1, 64.0)
+    even, uneven = np.full(64, 470), np.array([15_040, *[240] * 63])
+    assert drift.report(sample.as_json(), one_class, even)["retrain"] is False
+    told = drift.report(sample.as_json(), one_class, uneven)
+    assert told["retrain"] is True
+    assert "imbalance" in told["why"][0]
+
+
 def test_balance_counts_beyond_what_chance_does() -> None:
     even = np.full(64, 100)
     assert drift.imbalance(even) == 1

@@ -19,7 +19,7 @@ from zsr.index import drift, engine, ledger, lists, trial
 from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, small
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import GOLDEN, Searcher, golden_table
-from zsr.index.segments import INDEX, LISTS, REFINE, Segment, Spec, ids_name, refine_name, segment_name
+from zsr.index.segments import INDEX, LISTS, REFINE, Segment, Spec, ids_name, list_sizes, refine_name, segment_name
 from zsr.index.truth import Truth, exact
 from zsr.index.tune import QUERIES, tune
 from zsr.index.vectors import Vectors
@@ -330,7 +330,7 @@ def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
     staging.write_table(GOLDEN, golden_table(sketches))
     facts |= {
         "parts": most_parts(searcher),
-        "imbalance": drift.imbalance(np.sum([engine.list_sizes(segment.stored) for segment in segments], axis=0)),
+        "imbalance": drift.imbalance(list_sizes(segments)),
         "golden_k": sketches.k,
         "operating_point": point.as_json(),
         "curve": [p.as_json() for p in curve],

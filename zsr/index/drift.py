@@ -54,16 +54,30 @@ def imbalance(sizes: np.ndarray) -> float:
     return round(float(len(sizes) * np.square(share).sum()), 6)
 
 
-def report(trained_on: Json, new: Spread, nlist: int) -> dict[str, Any]:
-    """The new vectors beside the training sample, and whether a retrain is due, and why.
+def report(trained_on: Json, new: Spread, sizes: np.ndarray) -> dict[str, Any]:
+    """The training sample beside the new vectors and the whole index, and whether a retrain is due, and why.
 
-    n vectors put at random into L lists have an imbalance of about 1 + L / n, which is taken off first.
+    New vectors are to lie as near to their centroids as the sample did. The lists are to stay as even as the sample
+    filled them, and of those the whole index counts: a shard that was written class by class fills few lists, and
+    slows no search down. n vectors put at random into L lists have an imbalance of about 1 + L / n, which is taken off
+    first.
+
+    Args:
+        new: of the new vectors.
+        sizes: (nlist,) vectors in each list of the whole index after the change, deleted ones with them.
     """
-    old = Spread(**trained_on)
+    old, whole = Spread(**trained_on), {"rows": int(sizes.sum()), "imbalance": imbalance(sizes)}
     why = []
     if new.error > MORE_ERROR * old.error:
         why.append(f"quantisation error {new.error:.3f} against {old.error:.3f} of the training sample")
-    before, now = (spread.imbalance - nlist / spread.rows for spread in (old, new))
-    if new.rows >= FEWEST and now > LESS_BALANCE * before:
+    before = old.imbalance - len(sizes) / old.rows
+    now = whole["imbalance"] - len(sizes) / max(1, whole["rows"])
+    if whole["rows"] >= FEWEST and now > LESS_BALANCE * before:
         why.append(f"imbalance {now:.2f} against {before:.2f} of the training sample, chance taken off")
-    return {"trained_on": old.as_json(), "new": new.as_json(), "retrain": bool(why), "why": why}
+    return {
+        "trained_on": old.as_json(),
+        "new": new.as_json(),
+        "index": whole,
+        "retrain": bool(why),
+        "why": why,
+    }

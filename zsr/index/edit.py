@@ -17,7 +17,7 @@ from zsr.errors import ConfigError, QualityGateFailed
 from zsr.index import build, drift, engine, lists
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
-from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, labels_of, refine_name, segment_name
+from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, labels_of, list_sizes, refine_name, segment_name
 from zsr.index.truth import K, Truth, exact
 from zsr.index.tune import Point, at_point, tune
 from zsr.index.vectors import Vectors
@@ -57,14 +57,14 @@ class Change:
 
     Attributes:
         specs: segments of the new version, `dead` their deleted ordinals, `truth` the golden queries' new neighbours.
-        facts: more facts for its manifest. told: what the job prints beside.
+        told: what the job prints beside. seen: how vectors that are new lie under the template.
     """
 
     specs: Sequence[Spec]
     dead: np.ndarray
     truth: Truth
-    facts: Mapping[str, Any]
     told: Mapping[str, Any]
+    seen: drift.Spread | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def delete(store: Store, ids: Collection[int]) -> Changed:
     dead = np.flatnonzero(np.isin(live.searcher.ids, wanted) | ~live.searcher.alive)
     work = _plan(live, "delete", ids=sha256(wanted.tobytes()))
     truth = live.searcher.golden.without(dead)
-    return _publish(live, work, Change(live.specs(), dead, truth, {}, {"deleted": len(wanted)}))
+    return _publish(live, work, Change(live.specs(), dead, truth, {"deleted": len(wanted)}))
 
 
 def add(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
@@ -183,7 +183,7 @@ def _extend(
     """Add some shards of `gallery` in a segment of their own, with `dead` deleted."""
     truth = live.searcher.golden.without(dead)
     if not len(shards):
-        return _publish(live, work, Change(live.specs(), dead, truth, {}, told))
+        return _publish(live, work, Change(live.specs(), dead, truth, told))
     staging, key = live.store.staging(work), str(live.artifact.facts["index_key"])
     first = live.searcher.segments[0]
     staging.write(build.TEMPLATE, engine.template_of(first.files[INDEX]), scratch=True)
@@ -199,9 +199,7 @@ def _extend(
     looked = np.sort(np.random.default_rng(0).permutation(rows)[:DRIFT_ROWS])
     template = engine.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
     seen = drift.Spread.of(template, gallery.take(looked))
-    report = drift.report(live.artifact.facts["trained_on"], seen, int(live.artifact.facts["nlist"]))
-    change = Change([*live.specs(), spec], dead, truth, {"drift": report}, {**told, "drift": report})
-    return _publish(live, work, change)
+    return _publish(live, work, Change([*live.specs(), spec], dead, truth, told, seen))
 
 
 def _publish(live: Live, work: Plan, change: Change) -> Changed:
@@ -211,7 +209,7 @@ def _publish(live: Live, work: Plan, change: Change) -> Changed:
         QualityGateFailed: see `delete`; or the golden queries do not find what the live version finds.
     """
     if made := live.store.made(work, check=lambda artifact: verify(Searcher.of(artifact))):
-        return Changed(Published(made, version_of(live.store, made.digest)), change.told)
+        return Changed(Published(made, version_of(live.store, made.digest)), _told(change, made.facts))
     staging, truth = live.store.staging(work), change.truth.sure()
     if len(truth.queries) < FEWEST_GOLDEN:
         raise QualityGateFailed(
@@ -219,7 +217,7 @@ def _publish(live: Live, work: Plan, change: Change) -> Changed:
             f"are still known, and recall needs {FEWEST_GOLDEN}; build the index again"
         )
     fault.here("index.change")
-    facts = {**live.artifact.facts, **change.facts, "segments": [spec.as_json() for spec in change.specs]}
+    facts = {**live.artifact.facts, "segments": [spec.as_json() for spec in change.specs]}
     opened = {(spec.name, spec.object): s for spec, s in zip(live.specs(), live.searcher.segments, strict=True)}
     key, space = str(facts["index_key"]), live.searcher.space
     segments = [
@@ -227,6 +225,8 @@ def _publish(live: Live, work: Plan, change: Change) -> Changed:
     ]
     searcher = Searcher(segments, facts, change.dead, {})
     require_unique(searcher)
+    if change.seen is not None:
+        facts["drift"] = drift.report(facts["trained_on"], change.seen, list_sizes(segments))
     facts |= _measured(searcher, truth, facts)
     searcher.facts = facts
     agreement = agree(live.searcher, searcher, truth)
@@ -235,8 +235,13 @@ def _publish(live: Live, work: Plan, change: Change) -> Changed:
     staging.write_table(GOLDEN, golden_table(truth))
     count = int(searcher.alive.sum())
     artifact = staging.seal(facts=facts, rows={"in": len(searcher.ids), "used": count, "quarantined": 0})
-    told = {**change.told, "agreement": agreement, "golden_queries": len(truth.queries)}
+    told = {**_told(change, facts), "agreement": agreement, "golden_queries": len(truth.queries)}
     return Changed(publish(live.store, artifact), told)
+
+
+def _told(change: Change, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the job prints of a change, with the drift report of vectors that are new."""
+    return {**change.told, **({} if change.seen is None else {"drift": facts["drift"]})}
 
 
 def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -302,7 +307,7 @@ def compact(store: Store) -> Changed:
     spec = build.staged_spec(staging, name)
     dropped = int((~alive).sum())
     truth = live.searcher.golden.renumbered(numbers)
-    change = Change([spec], np.empty(0, np.int64), truth, {}, {"dropped": dropped})
+    change = Change([spec], np.empty(0, np.int64), truth, {"dropped": dropped})
     return _publish(live, work, change)
 
 

@@ -132,6 +132,11 @@ def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
     return {e.path.removeprefix(prefix): owner.local(e.path) for e in owner.files if e.path.startswith(prefix)}
 
 
+def list_sizes(segments: Sequence[Segment]) -> np.ndarray:
+    """Vectors in each list of all `segments` together, (nlist,) int64."""
+    return np.asarray(np.sum([engine.list_sizes(segment.stored) for segment in segments], axis=0))
+
+
 def joined_names(tables: Sequence[pa.Table]) -> pa.Table:
     """Id maps one after the other, with the ids in one piece, so that numpy can look at them without a copy."""
     table = pa.concat_tables(tables)
