@@ -6,7 +6,8 @@ Stages, each a process of its own that keeps its results under ROOT, so that a r
 `data`, `plan`, `build`, `plain`, `auto` and `table`. `plain` is the best practice of plain faiss in one process, with
 the key and the training sample that `build` used. `auto` makes an environment for autofaiss, which wants an older
 faiss, and builds there. `edit` measures a rebuild of a copy after 1% changed, in whole shards or (--scattered) in rows
-of all shards, and compares what it finds with plain faiss's full build from the same template. Peak memory is that of
+of all shards, and compares what it finds with plain faiss's full build from the same template. `offline` answers so
+many sketches (--queries) as an artifact, and compares some with answers from an opened index. Peak memory is that of
 the hungriest process.
 """
 
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,14 +27,17 @@ from benchmarks.index_world import World, write
 from zsr import cluster, measure
 from zsr.artifact import Store, open_artifact
 from zsr.index import edit, engine, ledger
+from zsr.index.answers import Asked
 from zsr.index.build import Job, build
+from zsr.index.offline import search_all
 from zsr.index.plan import IndexConfig
 from zsr.index.search import Searcher
 from zsr.index.segments import INDEX
-from zsr.index.truth import K, Truth
+from zsr.index.truth import K, Truth, exact
 from zsr.index.vectors import Vectors
 
 CHANGED: Final = 0.01
+SAMPLED: Final = 1000  # answers of `offline` that are asked again one by one
 PROBES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 THEIRS: Final = ("autofaiss", "pyarrow<22", "faiss-cpu==1.8.0.post1")
 AUTOFAISS: Final = """
@@ -73,6 +78,7 @@ class Bench:
         self.truth_of: str = arguments.truth
         self.keep_mean: bool = arguments.keep_mean
         self.scattered: bool = arguments.scattered
+        self.queries: int = arguments.queries
 
     @property
     def store(self) -> Store:
@@ -254,6 +260,35 @@ def same_answers(rebuilt: Searcher, gallery: Vectors) -> float:
     return float((found[:, :, None] == ours[:, None, :]).any(axis=2).mean())
 
 
+def do_offline(bench: Bench) -> None:
+    """Answer many sketches as jobs.search does; some of the answers beside those of an opened index, and the truth."""
+    cluster.connect()
+    queries = write(replace(bench.world, sketches=bench.queries), bench.root / f"sketch-{bench.queries}", "sketch")
+    index, place = bench.store.latest(), bench.root / f"neighbours-{bench.name}"
+    shutil.rmtree(place, ignore_errors=True)
+    made, told = search_all(index, queries, Asked(K), Store.at(place), workers=bench.workers)
+    asked, searcher = Vectors.of(queries), Searcher.of(index)
+    same, found, wanted = [], [], []
+    for shard in range(len(asked.shards)):
+        block = asked.read(shard)
+        some = np.sort(np.random.default_rng(shard).choice(len(block.vectors), SAMPLED // len(asked.shards), False))
+        online = searcher.search(block.vectors[some], K).ids
+        table = made.read_table(asked.shards[shard].path)
+        answered, ids = (np.asarray(table.column(name)).reshape(-1, K) for name in ("query_id", "id"))
+        order = np.argsort(answered[:, 0])
+        asked_for = block.names.column("id").to_numpy()[some]
+        offline = ids[order[np.searchsorted(answered[order, 0], asked_for)]]
+        same.append((online == offline).all(axis=1))
+        found.append(offline)
+        wanted.append(block.vectors[some])
+    gallery = Vectors.of(bench.inputs()[0])
+    named = np.concatenate([gallery.read(shard).names.column("id").to_numpy() for shard in range(len(gallery.shards))])
+    nearest = named[exact(gallery, np.concatenate(wanted)).ordinals[:, :K]]
+    recall = (np.concatenate(found)[:, :, None] == nearest[:, None, :]).any(axis=2).mean()
+    compared = {"compared": len(nearest), "equal": float(np.concatenate(same).mean()), "recall": float(recall)}
+    bench.keep("offline", {**told, "queries": bench.queries, **compared})
+
+
 def do_table(bench: Bench) -> None:
     """What there is, as a table in Markdown."""
     print("| index | key | MB | CPU s | peak MB | recall@10 at 16 / 64 | queries a second at 16 / 64 |")
@@ -277,6 +312,7 @@ STAGES: Final = {
     "plain": do_plain,
     "auto": do_auto,
     "edit": do_edit,
+    "offline": do_offline,
     "table": do_table,
 }
 
@@ -292,6 +328,7 @@ def main() -> int:
     parser.add_argument("--target", type=float, default=0.9, help="recall@10 of the sketches")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep-mean", action="store_true", help="plain: let PCA move the origin, as faiss does")
+    parser.add_argument("--queries", type=int, default=1_000_000, help="offline: how many")
     parser.add_argument("--scattered", action="store_true", help="edit: the 1%% are rows of all shards")
     parser.add_argument("--truth", default="main", help="name of a build, whose queries are used")
     parser.add_argument("--name", default="main", help="of this variant; results are kept as STAGE-NAME.json")

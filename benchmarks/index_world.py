@@ -69,11 +69,11 @@ class World:
             vectors[some] = self.vectors(clusters[some], number + AGAIN, shifted=False)
         return table("photo", rows, clusters, vectors)
 
-    def queries(self) -> pa.Table:
-        """Rows of the sketches."""
-        clusters = np.random.default_rng(5).choice(CLUSTERS, self.sketches, p=self.shares())
-        drawn = self.vectors(clusters, 2_000_000, shifted=True)
-        return table("sketch", np.arange(self.sketches), clusters, drawn)
+    def queries(self, number: int) -> pa.Table:
+        """Rows of shard `number` of the sketches."""
+        rows = np.arange(number * SHARD, min(self.sketches, (number + 1) * SHARD))
+        clusters = np.random.default_rng(5).choice(CLUSTERS, self.sketches, p=self.shares())[rows]
+        return table("sketch", rows, clusters, self.vectors(clusters, 2 * AGAIN + number, shifted=True))
 
 
 def table(modality: str, rows: np.ndarray, clusters: np.ndarray, vectors: np.ndarray) -> pa.Table:
@@ -98,7 +98,7 @@ def write(world: World, place: Path, modality: str) -> Artifact:
     if done := store.made(plan):
         return done
     staging = store.staging(plan)
-    shards = -(-world.count // SHARD) if modality == "photo" else 1
+    shards = -(-(world.count if modality == "photo" else world.sketches) // SHARD)
     todo = [{"shard": i} for i in range(shards) if staging.finished(name_of(modality, i)) is None]
     map_pieces("write", _write, todo, fn_kwargs={"world": world, "modality": modality, "staging": staging})
     facts = {
@@ -121,6 +121,6 @@ def name_of(modality: str, shard: int) -> str:
 
 def _write(piece: dict[str, Any], world: World, modality: str, staging: Any) -> dict[str, Any]:
     number = int(piece["shard"])
-    rows = world.shard(number) if modality == "photo" else world.queries()
+    rows = world.shard(number) if modality == "photo" else world.queries(number)
     staging.write_table(name_of(modality, number), rows, facts={"rows": len(rows)})
     return {"shard": number}

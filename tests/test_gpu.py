@@ -15,7 +15,7 @@ from benchmarks.paper_sizes import CASES
 
 
 def table(*flags: object) -> dict[str, list[str]]:
-    """Cells of each row that `benchmarks.gpu` prints, by what was run; it ends with an error if a term is not finite."""
+    """Cells of each row that `benchmarks.gpu` prints, by what was run; it fails where a term is not finite."""
     words = [sys.executable, "-m", "benchmarks.gpu", *map(str, flags)]
     done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -92,6 +92,18 @@ def test_a_rebuild_writes_only_what_changed_and_finds_what_a_full_build_finds(
     assert edit.rebuild(store, gallery).published.version == rebuilt.published.version
 
 
+def test_a_gallery_whose_every_shard_changed_is_rebuilt(store: Store, world: World, tmp_path: Path) -> None:
+    photos = world.photos.copy()
+    photos[::750] = clustered(4, 13)
+    gallery = embeddings(tmp_path / "changed", photos, "photo")
+    rebuilt = edit.rebuild(store, gallery)
+    told = rebuilt.told
+    assert (told["reused_shards"], told["added_rows"], told["left_out_rows"], told["agreement"]) == (0, 3000, 3000, 1.0)
+    full = Store.at(tmp_path / "full")
+    build(Job.of(gallery, world.queries, IndexConfig(index_key=KEY)), full)
+    assert np.array_equal(_found(store, world), _found(full, world))
+
+
 def test_a_purge_leaves_nothing_of_what_was_deleted(store: Store, world: World) -> None:
     before = Searcher.open(store.root)
     gone = before.ids[[3, 800, 2999]]

@@ -259,7 +259,7 @@ def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dic
 
 
 def agree(old: Searcher, new: Searcher, truth: Truth) -> float:
-    """Share of what `old` finds for the golden queries, and is in `new` as it was, that `new` finds too.
+    """Share of what `old` finds for the golden queries, and is in `new` as it was, that `new` finds too; 1 of nothing.
 
     Raises:
         QualityGateFailed: below AGREEMENT: something is wrong with the new version, whatever its recall.
@@ -272,7 +272,8 @@ def agree(old: Searcher, new: Searcher, truth: Truth) -> float:
     # what was pushed out by nearer items that are new is no disagreement
     due = held & (before.scores > worst)
     found = (before.ids[:, :, None] == after.ids[:, None, :]).any(axis=2)
-    share = float(round((found & due).sum() / max(1, due.sum()), 6))
+    # where every shard was replaced there is nothing to compare, and recall alone has to tell
+    share = float(round((found & due).sum() / due.sum(), 6)) if due.any() else 1.0
     if share < AGREEMENT:
         raise QualityGateFailed(
             f"the new version finds {share:.3f} of what the live version finds for its golden queries, expected "

@@ -135,6 +135,8 @@ class Engines:
         self.stage = int(config["zero_optimization"]["stage"])
         self.device = next(model.parameters()).device.type
         self.dtype = DTYPES.get(precision_of(config))
+        # nobody to average with, nothing to shard and no loss to scale
+        self.alone = self.stage == 0 and world_size() == 1 and self.dtype is not torch.float16
         tower = model.inputs.tower
         self.tower_trains = tower is not None and tower.rate > 0
         # validation wants whole weights on one rank, and stage 3 leaves it a part of each
@@ -217,7 +219,11 @@ class Engines:
     def backward(self, phase: Phase, terms: Terms, share: float = 1.0) -> None:
         """Send `share` of the sum of `terms` back into the group that the phase moves."""
         loss = torch.stack([value.float() for value in terms.values()]).sum()
-        self.engines[phase.moves].backward(loss if share == 1.0 else share * loss)
+        loss = loss if share == 1.0 else share * loss
+        if self.alone:  # DeepSpeed's wrappers would find nothing to do, in 4% of a classifier's step
+            torch.autograd.backward(loss)
+        else:  # pieces are weighted by `share`, so that there is nothing left to divide by a number of pieces
+            self.engines[phase.moves].backward(loss, scale_wrt_gas=False)
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, whole, on the CPU, contiguous and unshared. Collective at stage 3."""
