@@ -14,6 +14,7 @@ from pydantic import Field
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Store, open_artifact
+from zsr.embedding.shards import Prices
 from zsr.errors import ConfigError
 from zsr.index.answers import Answers, Asked, answer, require_suffix, write_answers
 from zsr.index.offline import search_all
@@ -39,6 +40,8 @@ class Search(JobConfig):
         replicas: for a NEIGHBOURS artifact: 0 lets each worker map the whole index; from 1 on its segments lie on the
             nodes, each on so many of them.
         num_workers: at most, that map the whole index; as many as there are CPUs if not given.
+        cpu_price: of a CPU's hour, in any currency; a NEIGHBOURS artifact's results then name the cost of a million
+            queries.
         picture: a PNG that shows the first queries with what was found; wants `data`.
         data: DATA with the pictures of the gallery.
     """
@@ -55,6 +58,7 @@ class Search(JobConfig):
     labels: tuple[str, ...] = ()
     replicas: int = Field(default=0, ge=0)
     num_workers: int | None = Field(default=None, ge=1)
+    cpu_price: float = 0.0
     picture: Path | None = None
     data: Path | None = None
 
@@ -130,7 +134,15 @@ def to_artifact(config: Search) -> Results:
     """Answers to embeddings, as NEIGHBOURS."""
     index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries or Path(), "embeddings")
     output = Store.at(config.output)
-    made, told = search_all(index, queries, config.asked, output, replicas=config.replicas, workers=config.num_workers)
+    made, told = search_all(
+        index,
+        queries,
+        config.asked,
+        output,
+        replicas=config.replicas,
+        workers=config.num_workers,
+        prices=Prices(config.cpu_price),
+    )
     return {"neighbours": made.digest, "index": index.digest, **made.facts, **told}
 
 

@@ -29,6 +29,7 @@ def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
 ) -> None:
     queries = embeddings(tmp_path / "queries", np.repeat(world.sketches, 3, axis=0), "sketch", shards=3, parts=2)
     words = ("--index-dir", index, "--queries", queries.directory, "--output", tmp_path / "out", "--k", 5, *flags)
+    words = (*words, "--cpu-price", 2)
     killed = run_job("search", *words, fault=f"search.shard=kill@2@{tmp_path / 'once'}")
     ended = killed if killed.code == 0 else run_job("search", *words)  # Ray itself starts a lost actor again
     assert ended.code == 0, ended.errors
@@ -37,6 +38,8 @@ def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
     wanted = answers_table(answer(Searcher.open(index), queries, Asked(5)))
     assert [row for table in rows for row in table.to_pylist()] == wanted.to_pylist()
     assert ended.results["neighbours"] == found.digest
+    if not flags:
+        assert ended.results["cost_a_million"] == pytest.approx(2 * ended.results["cpu_hours_a_million"], abs=0.01)
     assert run_job("search", *words).results["reused"] is True
 
 

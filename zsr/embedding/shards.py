@@ -62,6 +62,9 @@ class Prices:
     gpu_hour: float = 0.0
 
 
+FREE: Final = Prices()
+
+
 @dataclass(frozen=True)
 class Tally:
     """What a run did.

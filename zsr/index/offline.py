@@ -11,6 +11,7 @@ from ray.data import ActorPoolStrategy
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces, resources
+from zsr.embedding.shards import FREE, Prices, cost_of
 from zsr.errors import StorageError
 from zsr.index.answers import Asked, Searches, answer_block, answers_table
 from zsr.index.ledger import Clock
@@ -28,7 +29,14 @@ def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
 
 
 def search_all(
-    index: Artifact, queries: Artifact, asked: Asked, output: Store, *, replicas: int = 0, workers: int | None = None
+    index: Artifact,
+    queries: Artifact,
+    asked: Asked,
+    output: Store,
+    *,
+    replicas: int = 0,
+    workers: int | None = None,
+    prices: Prices = FREE,
 ) -> tuple[Artifact, dict[str, Any]]:
     """Search for every item of `queries` and publish NEIGHBOURS; and what that took.
 
@@ -36,6 +44,7 @@ def search_all(
         replicas: 0: each of `workers` actors (as many as there are CPUs if not given) maps all segments and answers for
             whole shards of queries. From 1 on the segments lie on the nodes, see `ShardedSearcher`: for an index that
             is too large for one machine.
+        prices: of the CPU seconds that the answers took.
 
     Raises:
         ConfigError: queries of another space.
@@ -64,6 +73,8 @@ def search_all(
     asked_now = sum(one["queries"] for one in spent)
     told = clock.spent() | {"shards": len(todo), "tasks_cpu": round(sum(one["cpu"] for one in spent), 3)}
     told |= {"queries_per_second": round(asked_now / max(1e-9, told["wall"]), 1)}
+    if asked_now and not replicas:  # hosts of segments keep no account of their CPU seconds
+        told |= cost_of(told["tasks_cpu"] / asked_now, False, prices)
     return artifact, told | {"tasks_rss": max((one["rss"] for one in spent), default=0)}
 
 
