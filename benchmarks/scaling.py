@@ -3,9 +3,9 @@
     python -m benchmarks.scaling measure --output rates.json          # generated pictures on 1, 2 and 3 local nodes
     python -m benchmarks.scaling simulate --rates rates.json --price 1.6 --cpus 32 > docs/scaling.md
 
-`measure` runs the pipeline on pictures of natural size, on local clusters of 1, 2 and 3 worker nodes, and prints the
-largest CPU seconds a row of each stage over the smallest: two cores cannot show a shorter wall clock, but work that
-grows with nodes would show.
+`measure` runs the pipeline on pictures of natural size, and adds vectors of `index_world` to an index of KEY, on local
+clusters of 1, 2 and 3 worker nodes. It prints the largest CPU seconds a row of each stage over the smallest: two cores
+cannot show a shorter wall clock, but work that grows with nodes would show.
 
 `simulate` is the model below and no more; what it leaves out (stragglers, spot losses, contention in the storage) makes
 a real cluster slower. A stage of R rows in shards of S on N nodes with C CPUs each takes
@@ -30,10 +30,14 @@ from typing import Any, Final
 
 import yaml
 
+from benchmarks.index_world import World, write
 from benchmarks.stream import CLASSES, write_files
 from cluster.local import ROOT, LocalCluster, local_cluster
+from zsr.cluster import connect, disconnect
 
 NODES: Final = (1, 2, 3)
+KEY: Final = "IVF1024,PQ32"
+VECTORS, WIDTH = 393_216, 64  # six shards
 WORDS: Final = ("apple", "ball", "cat", "dog", "egg", "fish", "goat", "house", "king", "lion")
 # stages of a rebuild by what map_pieces calls them
 STAGES: Final = ("prepare", "features", "embed", "add")
@@ -110,31 +114,33 @@ def configuration(folder: Path, raw: Path) -> Path:
     return file
 
 
-def submit(cluster: LocalCluster, file: Path) -> dict[str, Any]:
-    """The pipeline's JSON line. Raises CalledProcessError where it failed."""
-    command = [sys.executable, "-m", "cluster.submit", "pipeline", "--", "--config", str(file)]
+def submit(cluster: LocalCluster, job: str, *words: object) -> dict[str, Any]:
+    """The job's JSON line. Raises CalledProcessError where it failed."""
+    command = [sys.executable, "-m", "cluster.submit", job, "--", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=cluster.environment, stdout=subprocess.PIPE, text=True, check=True)
     results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return results
 
 
-def measured(workers: int, raw: Path) -> dict[str, float]:
-    """CPU seconds a row of each stage on so many worker nodes."""
+def measured(workers: int, raw: Path, world: Path) -> dict[str, float]:
+    """CPU seconds a row of each stage on so many worker nodes, of pictures below `raw` and vectors in `world`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         token = folder / "token"
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
         with local_cluster(token, nodes=workers + 1, kinds=("cpu",), cpus=3) as cluster:
-            results = submit(cluster, configuration(folder, raw))
+            results = submit(cluster, "pipeline", "--config", configuration(folder, raw))
+            vectors = ("--embeddings", world / "photo", "--queries", world / "sketch", "--index-dir", folder / "index")
+            built = submit(cluster, "index", "build", *vectors, "--index-key", KEY, "--recall-target", 0.1)
+        report = json.loads((folder / "index" / "reports" / built["digest"] / "build.json").read_text())
         spent: dict[str, float] = {}
         for lap in results["timeline"]:
             for what, seconds in lap["task_cpu_seconds"].items():
                 spent[what] = spent.get(what, 0.0) + seconds
         pictures = rows_of(folder / "run" / "data")
-        photos = rows_of(folder / "run" / "embeddings-photo")
-    rows = {"prepare": pictures, "features": pictures, "embed": pictures, "add": photos}
-    return {stage: spent[stage] / rows[stage] for stage in STAGES}
+    added = report["stages"]["add"]["tasks_cpu"] / VECTORS
+    return {**{stage: spent[stage] / pictures for stage in STAGES if stage != "add"}, "add": added}
 
 
 def rows_of(root: Path) -> int:
@@ -147,13 +153,17 @@ def rows_of(root: Path) -> int:
 def measure(output: Path, files: int) -> int:
     """Measure on 1, 2 and 3 nodes; 1 where a stage's CPU seconds a row differ by more than 20%."""
     with tempfile.TemporaryDirectory() as name:
-        raw = write_files(Path(name), files)
-        by_nodes = {nodes: measured(nodes, raw) for nodes in NODES}
+        raw, world = write_files(Path(name), files), Path(name) / "world"
+        connect()
+        for side in ("photo", "sketch"):
+            write(World(VECTORS, WIDTH), world / side, side)
+        disconnect()
+        by_nodes = {nodes: measured(nodes, raw, world) for nodes in NODES}
     spread = {s: max(r[s] for r in by_nodes.values()) / min(r[s] for r in by_nodes.values()) for s in STAGES}
     print("| stage | " + " | ".join(f"{n} nodes, ms a row" for n in NODES) + " | largest / smallest |")
     print("|---|" + "---|" * (len(NODES) + 1))
     for stage in STAGES:
-        cells = [f"{1000 * by_nodes[nodes][stage]:.2f}" for nodes in NODES]
+        cells = [f"{1000 * by_nodes[nodes][stage]:.3f}" for nodes in NODES]
         print(f"| {stage} | {' | '.join(cells)} | {spread[stage]:.2f} |")
     output.write_text(json.dumps({stage: by_nodes[1][stage] for stage in STAGES}, indent=1) + "\n")
     return 0 if max(spread.values()) <= 1.2 else 1
