@@ -30,11 +30,10 @@ from cluster.netns import Bridge
 from cluster.start import require_token
 from jobs._job import JobConfig, explain, parse
 from zsr.errors import ConfigError
+from zsr.worker import LOOPBACK
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 NODE_TYPES: Final = ROOT / "ray-cluster.yaml"
-# Ray looks for an address that other machines can reach, unless it takes itself to be on a laptop's system
-LOOPBACK: Final = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 Kind = Literal["cpu", "gpu", "gpu-spot"]
 Reply = dict[str, Any]
 

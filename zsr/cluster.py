@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
@@ -26,6 +27,7 @@ LOCAL_CPUS = 4  # logical: two training workers plus the data tasks that feed th
 
 
 _local: Cluster | None = None  # the cluster that this process started, if it did
+_several_nodes: bool = ray_constants.ENABLE_RAY_CLUSTER
 
 
 def connect() -> None:
@@ -52,10 +54,20 @@ def connect() -> None:
 
 
 def _start_local() -> str:
-    """Start a one-node cluster on loopback that ends with this process, however that ends; its address."""
+    """Start a one-node cluster that ends with this process, however that ends; its address.
+
+    It listens on loopback alone: nobody has to have a token to run a job on a laptop, so no other machine may reach it.
+    """
     global _local
     cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
-    head = {"num_cpus": cpus, "object_store_memory": 512 << 20, "include_dashboard": False}
+    os.environ.update(worker.LOOPBACK)  # for the cluster's processes
+    ray_constants.ENABLE_RAY_CLUSTER = False  # and for this one, where Ray has read its environment
+    head = {
+        "num_cpus": cpus,
+        "object_store_memory": 512 << 20,
+        "include_dashboard": False,
+        "node_ip_address": "127.0.0.1",
+    }
     _local = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
     return str(_local.address)
 
@@ -124,6 +136,9 @@ def disconnect() -> None:
     if _local is not None:
         _local.shutdown()  # type: ignore[no-untyped-call]
         _local = None
+        for name in worker.LOOPBACK:
+            os.environ.pop(name, None)
+        ray_constants.ENABLE_RAY_CLUSTER = _several_nodes
 
 
 def map_pieces(

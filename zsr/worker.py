@@ -7,6 +7,9 @@ import ctypes
 import logging
 import warnings
 
+# Ray looks for an address that other machines can reach, unless it takes itself to be on a laptop's system. It reads this
+# when it is imported
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Ray Train reports each `report` call at INFO
 ADVICE = ("ray.train", "DeepSpeed")
 # Ray Data prints the stack of each exception that it also raises. Ray Train's placement-group cleaner asks the

@@ -1,5 +1,6 @@
 """B12: strangers get nothing from a cluster, and it listens on loopback alone."""
 
+import os
 import secrets
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import urllib.request
 import psutil
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local import ROOT, LocalCluster
+from zsr.worker import LOOPBACK
 
 PATHS = (
     "/api/jobs/",
@@ -73,6 +75,24 @@ def test_every_process_of_the_cluster_listens_on_loopback_alone(local: LocalClus
     ]
     assert len(listening) > 10
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def test_the_cluster_that_a_lone_job_starts_listens_on_loopback_alone() -> None:
+    code = """
+import psutil
+from zsr.cluster import connect, disconnect, map_pieces
+connect()
+map_pieces("double", lambda piece: {"twice": 2 * piece["one"]}, [{"one": 1}])
+own = psutil.Process()
+every = [c for p in (own, *own.children(recursive=True)) for c in p.net_connections("tcp")]
+seen = [c.laddr.ip for c in every if c.status == psutil.CONN_LISTEN]
+print(len(seen) > 5, sorted({ip.removeprefix("::ffff:") for ip in seen}))
+disconnect()
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", *LOOPBACK)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.splitlines()[-1:] == ["True ['127.0.0.1']"], done.stderr[-2000:]
 
 
 def test_a_driver_without_the_token_cannot_connect(local: LocalCluster) -> None:
