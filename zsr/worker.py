@@ -7,8 +7,8 @@ import ctypes
 import logging
 import warnings
 
-# Ray looks for an address that other machines can reach, unless it takes itself to be on a laptop's system. It reads this
-# when it is imported
+# Ray looks for an address that other machines can reach, unless it takes itself to be on a laptop's system, which it
+# decides when it is imported
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Ray Train reports each `report` call at INFO
 ADVICE = ("ray.train", "DeepSpeed")
