@@ -23,6 +23,7 @@ class Config(JobConfig):
         output: ROOT of the EMB artifact.
         classes: all rows, or those of one role in the checkpoint's split.
         actors: processes that hold the model.
+        decoders: as in jobs.features, for a checkpoint with an image tower.
         cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
         gpu_price: of a GPU's hour.
     """
@@ -34,6 +35,7 @@ class Config(JobConfig):
     features: Path | None = None
     classes: gallery.Classes = "all"
     actors: int = max(1, os.cpu_count() or 1)
+    decoders: int | None = None
     cpu_price: float = 0.0
     gpu_price: float = 0.0
 
@@ -51,14 +53,30 @@ def plan(config: Config) -> Results:
     source = gallery.source_of(data, features, checkpoint, config.modality)
     rows, dim = (features or data).facts["rows"][config.modality], checkpoint.facts["dim"]
     digest = gallery.plan(data, source, checkpoint, config.modality, config.classes).digest
-    return {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4}
+    cost = gallery.predict(
+        data,
+        features,
+        checkpoint,
+        config.modality,
+        classes=config.classes,
+        actors=config.actors,
+        prices=Prices(config.cpu_price, config.gpu_price),
+    )
+    return {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4, "cost": cost}
 
 
 def work(config: Config) -> Results:
     data, features, checkpoint = config.open()
     store = Store.at(config.output)
     embeddings, tally = gallery.embed(
-        data, features, checkpoint, config.modality, store, classes=config.classes, actors=config.actors
+        data,
+        features,
+        checkpoint,
+        config.modality,
+        store,
+        classes=config.classes,
+        actors=config.actors,
+        decoders=config.decoders,
     )
     prices = Prices(config.cpu_price, config.gpu_price)
     return {"embeddings": embeddings.digest, **embeddings.facts, "cost": tally.report(prices)}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.embedding.backbone import extract
+from zsr.embedding.backbone import extract, predict
 from zsr.embedding.backbone import plan as plan_features
 from zsr.embedding.encode import BackboneSettings
 from zsr.embedding.finetune import Finetune, finetune
@@ -36,6 +36,8 @@ class Config(JobConfig):
         finetune: how.
         batch_size: pictures in one forward pass; left out, 4 on a CPU and 64 on a GPU.
         actors: processes that hold the backbone.
+        decoders: Ray tasks, a CPU each, that may decode ahead of each actor; left out, as many as there are CPUs for on
+            a cluster with GPUs, else none. A probe of some seconds finds how many of them are needed.
         cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
         gpu_price: of a GPU's hour.
     """
@@ -54,6 +56,7 @@ class Config(JobConfig):
     finetune: Finetune = Finetune()
     batch_size: int | None = None
     actors: int = max(1, os.cpu_count() or 1)
+    decoders: int | None = None
     cpu_price: float = 0.0
     gpu_price: float = 0.0
 
@@ -66,7 +69,9 @@ def plan(config: Config) -> Results:
     weights = backbones.weights_path(config.backbone, config.weights)
     rows = {m: n for m, n in data.facts["rows"].items() if m != "text" or config.texts != "none"}
     digest = plan_features(data, config.settings(), weights).digest
-    return {"plan": digest, "rows": rows, "actors": config.actors, "weights": str(weights)}
+    prices = Prices(config.cpu_price, config.gpu_price)
+    cost = predict(data, config.settings(), weights, batch=config.batch_size, actors=config.actors, prices=prices)
+    return {"plan": digest, "rows": rows, "actors": config.actors, "weights": str(weights), "cost": cost}
 
 
 def work(config: Config) -> Results:
@@ -78,7 +83,9 @@ def work(config: Config) -> Results:
         tuned = Store.at(config.output / "backbone")
         weights = finetune(data, settings, published, split, config.finetune, tuned, mean_average_precision)
     store = Store.at(config.output)
-    features, tally = extract(data, settings, weights, store, batch=config.batch_size, actors=config.actors)
+    features, tally = extract(
+        data, settings, weights, store, batch=config.batch_size, actors=config.actors, decoders=config.decoders
+    )
     prices = Prices(config.cpu_price, config.gpu_price)
     return {"features": features.digest, **features.facts, "cost": tally.report(prices)}
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Store, open_artifact
 from zsr.errors import ConfigError
@@ -78,11 +81,10 @@ class Delete(Inspect):
             raise ConfigError(f"--keys-from {self.keys_from}: {error}") from error
         wanted = {*self.keys, *filter(None, lines)}
         searcher = Searcher.open(self.index_dir)
-        found = {
-            key: int(identity)
-            for key, identity in zip(searcher.names.column("key").to_pylist(), searcher.ids, strict=True)
-            if key in wanted
-        }
+        found: dict[str, int] = {}
+        for batch in searcher.names.batches:
+            held = batch.filter(pc.is_in(batch.column("key"), value_set=pa.array(sorted(wanted), pa.string())))
+            found |= dict(zip(held.column("key").to_pylist(), held.column("id").to_pylist(), strict=True))
         if missing := sorted(wanted - found.keys()):
             raise ConfigError(f"{self.index_dir}: {len(missing)} keys are not in the index, such as {missing[:3]}")
         if not found:

@@ -13,7 +13,7 @@ Roots are directories on a local or shared POSIX file system (a version is an `o
 (a conditional put; see `bucket`). `store` is the only file that creates a version.
 """
 
-from zsr.artifact.disk import disk_errors, write_atomically
+from zsr.artifact.disk import disk_errors, mapped, write_atomically
 from zsr.artifact.format import (
     CHUNK,
     MANIFEST,
@@ -44,6 +44,7 @@ __all__ = [
     "Store",
     "canonical",
     "disk_errors",
+    "mapped",
     "open_artifact",
     "refuse_extension_types",
     "safe_name",

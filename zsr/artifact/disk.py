@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from zsr.artifact.format import CHUNK, FileEntry
 from zsr.errors import DamagedArtifact, DiskFull, StorageError
 
@@ -44,6 +47,15 @@ def open_regular(path: Path) -> Iterator[Any]:
         if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
             raise DamagedArtifact(f"{path}: not a plain file with a single name; artifacts hold nothing else")
         yield handle
+
+
+def mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """A verified file as (n,) `dtype`, mapped read-only.
+
+    memmap would hold a file descriptor each, of which a process often has 1,024: fewer than an index has shards.
+    """
+    with pa.memory_map(str(path)) as file:
+        return np.frombuffer(file.read_buffer(), dtype)
 
 
 def hash_handle(handle: Any) -> str:

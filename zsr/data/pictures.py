@@ -116,6 +116,36 @@ def pixels(encoded: bytes | None, pictures: Pictures, modality: str) -> np.ndarr
     return pictures.look(modality, decode(encoded or b"", pictures.resize, Limits()))
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Some pictures as a model wants them.
+
+    Attributes:
+        rows: places, among the pictures that were given, of the n that decode.
+        pixels: (n, S, S, 3) uint8, of those.
+        bad: place, kind and message of each of the others.
+    """
+
+    rows: list[int]
+    pixels: np.ndarray
+    bad: list[tuple[int, str, str]]
+
+
+def decoded(images: Sequence[bytes | None], pictures: Pictures, modality: str) -> Decoded:
+    """See `pixels`, of several pictures."""
+    rows: list[int] = []
+    bad: list[tuple[int, str, str]] = []
+    side = pictures.resize.size
+    found = np.empty((len(images), side, side, 3), np.uint8)
+    for row, image in enumerate(images):
+        try:
+            found[len(rows)] = pixels(image, pictures, modality)
+            rows.append(row)
+        except BadImage as error:
+            bad.append((row, error.kind, str(error)))
+    return Decoded(rows, found[: len(rows)], bad)
+
+
 @dataclass(frozen=True)
 class Work:
     """What all tasks of a stream share.

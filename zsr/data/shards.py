@@ -16,9 +16,9 @@ from ray.data import Dataset
 
 from zsr.artifact import Artifact
 from zsr.cluster import connect
-from zsr.data.decode import BadImage, Pictures
+from zsr.data.decode import Pictures
 from zsr.data.features import vectors
-from zsr.data.pictures import pixels, shard
+from zsr.data.pictures import Decoded, decoded, shard
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError
 
@@ -152,19 +152,18 @@ def pictured_rows(
     `prepare` has decoded every picture at a small size; one that fails at this size is left out with a warning.
     """
     modality = name.partition("/")[0].partition("=")[2]
-    for part in _encoded_rows(data, name, classes):
-        kept: list[int] = []
-        found = [np.zeros((0, pictures.resize.size, pictures.resize.size, 3), np.uint8)]
-        for row, image in enumerate(part.column("image").to_pylist()):
-            try:
-                found.append(pixels(image, pictures, modality)[None])
-                kept.append(row)
-            except BadImage as error:
-                logger.warning("%s: row %s is left out: %s", name, part.column("key")[row], error)
-        yield part.take(pa.array(kept, pa.int64())), np.concatenate(found)
+    for part in encoded_rows(data, name, classes):
+        yield pictured(part, decoded(part.column("image").to_pylist(), pictures, modality), name)
 
 
-def _encoded_rows(data: Artifact, name: str, classes: tuple[str, ...] | None) -> Iterator[pa.Table]:
+def pictured(part: pa.Table, found: Decoded, name: str) -> tuple[pa.Table, np.ndarray]:
+    """Those rows of a part of shard `name` whose pictures decode, and the pictures; a warning for each other row."""
+    for row, _, message in found.bad:
+        logger.warning("%s: row %s is left out: %s", name, part.column("key")[row], message)
+    return part.take(pa.array(found.rows, pa.int64())), found.pixels
+
+
+def encoded_rows(data: Artifact, name: str, classes: tuple[str, ...] | None) -> Iterator[pa.Table]:
     """Rows of shard `name` with their encoded pictures, DECODED at a time; at least one part, maybe empty."""
     file, columns = shard(data, name).file, [*ROW, "image"]
     waiting = file.schema_arrow.empty_table().select(columns)

@@ -1,5 +1,8 @@
 """Features of DATA's pictures by a backbone, and of its texts by a sentence encoder: DATA -> FEATURES."""
 
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,17 +13,20 @@ import torch
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import own_device
-from zsr.data.decode import VERSION, BadImage
+from zsr.data.decode import VERSION
 from zsr.data.features import feature_table, seal_features
+from zsr.data.pictures import Decoded
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
+from zsr.embedding.ahead import BLOCK, Decoders
 from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
-from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint, quarantine_name
+from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast, quarantine_name
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
 from zsr.models import backbones
 from zsr.worker import keep_freed_memory
 
 TEXT: Final = "modality=text/"
+TEXTS: Final = 256  # that are encoded before somebody looks at the clock; a multiple of a batch
 
 
 def plan(data: Artifact, settings: BackboneSettings, weights: Path | Artifact) -> Plan:
@@ -56,6 +62,7 @@ def extract(
     *,
     batch: int | None,
     actors: int,
+    decoders: int | None = None,
 ) -> tuple[Artifact, Tally]:
     """Compute FEATURES of every picture in `data` and publish them; see `shards.compute` for what is computed.
 
@@ -63,9 +70,11 @@ def extract(
         weights: see `plan`.
         batch: pictures in one forward pass; None takes `backbones.PICTURES`.
         actors: Ray actors that hold the model.
+        decoders: tasks that decode ahead of each, see `shards.room_to_decode`.
 
     Raises:
         ConfigError: see `plan`; or data without pictures.
+        Infeasible: more decoders than there are CPUs for.
     """
     work = plan(data, settings, weights)
     names = shards(data, settings)
@@ -74,18 +83,36 @@ def extract(
     staging = output.staging(work)
     if not names:
         raise ConfigError(f"data {data.digest[:12]} has no rows that --backbone or --texts make features of")
-    shared = {
-        "data": data,
-        "settings": settings,
-        "weights": weights,
-        "sha256": work.config["weights"],
-        "texts": work.config.get("texts", ""),
-        "batch": batch,
-    }
+    shared = _shared(data, settings, weights, work, batch)
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}
-    tally = compute("features", Extractor, wanted, output, staging, shared, actors)
+    tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders)
     about = {"backbone": settings.backbone, "size": work.config["size"]}
     return seal_features(staging, output, names, about), tally
+
+
+def predict(
+    data: Artifact,
+    settings: BackboneSettings,
+    weights: Path | Artifact,
+    *,
+    batch: int | None,
+    actors: int,
+    prices: Prices,
+) -> dict[str, Any]:
+    """What `extract` would take, see `shards.forecast`. Raises ConfigError, see `plan`."""
+    work, rows = plan(data, settings, weights), dict[str, int]()
+    first = {side_of(name): name for name in reversed(shards(data, settings))}
+    for side, name in first.items():
+        rows[name] = int(data.facts["rows"][side])
+    return forecast(Extractor, rows, _shared(data, settings, weights, work, batch), actors, prices)
+
+
+def _shared(
+    data: Artifact, settings: BackboneSettings, weights: Path | Artifact, work: Plan, batch: int | None
+) -> dict[str, Any]:
+    """What an Extractor is made with."""
+    about = {"data": data, "settings": settings, "weights": weights, "batch": batch}
+    return about | {"sha256": work.config["weights"], "texts": work.config.get("texts", "")}
 
 
 def shards(data: Artifact, settings: BackboneSettings) -> list[str]:
@@ -94,8 +121,22 @@ def shards(data: Artifact, settings: BackboneSettings) -> list[str]:
     return [e.path for e in data.shards() if int(e.facts["rows"]) and (texts or not e.path.startswith(TEXT))]
 
 
+def side_of(shard: str) -> str:
+    """Modality of a shard."""
+    return shard.partition("/")[0].removeprefix("modality=")
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Some rows' ids and blocks of features, and what is wrong with the other rows."""
+
+    ids: list[int]
+    features: list[np.ndarray]
+    bad: list[dict[str, Any]]
+
+
 class Extractor:
-    """A Ray actor that holds the backbone and turns one DATA shard after the other into a feature shard."""
+    """Holds the backbone and makes features of one DATA shard after the other."""
 
     def __init__(
         self,
@@ -104,65 +145,105 @@ class Extractor:
         weights: Path | Artifact,
         sha256: str,
         texts: str,
-        staging: Staging,
         batch: int | None,
+        decoders: int = 0,
     ) -> None:
         keep_freed_memory()
         torch.set_num_threads(1)  # one thread an actor: the same bits whatever the number of cores, and no contention
-        self.data, self.staging = data, staging
+        self.data = data
         self.device = own_device()
         self.batch = batch or backbones.pictures_at_once(self.device)
         self.featurizer = featurizer(settings, weights, sha256).to(self.device)
         self.texts = TextExtractor(encoder_folder(None), texts, self.device) if texts else None
+        self.decoders = Decoders(self.featurizer.pictures, decoders)
+
+    def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, Made]]:
+        """See `shards.Maker`."""
+        side = side_of(name)
+        with clocks.stage("read"):
+            table = self.data.read_table(name, columns=["id", "key", "text" if side == "text" else "image"])
+        if self.texts is not None and side == "text":
+            for start in range(0, len(table), TEXTS):
+                rows = table[start : start + TEXTS]
+                with clocks.stage("model"):
+                    made = Made(*self.texts(name, rows))
+                yield len(rows), made
+        else:
+            yield from self._pictures(name, side, table, clocks)
+
+    def dim(self, side: str) -> int:
+        """Width of the features of a modality."""
+        return self.texts.dim if self.texts is not None and side == "text" else self.featurizer.backbones[side].dim
+
+    def _pictures(self, name: str, side: str, table: pa.Table, clocks: Clocks) -> Iterator[tuple[int, Made]]:
+        """A shard's pictures, some at a time; what waited for a full batch comes at the end."""
+        size = BLOCK if self.decoders.most else self.batch
+        held: deque[pa.Table] = deque()
+        pixels = np.zeros((0, *[self.featurizer.pictures.resize.size] * 2, 3), np.uint8)
+
+        def images() -> Iterator[list[bytes | None]]:
+            for start in range(0, len(table), size):
+                held.append(table[start : start + size])
+                yield held[-1].column("image").to_pylist()
+
+        last = dict(clocks.seconds)
+        for found in clocks.each("decode", self.decoders.blocks(side, images())):
+            rows = held.popleft()
+            pixels = np.concatenate([pixels, found.pixels]) if len(pixels) else found.pixels
+            # full batches, whatever was left out and however it was cut: sums in another order are other bits
+            whole = len(pixels) // self.batch * self.batch
+            with clocks.stage("model"):
+                features = [self.featurizer.features(side, one) for one in _batches(pixels[:whole], self.batch)]
+            pixels = pixels[whole:]
+            self.decoders.note(len(rows), *(clocks.seconds[stage] - last[stage] for stage in ("decode", "model")))
+            last = dict(clocks.seconds)
+            yield len(rows), _made(name, rows, found, features)
+        if len(pixels):
+            with clocks.stage("model"):
+                features = [self.featurizer.features(side, pixels)]
+            yield 0, Made([], features, [])
+
+
+def _batches(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(pixels), size):
+        yield pixels[start : start + size]
+
+
+def _made(name: str, rows: pa.Table, found: Decoded, features: list[np.ndarray]) -> Made:
+    """What became of `rows` of shard `name`."""
+    ids, keys = rows.column("id").to_pylist(), rows.column("key").to_pylist()
+    bad = [
+        {"shard": name, "id": ids[row], "key": keys[row], "kind": kind, "message": message}
+        for row, kind, message in found.bad
+    ]
+    return Made([ids[row] for row in found.rows], features, bad)
+
+
+class ShardExtractor:
+    """A Ray actor that writes the features of one DATA shard after the other."""
+
+    def __init__(self, staging: Staging, **shared: Any) -> None:
+        self.maker, self.staging = Extractor(**shared), staging
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         name, clocks = piece["name"], Clocks()
-        side = name.partition("/")[0].removeprefix("modality=")
-        with clocks.stage("read"):
-            column = "text" if side == "text" else "image"
-            table = self.data.read_table(name, columns=["id", "key", column])
-        if self.texts is not None and side == "text":
-            with clocks.stage("model"):
-                ids, features, bad = self.texts(name, table)
-            dim = self.texts.dim
-        else:
-            ids, features, bad = self._pictures(name, side, table, clocks)
-            dim = self.featurizer.backbones[side].dim
+        parts = [made for _, made in self.maker.made(name, clocks)]
         with clocks.stage("write"):
-            self._stage(piece, ids, features, bad, dim)
-        return {"name": name, "rows": len(ids), "bytes": self.data.entry(name).bytes, "seconds": clocks.seconds}
+            rows = self._stage(piece, parts)
+        read, told = self.maker.data.entry(name).bytes, self.maker.decoders.as_json()
+        return {"name": name, "rows": rows, "bytes": read, "seconds": clocks.seconds, "decoders": told}
 
-    def _pictures(
-        self, name: str, side: str, table: pa.Table, clocks: Clocks
-    ) -> tuple[list[int], list[np.ndarray], list[dict[str, Any]]]:
-        """Ids and features of the pictures that decode, and what is wrong with the others."""
-        ids: list[int] = []
-        bad: list[dict[str, Any]] = []
-        pixels: list[np.ndarray] = []
-        features: list[np.ndarray] = []
-        for row in table.to_pylist():
-            try:
-                with clocks.stage("decode"):
-                    pixels.append(self.featurizer.pixels(side, row["image"]))
-                ids.append(row["id"])
-            except BadImage as error:
-                about = {"shard": name, "id": row["id"], "key": row["key"]}
-                bad.append({**about, "kind": error.kind, "message": str(error)})
-            if len(pixels) == self.batch:  # full batches whatever is left out: sums in another order are other bits
-                with clocks.stage("model"):
-                    features.append(self.featurizer.features(side, np.stack(pixels)))
-                pixels = []
-        with clocks.stage("model"):
-            features += [self.featurizer.features(side, np.stack(pixels))] if pixels else []
-        return ids, features, bad
-
-    def _stage(
-        self, piece: dict[str, Any], ids: list[int], features: list[np.ndarray], bad: list[dict[str, Any]], dim: int
-    ) -> None:
+    def _stage(self, piece: dict[str, Any], parts: list[Made]) -> int:
+        """The number of rows that have features."""
         name = piece["name"]
-        matrix = np.concatenate(features) if features else np.zeros((0, dim), np.float16)
+        ids = [identity for part in parts for identity in part.ids]
+        features = [block for part in parts for block in part.features]
+        bad = [line for part in parts for line in part.bad]
+        empty = np.zeros((0, self.maker.dim(side_of(name))), np.float16)
+        matrix = np.concatenate(features) if features else empty
         if bad:
             self.staging.write(quarantine_name(name), b"".join(canonical(line) + b"\n" for line in bad))
         fault.here("features.shard")
         counts = {"rows": len(ids), "quarantined": len(bad), "dim": int(matrix.shape[1])}
         self.staging.write_table(name, feature_table(ids, matrix), facts={**counts, MADE_FROM: piece[MADE_FROM]})
+        return len(ids)

@@ -5,6 +5,7 @@ several vectors of one item. Under the cosine metric embeddings are stored with 
 ranks them.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ import torch
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import own_device
-from zsr.data.shards import Source, featured_rows, pictured_rows
+from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
+from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import vectors_of
-from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint
+from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast
 from zsr.errors import ConfigError
 from zsr.models.protocol import Inputs
 from zsr.training.checkpoint import open_model
@@ -49,14 +51,17 @@ def embed(
     *,
     classes: Classes = "all",
     actors: int = 2,
+    decoders: int | None = None,
 ) -> tuple[Artifact, Tally]:
     """Embed every row of `modality` and publish EMB; see `shards.compute` for what is computed.
 
     Args:
         features: FEATURES, or None for a checkpoint with an image tower, which reads the pictures themselves.
+        decoders: tasks that decode those ahead of each actor, see `shards.room_to_decode`.
 
     Raises:
         ConfigError: see `source_of`.
+        Infeasible: more decoders than there are CPUs for.
     """
     source = source_of(data, features, checkpoint, modality)
     work = plan(data, source, checkpoint, modality, classes)
@@ -67,8 +72,25 @@ def embed(
     staging = output.staging(work)
     wanted = {name: fingerprint(work, data.entry(name), there[name]) for name in names}
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
-    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors)
+    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, 0 if features else decoders)
     return _seal(staging, output, checkpoint, modality, names), tally
+
+
+def predict(
+    data: Artifact,
+    features: Artifact | None,
+    checkpoint: Artifact,
+    modality: str,
+    *,
+    classes: Classes,
+    actors: int,
+    prices: Prices,
+) -> dict[str, Any]:
+    """What `embed` would take, see `shards.forecast`. Raises ConfigError, see `source_of`."""
+    source = source_of(data, features, checkpoint, modality)
+    shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
+    rows = {data.shards(modality)[0].path: int((features or data).facts["rows"][modality])}
+    return forecast(Encoder, rows, shared, actors, prices)
 
 
 def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, modality: str) -> Source:
@@ -115,45 +137,67 @@ def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, mod
         )
 
 
-class ShardEmbedder:
-    """A Ray actor that holds the model and embeds one shard after the other."""
+class Encoder:
+    """Holds the model and embeds one shard after the other."""
 
     def __init__(
-        self, data: Artifact, source: Source, checkpoint: Artifact, classes: Classes, staging: Staging
+        self, data: Artifact, source: Source, checkpoint: Artifact, classes: Classes, decoders: int = 0
     ) -> None:
         keep_freed_memory()
         torch.set_num_threads(1)  # the same bits whatever the number of cores
-        self.data, self.source, self.staging = data, source, staging
+        self.data, self.source = data, source
         self.classes = chosen_classes(checkpoint, classes)
         self.device = own_device()
         self.model = open_model(checkpoint).to(self.device)
+        self.decoders = None if isinstance(source, Artifact) else Decoders(source, decoders)
+
+    def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, pa.Table]]:
+        """See `shards.Maker`; the tables are EMB rows."""
+        modality = name.partition("/")[0].partition("=")[2]
+        last = dict(clocks.seconds)
+        for rows, items in self._parts(name, modality, clocks):
+            with clocks.stage("model"):
+                table = embedding_table(rows, vectors_of(self.model, modality, items, self.device))
+            if self.decoders is not None:
+                self.decoders.note(len(rows), *(clocks.seconds[s] - last[s] for s in ("decode", "model")))
+                last = dict(clocks.seconds)
+            yield len(rows), table
+
+    def _parts(self, name: str, modality: str, clocks: Clocks) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Rows of a shard with what the model is given of them, some at a time."""
+        if isinstance(self.source, Artifact):
+            with clocks.stage("read"):
+                part = featured_rows(self.data, self.source, name, self.classes)
+            yield part
+        elif self.decoders is not None:
+            held: deque[pa.Table] = deque()
+
+            def images() -> Iterator[list[bytes | None]]:
+                for rows in encoded_rows(self.data, name, self.classes):
+                    held.append(rows)
+                    yield rows.column("image").to_pylist()
+
+            for found in clocks.each("decode", self.decoders.blocks(modality, images())):
+                yield pictured(held.popleft(), found, name)
+
+
+class ShardEmbedder:
+    """A Ray actor that writes the embeddings of one shard after the other."""
+
+    def __init__(self, staging: Staging, **shared: Any) -> None:
+        self.maker, self.staging = Encoder(**shared), staging
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         name, clocks = piece["name"], Clocks()
-        modality = name.partition("/")[0].partition("=")[2]
-        # pictures are decoded as they are asked for; of feature rows that is all reading
-        asked = "read" if isinstance(self.source, Artifact) else "decode"
-        parts, tables = self._parts(name), []
-        while True:
-            with clocks.stage(asked):
-                part = next(parts, None)
-            if part is None:
-                break
-            with clocks.stage("model"):
-                tables.append(embedding_table(part[0], vectors_of(self.model, modality, part[1], self.device)))
+        tables = [table for _, table in self.maker.made(name, clocks)]
         with clocks.stage("write"):
             table = pa.concat_tables(tables)
             fault.here("embed.shard")
             self.staging.write_table(name, table, facts={"rows": len(table), MADE_FROM: piece[MADE_FROM]})
-        read = self.source if isinstance(self.source, Artifact) else self.data
-        return {"name": name, "rows": len(table), "bytes": read.entry(name).bytes, "seconds": clocks.seconds}
-
-    def _parts(self, name: str) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """Rows of a shard with what the model is given of them, some at a time."""
-        if isinstance(self.source, Artifact):
-            yield featured_rows(self.data, self.source, name, self.classes)
-        else:
-            yield from pictured_rows(self.data, self.source, name, self.classes)
+        source = self.maker.source if isinstance(self.maker.source, Artifact) else self.maker.data
+        told = self.maker.decoders.as_json() if self.maker.decoders is not None else NOBODY
+        found = {"name": name, "rows": len(table), "bytes": source.entry(name).bytes}
+        return {**found, "seconds": clocks.seconds, "decoders": told}
 
 
 def embedding_table(rows: pa.Table, embeddings: np.ndarray) -> pa.Table:

@@ -9,22 +9,26 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar, cast
 
+import ray
 from ray.data import ActorPoolStrategy
 
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
-from zsr.cluster import gpus, map_pieces
-from zsr.errors import DamagedArtifact, StorageError
+from zsr.cluster import connect, gpus, map_pieces, resources
+from zsr.embedding.ahead import PROBE
+from zsr.errors import DamagedArtifact, Infeasible, StorageError
 
 logger = logging.getLogger("zsr")
 
 MADE_FROM: Final = "made_from"  # the fact of a file that holds its fingerprint
 STAGES: Final = ("read", "decode", "model", "write")
+END: Final = object()
+Item = TypeVar("Item")
 
 
 def quarantine_name(shard: str) -> str:
@@ -53,6 +57,15 @@ class Clocks:
         finally:  # a picture that does not decode takes its time, too
             self.seconds[name] += time.perf_counter() - began
 
+    def each(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
+        """Pass `items` through; what it takes to get them is spent on a stage."""
+        while True:
+            with self.stage(name):
+                item = next(items, END)
+            if item is END:
+                return
+            yield cast(Item, item)
+
 
 @dataclass(frozen=True)
 class Prices:
@@ -71,7 +84,8 @@ class Tally:
 
     Attributes:
         reused: shards taken from the last version. found: shards, or all of it, that a run before had finished.
-        results: of each computed shard: rows, bytes that were read, and seconds of each of STAGES.
+        results: of each computed shard: rows, bytes that were read, seconds of each of STAGES, and the decoders of the
+            actor that computed it, see `ahead.Decoders`.
         seconds: wall, start-up of the actors included. actors: how many. gpu: whether each held a GPU.
     """
 
@@ -90,7 +104,8 @@ class Tally:
             return {"shards": shards}
         spent = {stage: sum(r["seconds"][stage] for r in self.results) for stage in STAGES}
         busy = sum(spent.values())
-        per_row = cost_of(busy / rows, self.gpu, prices)
+        decoders = max((r["decoders"] for r in self.results), key=lambda d: d["running"] or 0)
+        per_row = cost_of(busy / rows, self.gpu, prices, 1 + (decoders["running"] or 0))
         return {
             "shards": shards,
             "rows_computed": rows,
@@ -100,16 +115,76 @@ class Tally:
             "bytes_read": sum(int(r["bytes"]) for r in self.results),
             "shares": {stage: round(seconds / busy, 3) for stage, seconds in spent.items()},
             "limit": max(spent, key=lambda stage: spent[stage]),
+            **({"probe": decoders} if decoders["running"] is not None else {}),
             **per_row,
         }
 
 
-def cost_of(seconds: float, gpu: bool, prices: Prices) -> dict[str, float]:
-    """What a million rows take, at so many seconds of an actor (a CPU, and perhaps a GPU) a row."""
+def cost_of(seconds: float, gpu: bool, prices: Prices, cpus: int = 1) -> dict[str, float]:
+    """What a million rows take, at so many seconds of an actor (with `cpus` CPUs, and perhaps a GPU) a row."""
     hours = seconds * 1e6 / 3600
-    cost = hours * (prices.cpu_hour + prices.gpu_hour * gpu)
-    found = {"cpu_hours_a_million": round(hours, 3), **({"gpu_hours_a_million": round(hours, 3)} if gpu else {})}
+    cost = hours * (prices.cpu_hour * cpus + prices.gpu_hour * gpu)
+    found = {"cpu_hours_a_million": round(hours * cpus, 3)}
+    found |= {"gpu_hours_a_million": round(hours, 3)} if gpu else {}
     return {**found, "cost_a_million": round(cost, 4)} if cost else found
+
+
+class Maker(Protocol):
+    """What an actor does: make the rows of a shard."""
+
+    def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, Any]]:
+        """How many rows of shard `name` were looked at, and what became of them, some rows at a time."""
+        ...
+
+
+def forecast(
+    kind: Callable[..., Maker], rows: Mapping[str, int], shared: Mapping[str, Any], actors: int, prices: Prices
+) -> dict[str, Any]:
+    """What it takes to compute `rows` rows by modality, told by some seconds of each modality's first shard.
+
+    A Ray task, with a GPU where the cluster has some, makes what `compute`'s actors would, and writes nothing.
+
+    Args:
+        rows: by name of a shard of the modality.
+    """
+    connect()
+    gpu = bool(have := gpus())
+    task = ray.remote(num_cpus=1, num_gpus=int(gpu))(_rates)
+    rates: dict[str, dict[str, float]] = ray.get(task.remote(kind, shared, list(rows)))
+    busy = {name: count * sum(rates[name].values()) for name, count in rows.items()}
+    spent = {stage: sum(count * rates[name][stage] for name, count in rows.items()) for stage in STAGES}
+    every = sum(rows.values())
+    size = max(1, min(actors, have or actors))
+    found = {"seconds_a_row": {name.partition("/")[0]: round(sum(r.values()), 6) for name, r in rates.items()}}
+    if not every or not sum(busy.values()):
+        return found
+    whole = cost_of(sum(busy.values()) / every, gpu, prices)
+    priced = {"cost": round(whole["cost_a_million"] * every / 1e6, 4)} if "cost_a_million" in whole else {}
+    return {
+        **found,
+        "limit": max(spent, key=lambda stage: spent[stage]),
+        "hours": round(sum(busy.values()) / size / 3600, 4),
+        **whole,
+        **priced,
+    }
+
+
+def _rates(kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Seconds a row of STAGES for each shard, start-up apart if a shard has several parts. Runs in a Ray task."""
+    maker, found = kind(**shared), {}
+    for name in names:
+        clocks, seen = Clocks(), 0
+        for number, (count, _) in enumerate(maker.made(name, clocks)):
+            seen += count
+            if number and sum(clocks.seconds.values()) >= PROBE:
+                break
+            if not number:  # a network is slow the first time; if nothing follows, that is all there is to tell by
+                first, seen_first = dict(clocks.seconds), seen
+                clocks.seconds, seen = dict.fromkeys(STAGES, 0.0), 0
+        if not seen:
+            clocks.seconds, seen = first, seen_first
+        found[name] = {stage: clocks.seconds[stage] / max(1, seen) for stage in STAGES}
+    return found
 
 
 def compute(
@@ -120,13 +195,19 @@ def compute(
     staging: Staging,
     shared: Mapping[str, Any],
     actors: int,
+    decoders: int | None = None,
 ) -> Tally:
     """Finish the shards `wanted` in `staging`; those of a killed run are there, those of the last version are kept.
 
     Args:
-        kind: class of the actors: made with `shared`, `staging`; called with {"name": shard, "made_from": fingerprint}.
+        kind: class of the actors: made with `shared`, `staging` and `decoders`, the most tasks that may decode for it;
+            called with {"name": shard, "made_from": fingerprint}.
         wanted: fingerprints by name.
         actors: at most; a GPU each where the cluster has some, and never more than GPUs or shards.
+        decoders: see `room_to_decode`.
+
+    Raises:
+        Infeasible: see `room_to_decode`.
     """
     todo = [name for name in wanted if staging.finished(name) is None]
     found = len(wanted) - len(todo)
@@ -135,9 +216,28 @@ def compute(
     have = gpus()
     size = max(1, min(actors, len(pieces), have or actors))
     options = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if have else 0}
+    most = room_to_decode(size, decoders, bool(have))
     began = time.perf_counter()
-    results = map_pieces(what, kind, pieces, fn_constructor_kwargs={**shared, "staging": staging}, **options)
+    shared = {**shared, "staging": staging, "decoders": most}
+    results = map_pieces(what, kind, pieces, fn_constructor_kwargs=shared, **options)
     return Tally(len(kept), found, results, time.perf_counter() - began, size, bool(have))
+
+
+def room_to_decode(actors: int, decoders: int | None, gpu: bool) -> int:
+    """Tasks that may decode ahead of each of `actors`: as many as asked for, or as a cluster with GPUs has CPUs for.
+
+    Raises:
+        Infeasible: there are fewer CPUs than asked for; the tasks would wait for ever.
+    """
+    if not gpu and not decoders:  # they would take the CPUs that the models run on
+        return 0
+    room = (int(resources().get("CPU", 1)) - actors) // actors
+    if decoders is not None and decoders > room:
+        raise Infeasible(
+            f"{decoders} tasks to decode for each of {actors} actors, and CPUs for {max(0, room)}; use --decoders "
+            f"{max(0, room)}, fewer --actors, or add nodes"
+        )
+    return max(0, room) if decoders is None else decoders
 
 
 def _kept(what: str, wanted: Mapping[str, str], output: Store, staging: Staging) -> set[str]:

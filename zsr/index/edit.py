@@ -17,7 +17,7 @@ from zsr.errors import ConfigError, QualityGateFailed
 from zsr.index import build, drift, engine, lists
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
-from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, labels_of, list_sizes, refine_name, segment_name
+from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, list_sizes, refine_name, segment_name
 from zsr.index.truth import K, Truth, exact
 from zsr.index.tune import Point, at_point, tune
 from zsr.index.vectors import Vectors
@@ -129,7 +129,7 @@ def rebuild(store: Store, embeddings: Artifact, *, workers: int | None = None) -
     live, gallery = Live.of(store), Vectors.of(embeddings)
     live.searcher.space.require(gallery.space, str(embeddings.directory))
     wanted = {entry.sha256 for entry in gallery.shards}
-    kept, alive = set(), live.searcher.alive.copy()
+    kept, alive = set(), live.searcher.alive
     for start, rows, source in _shards(live.searcher):
         if source in wanted:
             kept.add(source)
@@ -314,18 +314,16 @@ def compact(store: Store) -> Changed:
 
 def _copy_live(staging: Staging, name: str, searcher: Searcher) -> None:
     """Stage ids and refine codes of what is not deleted, shard by shard; shards that lost every row are left out."""
-    place = 0
+    place, alive = 0, searcher.alive
     for base, segment in zip(searcher.starts, searcher.segments, strict=False):
         bounds = [*segment.spec.starts, segment.spec.rows]
         for number, source in enumerate(segment.spec.sources):
             a, b = bounds[number], bounds[number + 1]
-            rows = np.flatnonzero(searcher.alive[int(base) + a : int(base) + b])
+            rows = np.flatnonzero(alive[int(base) + a : int(base) + b])
             if not len(rows):
                 continue
             facts = {"rows": len(rows), "dtype": segment.spec.dtype, "source": source}
-            named = segment.names.slice(a, b - a).take(rows)
-            named = named.set_column(named.column_names.index("label"), "label", labels_of(named))
-            staging.write_table(f"{name}/{ids_name(place)}", named, facts=facts)
+            staging.write_table(f"{name}/{ids_name(place)}", segment.names.take(a + rows), facts=facts)
             if segment.refine:
                 stored = np.ascontiguousarray(segment.refine[number][rows])
                 staging.write(f"{name}/{refine_name(place)}", stored.tobytes())

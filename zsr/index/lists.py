@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from zsr import fault
-from zsr.artifact import CHUNK, Json, Staging
+from zsr.artifact import CHUNK, Json, Staging, mapped
 from zsr.errors import DamagedArtifact
 from zsr.index import engine
 
@@ -37,13 +37,13 @@ class Added:
     def open(cls, path: Path) -> "Added":
         """The lists of a whole index in one file, which the caller has verified."""
         index = engine.open_whole(path)
-        return cls(np.memmap(path, np.uint8, mode="r"), engine.list_sizes(index), engine.list_offsets(index))
+        return cls(mapped(path, np.dtype(np.uint8)), engine.list_sizes(index), engine.list_offsets(index))
 
     @classmethod
     def split(cls, index: Any, path: Path, numbers: np.ndarray) -> "Added":
         """The lists at `path` of an opened index, whose ordinal i becomes numbers[i]."""
         sizes, offsets = engine.list_sizes(index), engine.list_offsets(index)
-        return cls(np.memmap(path, np.uint8, mode="r"), sizes, offsets, numbers)
+        return cls(mapped(path, np.dtype(np.uint8)), sizes, offsets, numbers)
 
     def entries(self, number: int, code_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, bytes) and ordinals (n,) of list `number`, mapped."""

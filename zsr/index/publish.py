@@ -12,6 +12,7 @@ from zsr.index.search import Searcher
 from zsr.index.segments import Segment
 from zsr.index.truth import K
 
+SHARE: Final = 1 << 22  # ids that are sorted at once
 RECALL_TOLERANCE: Final = 1e-3  # another processor may round a tie the other way
 
 
@@ -49,25 +50,28 @@ def verify(searcher: Searcher) -> None:
 
 
 def _require_each_once(segment: Segment) -> None:
-    seen = np.zeros(segment.spec.rows, np.int64)
+    seen = np.zeros(segment.spec.rows, bool)
     for number in range(engine.ivf_of(segment.stored).nlist):
-        ordinals = engine.list_ids(segment.stored, number)
-        if ordinals.size and not 0 <= ordinals.min() <= ordinals.max() < len(seen):
+        ordinals = np.sort(engine.list_ids(segment.stored, number))
+        if ordinals.size and not 0 <= ordinals[0] <= ordinals[-1] < len(seen):
             raise DamagedArtifact(
                 f"{segment.where}: list {number} holds rows outside of 0 .. {len(seen) - 1}; build it again"
             )
-        np.add.at(seen, ordinals, 1)
-    if (wrong := np.flatnonzero(seen != 1)).size:
-        raise DamagedArtifact(
-            f"{segment.where}: row {wrong[0]} is in {seen[wrong[0]]} lists, expected one; build it again"
-        )
+        again = np.concatenate([ordinals[1:][ordinals[1:] == ordinals[:-1]], ordinals[seen[ordinals]]])
+        if again.size:
+            raise DamagedArtifact(f"{segment.where}: row {again[0]} is listed twice, expected once; build it again")
+        seen[ordinals] = True
+    if not seen.all():
+        raise DamagedArtifact(f"{segment.where}: row {np.flatnonzero(~seen)[0]} is in no list; build it again")
 
 
 def most_parts(searcher: Searcher) -> int:
-    """The most vectors that one item has, and at least 1; in little memory, since every build asks for it."""
-    ids, parts = np.sort(searcher.ids[searcher.alive]), 1
-    while len(ids) > parts and (ids[parts:] == ids[:-parts]).any():
-        parts += 1
+    """The most vectors that one item has, and at least 1; a share of the ids at a time, since every build asks."""
+    shares, alive, parts = -(-len(searcher.ids) // SHARE), searcher.alive, 1
+    for share in range(shares):
+        ids = np.sort(searcher.ids[alive & (searcher.ids % shares == share)])
+        while len(ids) > parts and (ids[parts:] == ids[:-parts]).any():
+            parts += 1
     return parts
 
 
@@ -76,12 +80,12 @@ def require_unique(searcher: Searcher) -> None:
     if most_parts(searcher) == 1:
         return
     live = np.flatnonzero(searcher.alive)
-    ids, part = searcher.ids[live], searcher.names.column("part").to_numpy()[live]
+    ids, part = searcher.ids[live], np.concatenate([c.to_numpy() for c in searcher.names.column("part")])[live]
     order = np.lexsort((part, ids))
     same = np.flatnonzero((ids[order][1:] == ids[order][:-1]) & (part[order][1:] == part[order][:-1]))
     if same.size:
         row = order[same[0]]
-        key = searcher.names.column("key")[int(live[row])].as_py()
+        key = searcher.names.take(live[[row]]).column("key")[0].as_py()
         raise ConfigError(f"two embeddings have id {ids[row]} and part {part[row]} (key {key!r}); embed again")
 
 

@@ -91,7 +91,7 @@ def _gone(store: Store, newest: Artifact) -> Gone:
     rows: Counter[str] = Counter()
     for artifact in _objects(store):
         for segment in Searcher.of(artifact).segments:
-            names = segment.names.column("id").to_numpy()
+            names = segment.names.ids
             lost = ~np.isin(names, stays.live_ids)
             ids |= set(names[lost].tolist()) - live
             rows.update(dict.fromkeys(digests(segment, lost), 0))

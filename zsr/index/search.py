@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from zsr.artifact import Artifact, Json, open_artifact
 from zsr.errors import ConfigError
 from zsr.index import engine
-from zsr.index.segments import Segment, Spec, joined_names, labels_of, segment_files
+from zsr.index.names import Names
+from zsr.index.segments import Segment, Spec, segment_files
 from zsr.index.truth import K, Truth
 from zsr.index.vectors import Space
 
@@ -63,11 +64,12 @@ def reach(facts: Json, count: int, nprobe: int | None, refine_factor: int | None
 
 
 class Searcher:
-    """An opened index version. Lists and refine codes are mapped from disk; ids, keys and labels are in memory.
+    """An opened index version. Lists, refine codes and names are mapped from disk, so that memory does not grow with
+    the gallery, but for a bit a vector where some are deleted, and a byte a vector while a filter is in use.
 
     Attributes:
-        names: N rows of id, part, key and label, one a vector; its number is the vector's ordinal.
-        ids: (N,) int64.
+        names: of the N vectors, whose numbers are their ordinals.
+        ids: (N,) int64, of their items.
         dead: ordinals of deleted vectors, ascending.
     """
 
@@ -80,10 +82,8 @@ class Searcher:
         self.segments, self.facts, self.dead, self.files = segments, facts, dead, files
         self.space = segments[0].space
         self.starts = starts_of([segment.spec for segment in segments])
-        self.names = segments[0].names if len(segments) == 1 else joined_names([segment.names for segment in segments])
-        self.ids = self.names.column("id").chunk(0).to_numpy()
-        self.alive = np.ones(len(self.ids), bool)
-        self.alive[dead] = False
+        self.names = Names.joined([segment.names for segment in segments])
+        self.ids = self.names.ids
 
     @classmethod
     def open(cls, index_dir: str | Path) -> "Searcher":
@@ -125,6 +125,13 @@ class Searcher:
     def live_ids(self) -> np.ndarray:
         """Distinct ids of what is not deleted."""
         return np.unique(self.ids[self.alive])
+
+    @property
+    def alive(self) -> np.ndarray:
+        """(N,) bool over ordinals, those that are not deleted; made anew each time."""
+        mask = np.ones(len(self.ids), bool)
+        mask[self.dead] = False
+        return mask
 
     @cached_property
     def _undeleted(self) -> list[np.ndarray] | None:
@@ -175,10 +182,11 @@ class Searcher:
         """(N,) bool over ordinals, those that a filter admits and nobody deleted; None without a filter."""
         if labels is None and ids is None:
             return None
-        mask = self.alive.copy()
+        mask = self.alive
         if labels is not None:
             among = pa.array(sorted(labels), pa.string())
-            mask &= pc.is_in(self.names.column("label"), value_set=among).to_numpy()
+            for start, column in zip(self.names.starts, self.names.column("label"), strict=False):
+                mask[start : start + len(column)] &= pc.is_in(column, value_set=among).to_numpy(zero_copy_only=False)
         if ids is not None:
             mask &= np.isin(self.ids, np.fromiter(ids, np.int64, len(ids)))
         return mask
@@ -273,10 +281,10 @@ class Searcher:
     def resolve(self, ordinals: np.ndarray, scores: np.ndarray) -> Hits:
         """Names of the items at `ordinals` (B, k)."""
         missing = ordinals < 0
-        at = pa.array(np.where(missing, 0, ordinals).reshape(-1))
-        ids = np.where(missing, -1, self.ids[np.where(missing, 0, ordinals)])
-        found = self.names.take(at)
-        named = [objects(column).reshape(ordinals.shape) for column in (found.column("key"), labels_of(found))]
+        at = np.where(missing, 0, ordinals)
+        ids = np.where(missing, -1, self.ids[at])
+        found = self.names.take(at.reshape(-1))
+        named = [objects(found.column(name)).reshape(ordinals.shape) for name in ("key", "label")]
         for column in named:
             column[missing] = None
         return Hits(ids, named[0], named[1], scores)

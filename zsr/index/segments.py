@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from zsr.artifact import Artifact, Json, open_artifact, refuse_extension_types
+from zsr.artifact import Artifact, Json, mapped, open_artifact
 from zsr.errors import DamagedArtifact
 from zsr.index import engine
+from zsr.index.names import Names
 from zsr.index.vectors import Space
 
 INDEX: Final = "index.faiss"
@@ -70,7 +69,7 @@ class Spec:
 
 
 class Segment:
-    """An opened segment. Lists and refine codes are mapped from disk; ids, keys and labels are in memory."""
+    """An opened segment: lists, refine codes and names are mapped from disk."""
 
     def __init__(self, files: Mapping[str, Path], spec: Spec, space: Space, key: str) -> None:
         """Open `files` (by their names inside the segment), which the caller has verified.
@@ -86,7 +85,7 @@ class Segment:
         shards = range(len(spec.sources))
         self.codec = engine.from_bytes(files[REFINE].read_bytes(), str(files[REFINE])) if REFINE in files else None
         self.refine = [self._map(files[refine_name(i)]) for i in shards if refine_name(i) in files]
-        self.names = joined_names([_read_names(files[ids_name(i)]) for i in shards])
+        self.names = Names.read([files[ids_name(i)] for i in shards])
         self._check_fit()
 
     def _map(self, path: Path) -> np.ndarray:
@@ -98,7 +97,7 @@ class Segment:
             raise DamagedArtifact(
                 f"{path}: {path.stat().st_size} bytes are not whole rows of {row}; build the index again"
             )
-        return np.memmap(path, dtype, mode="r").reshape(-1, width)
+        return mapped(path, dtype).reshape(-1, width)
 
     def _check_fit(self) -> None:
         rows = self.spec.rows
@@ -135,24 +134,3 @@ def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
 def list_sizes(segments: Sequence[Segment]) -> np.ndarray:
     """Vectors in each list of all `segments` together, (nlist,) int64."""
     return np.asarray(np.sum([engine.list_sizes(segment.stored) for segment in segments], axis=0))
-
-
-def joined_names(tables: Sequence[pa.Table]) -> pa.Table:
-    """Id maps one after the other, with the ids in one piece, so that numpy can look at them without a copy."""
-    table = pa.concat_tables(tables)
-    return table.set_column(0, table.field(0), table.column(0).combine_chunks())
-
-
-def labels_of(names: pa.Table) -> pa.ChunkedArray:
-    """Labels as strings: in memory, rows of the same label share it."""
-    return names.column("label").cast(pa.string())
-
-
-def _read_names(path: Path) -> pa.Table:
-    """An id map that the caller has verified."""
-    try:
-        parquet = pq.ParquetFile(path, memory_map=False, read_dictionary=["label"])
-        refuse_extension_types(parquet.schema_arrow, str(path))
-        return parquet.read()
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedArtifact(f"{path}: not readable as parquet: {error}") from error

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,7 +27,7 @@ from zsr.cluster import connect
 from zsr.errors import ConfigError, StorageError
 from zsr.index import engine
 from zsr.index.search import WIDEN, Hits, Searcher, as_queries, merge_best, objects, reach, starts_of
-from zsr.index.segments import Spec, labels_of
+from zsr.index.segments import Spec
 from zsr.index.vectors import Space
 
 logger = logging.getLogger("zsr")
@@ -116,8 +115,8 @@ class Part:
     def names(self, ordinals: np.ndarray, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Keys and labels of vectors (n,) of segment numbers[0], as objects."""
         own = ordinals - self.shifts[self.numbers.index(numbers[0])]
-        rows = self.searcher.names.take(pa.array(own))
-        return objects(rows.column("key")), objects(labels_of(rows))
+        rows = self.searcher.names.take(own)
+        return objects(rows.column("key")), objects(rows.column("label"))
 
 
 class Host:
