@@ -46,6 +46,7 @@ class Names:
         """
         schema = _opened(files[0]).schema_arrow
         whole = _mapped(lambda out: _write(out, schema, files))
+        pa.default_memory_pool().release_unused()  # what parquet was decoded into
         reader = pa.ipc.open_file(whole)
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         return cls(_ids(batch.column("id").to_numpy() for batch in batches), batches, _starts(batches))
@@ -104,7 +105,7 @@ def _write(out: IO[bytes], schema: pa.Schema, files: Sequence[Path]) -> None:
 
 def _read(path: Path, parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     try:
-        yield from parquet.iter_batches(ROWS)
+        yield from parquet.iter_batches(ROWS, use_threads=False)
     except (pa.ArrowException, OSError) as error:  # not an error of the file that is written
         raise DamagedArtifact(f"{path}: not readable as parquet: {error}") from error
 
