@@ -18,7 +18,7 @@ from zsr.data.pictures import Decoded, decoded
 from zsr.worker import keep_freed_memory
 
 PROBE: Final = 3.0  # seconds of decoding and computing in turn, after the first block: a GPU starts slowly
-AHEAD: Final = 2  # blocks that are decoded or lie ready, for each task
+AHEAD: Final = 2  # blocks for each of those CPUs: one is decoded, one lies ready
 BLOCK: Final = 64  # pictures of a task
 
 NOBODY: Final[dict[str, Any]] = {"running": None}  # decodes, or nobody knows yet who shall
@@ -37,8 +37,8 @@ class Decoders:
     """Decodes for one model.
 
     Attributes:
-        most: tasks that may decode for it at a time, each on a CPU; with 0 its own process decodes.
-        running: how many do so; None until the probe has told.
+        most: CPUs that tasks may decode on for it; with 0 its own process decodes.
+        running: how many of them keep the model busy; None until the probe has told.
         decode, model: seconds a picture, as the probe found them; 0 before.
     """
 
