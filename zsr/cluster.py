@@ -35,6 +35,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     worker.setup()
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # else an actor collects what is run and a thread sends it
     address = os.environ.get("RAY_ADDRESS") or _start_local()
     root = str(Path(__file__).resolve().parents[1])
     environment = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from zsr.artifact import sha256
 from zsr.data.decode import BadImage, Limits, Pictures, decode, square
 from zsr.data.semantics.sentences import SentenceEncoder, encoder_folder
-from zsr.embedding.encode import SIDES, Featurizer, vectors_of
+from zsr.embedding.encode import SIDES, Featurizer, ready, vectors_of
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.export import BACKBONE, CONFIG, WEIGHTS, Description, featurizer_of, read_description, settings_of
 from zsr.models import backbones, build
@@ -44,7 +44,7 @@ class Exported:
         self, description: Description, model: Embedder, included: Featurizer | None, weights: Path | None, device: str
     ) -> None:
         self.description, self.device = description, device
-        self.model = model.to(device)
+        self.model = ready(model, device)
         self.metric: Metric = model.metric
         self.dim = model.dim
         self._included, self._weights = included, weights
@@ -111,8 +111,8 @@ class Exported:
         """Embeddings of raw features (N, F), or of pixels (N, H, W, 3) uint8."""
         if not len(items):
             return np.zeros((0, self.dim), np.float32)
-        ready = items if items.dtype == np.uint8 else items.astype(np.float32)
-        embedded = vectors_of(self.model, modality, ready, self.device)
+        given = items if items.dtype == np.uint8 else items.astype(np.float32)
+        embedded = vectors_of(self.model, modality, given, self.device)
         return embedded[:, 0] if embedded.shape[1] == 1 else embedded
 
     def _require(self, modality: str) -> None:
@@ -124,7 +124,7 @@ class Exported:
     def _featurizer(self) -> Featurizer:
         """Loaded when the first picture comes: who has features, or texts alone, needs no backbone."""
         found = self._included or featurizer_of(self.description.features, self._weights)
-        return found.to(self.device)
+        return found.ready(self.device)
 
     @cached_property
     def _encoder(self) -> SentenceEncoder:

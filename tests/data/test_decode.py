@@ -43,15 +43,45 @@ def test_a_crop_keeps_the_middle_and_no_crop_keeps_all(crop: float | None, colum
     assert pixels[1, :, 0].tolist() == pytest.approx(columns, abs=20)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)]
-)
-def test_the_interpolation_is_the_one_asked_for(name: Interpolation, kind: Image.Resampling) -> None:
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+def test_the_interpolation_is_the_one_asked_for(name: Interpolation) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    pixels = decode(saved(noise), Resize(16, name), Limits()).astype(int)
+    apart = {kind: np.abs(pixels - by_pillow(noise, kind)).mean() for kind in ("bilinear", "bicubic")}
+    assert apart.pop(name) < 0.5
+    assert min(apart.values()) > 4
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(97, 61), (20, 300), (16, 16), (7, 5)])
+def test_pictures_are_resized_as_pillow_does(name: Interpolation, shape: tuple[int, int]) -> None:
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]]
+    waves = np.stack([128 + 100 * np.sin(x * a + y * b) for a, b in ((0.1, 0.3), (0.5, 0.05), (0.2, 0.2))], 2)
+    smooth = waves.astype(np.uint8)
+    pixels = decode(saved(smooth), Resize(16, name), Limits()).astype(int)
+    assert np.abs(pixels - by_pillow(smooth, name)).max() <= 2
+
+
+def test_a_cut_is_not_rounded_to_whole_pixels() -> None:
+    ramp = np.repeat(np.arange(101, dtype=np.uint8)[None, :, None], 101, 0).repeat(3, 2)
+    pixels = decode(saved(2 * ramp), Resize(50, crop=0.875), Limits()).astype(int)
+    half = 0.875 * 101 / 2
+    assert np.abs(pixels - by_pillow(2 * ramp, "bilinear", 50, (50.5 - half,) * 2 + (50.5 + half,) * 2)).max() <= 2
+
+
+def saved(pixels: np.ndarray) -> bytes:
+    """A PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "PNG")
-    expected = np.asarray(Image.fromarray(noise).resize((16, 16), kind))
-    assert np.array_equal(decode(buffer.getvalue(), Resize(16, name), Limits()), expected)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def by_pillow(
+    pixels: np.ndarray, name: str, size: int = 16, box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """What Pillow makes of it."""
+    kind = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[name]
+    return np.asarray(Image.fromarray(pixels).resize((size, size), kind, box), int)
 
 
 def bomb(side: int) -> bytes:

@@ -392,6 +392,61 @@ def test_unit_scaling_is_division_by_255() -> None:
     assert (found["shift"], found["divisor"]) == ([0.0] * 3, [255.0] * 3)
 
 
+# -- batch norm folded into convolutions -----------------------------------------------------------------------------
+
+
+def norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def with_statistics(backbone: backbones.Backbone) -> backbones.Backbone:
+    """As after training: means, variances and weights that differ from a fresh norm's."""
+    draw = torch.Generator().manual_seed(1)
+    for norm in norms(backbone):
+        for tensor in (norm.running_mean, norm.bias.data):
+            cast(Tensor, tensor).copy_(0.3 * torch.randn(tensor.shape, generator=draw))  # type: ignore[union-attr]
+        for tensor in (norm.running_var, norm.weight.data):
+            cast(Tensor, tensor).copy_(0.5 + torch.rand(tensor.shape, generator=draw))  # type: ignore[union-attr]
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("name", ["lite0", "tiny", "resnet"])
+def test_folded_norms_change_features_by_rounding_only(name: str, tmp_path: Path) -> None:
+    if name == "lite0":
+        backbone = loaded(name, backbones.weights_path(name, None))
+    else:
+        path = saved(name, tmp_path) if name == "resnet" else None
+        backbone = with_statistics(backbones.build(backbones.architecture(name, path)))
+    before = norms(backbone)
+    with torch.no_grad():
+        plain, quick = backbone(pixels(64)), backbones.folded(backbone)(pixels(64))
+    assert before
+    assert norms(backbone) == before  # a copy was folded
+    assert not norms(backbones.folded(backbone))
+    assert_close(quick, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+class Twice(nn.Module):
+    """A convolution that is read as it is, too, and one whose output is changed before the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.first(images)
+        changed = self.second(images)
+        return cast(Tensor, (found + self.one(found) + self.two(changed.relu_())).mean((2, 3)))
+
+
+def test_what_cannot_be_folded_stays() -> None:
+    made = backbones.Architecture.model_validate(backbones.architecture("tiny"))
+    backbone = with_statistics(backbones.Backbone(Twice(), 3, made))
+    with torch.no_grad():
+        assert torch.equal(backbones.folded(backbone)(pixels()), backbone(pixels()))
+
+
 def test_the_size_is_the_users_where_the_network_takes_any(tmp_path: Path) -> None:
     assert backbones.side(backbones.architecture("vgg16"), None) == 224
     assert backbones.side(backbones.architecture("vgg16"), 96) == 96

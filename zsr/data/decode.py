@@ -1,7 +1,8 @@
 """Pictures under limits: what an image claims is checked by its header before anything is decoded.
 
 Formats are allow-listed by magic bytes (JPEG, PNG, WebP). Large JPEGs decode with simplejpeg at a reduced scale of at
-least twice the wanted size; everything else, and JPEGs that it refuses, go to Pillow.
+least twice the wanted size; everything else, and JPEGs that it refuses, go to Pillow. Resizing is antialiased as
+Pillow's is, by cykooz_resizer: a quarter of the time, and the same bits on every processor.
 """
 
 import io
@@ -14,11 +15,14 @@ from typing import Final, Literal
 
 import numpy as np
 import simplejpeg
+from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 
-VERSION: Final = 1  # of the pixels that `decode` makes; FEATURES are keyed by it
+VERSION: Final = 2  # of the pixels that `decode` makes; FEATURES are keyed by it
 Interpolation = Literal["bilinear", "bicubic"]
 FORMATS: Final = ("JPEG", "PNG", "WEBP")
+# Pillow's bicubic is Catmull-Rom
+FILTERS: Final = {"bilinear": FilterType.bilinear, "bicubic": FilterType.catmull_rom}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,7 @@ def decode(data: bytes, resize: int | Resize, limits: Limits) -> np.ndarray:
             # at less than twice the size, scaling in the DCT changes features visibly (cosine .956 on 256-pixel photos)
             least = math.ceil(2 * wanted.size / (wanted.crop or 1.0))
             pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least, min_width=least, min_factor=1)
-            return _resize(Image.fromarray(pixels), wanted)
+            return _resize(pixels, wanted)
         except ValueError:
             pass  # CMYK and slightly broken files that Pillow may still read
     try:
@@ -138,7 +142,7 @@ def decode(data: bytes, resize: int | Resize, limits: Limits) -> np.ndarray:
 
 def square(picture: Image.Image, wanted: Resize) -> np.ndarray:
     """An open picture as (size, size, 3) uint8 RGB. Transparency becomes white."""
-    return _resize(_on_white(picture), wanted)
+    return _resize(np.asarray(_on_white(picture), np.uint8), wanted)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -149,12 +153,16 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _resize(picture: Image.Image, wanted: Resize) -> np.ndarray:
-    size, box = wanted.size, None
+def _resize(pixels: np.ndarray, wanted: Resize) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 as (size, size, 3), in one step from the box that is cut out."""
+    height, width = pixels.shape[:2]
+    options = ResizeOptions(ResizeAlg.convolution(FILTERS[wanted.interpolation]), use_alpha=False)
     if wanted.crop is not None:
-        half = wanted.crop * min(picture.size) / 2
-        x, y = picture.width / 2, picture.height / 2
-        box = (x - half, y - half, x + half, y + half)
-    if box is not None or picture.size != (size, size):
-        picture = picture.resize((size, size), Image.Resampling[wanted.interpolation.upper()], box=box)
-    return np.asarray(picture, dtype=np.uint8)
+        side = wanted.crop * min(width, height)
+        options.crop_box = CropBox((width - side) / 2, (height - side) / 2, side, side)
+    elif width == height == wanted.size:
+        return pixels
+    source = ImageData(width, height, PixelType.U8x3, pixels.tobytes())
+    target = ImageData(wanted.size, wanted.size, PixelType.U8x3)
+    Resizer().resize(source, target, options)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(wanted.size, wanted.size, 3)

@@ -153,7 +153,7 @@ class Extractor:
         self.data = data
         self.device = own_device()
         self.batch = batch or backbones.pictures_at_once(self.device)
-        self.featurizer = featurizer(settings, weights, sha256).to(self.device)
+        self.featurizer = featurizer(settings, weights, sha256).ready(self.device)
         self.texts = TextExtractor(encoder_folder(None), texts, self.device) if texts else None
         self.decoders = Decoders(self.featurizer.pictures, decoders)
 

@@ -73,9 +73,11 @@ class Featurizer:
     backbones: Mapping[str, backbones.Backbone]
     pictures: Pictures
 
-    def to(self, device: str) -> "Featurizer":
-        """The same on another device."""
-        return Featurizer({side: backbone.to(device) for side, backbone in self.backbones.items()}, self.pictures)
+    def ready(self, device: str) -> "Featurizer":
+        """The same on a device, to make features with: see `backbones.folded`."""
+        distinct = {id(backbone): backbone for backbone in self.backbones.values()}
+        made = {number: backbones.folded(backbone).to(device) for number, backbone in distinct.items()}
+        return Featurizer({side: made[id(backbone)] for side, backbone in self.backbones.items()}, self.pictures)
 
     def pixels(self, side: str, image: bytes | None) -> np.ndarray:
         """Pixels (H, W, 3) uint8 of an encoded picture. Raises BadImage if there is none, or if it does not decode."""
@@ -110,6 +112,13 @@ def featurizer(settings: BackboneSettings, weights: Path | Artifact, sha256: str
     resize = resize_of(made, backbones.side(made, settings.size), settings.fit)
     loaded = backbones.load(settings.backbone, weights, sha256, layer=settings.layer, scaling=settings.scaling)
     return Featurizer(dict.fromkeys(SIDES, loaded), Pictures(resize, settings.invert_sketches))
+
+
+def ready(model: Embedder, device: str) -> Embedder:
+    """The model on a device, its image towers folded: see `backbones.folded`. To embed with; not to store."""
+    for name, tower in model.towers.items():
+        model.towers[name] = backbones.folded(cast(backbones.Backbone, tower))
+    return model.to(device)
 
 
 def vectors_of(model: Embedder, modality: str, items: np.ndarray, device: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import own_device
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.embedding.ahead import NOBODY, Decoders
-from zsr.embedding.encode import vectors_of
+from zsr.embedding.encode import ready, vectors_of
 from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast
 from zsr.errors import ConfigError
 from zsr.models.protocol import Inputs
@@ -148,7 +148,7 @@ class Encoder:
         self.data, self.source = data, source
         self.classes = chosen_classes(checkpoint, classes)
         self.device = own_device()
-        self.model = open_model(checkpoint).to(self.device)
+        self.model = ready(open_model(checkpoint), self.device)
         self.decoders = None if isinstance(source, Artifact) else Decoders(source, decoders)
 
     def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, pa.Table]]:

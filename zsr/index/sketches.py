@@ -9,7 +9,7 @@ import torch
 
 from zsr.artifact import Artifact
 from zsr.data.decode import BadImage, Limits, Resize, decode
-from zsr.embedding.encode import vectors_of
+from zsr.embedding.encode import ready, vectors_of
 from zsr.errors import ConfigError
 from zsr.models import backbones
 from zsr.models.protocol import Inputs
@@ -41,7 +41,7 @@ def embed_files(files: Sequence[Path], checkpoint: Artifact, weights: Path | Non
         ConfigError: a file that is no picture, features that no backbone made, or another backbone's weights.
     """
     torch.set_num_threads(1)
-    model, inputs = open_model(checkpoint), Inputs.model_validate(checkpoint.config["inputs"])
+    model, inputs = ready(open_model(checkpoint), "cpu"), Inputs.model_validate(checkpoint.config["inputs"])
     if inputs.tower is not None:
         pictures = pictures_of(inputs.tower)
         return vectors_of(model, "sketch", _pixels(files, pictures.resize, pictures.invert_sketches), "cpu")
@@ -53,12 +53,12 @@ def embed_files(files: Sequence[Path], checkpoint: Artifact, weights: Path | Non
             "makes; embed the sketches with jobs.features and jobs.embed, and give --queries"
         )
     path = backbones.weights_path(name, weights)
-    backbone = backbones.load(name, path, str(made["weights"]), layer=made["layer"], scaling=made["scaling"])
+    loaded = backbones.load(name, path, str(made["weights"]), layer=made["layer"], scaling=made["scaling"])
     built = backbones.architecture(name, path, layer=made["layer"], scaling=made["scaling"])
     pixels = _pixels(files, resize_of(built, int(made["size"]), made["fit"]), bool(made["invert_sketches"]))
     with torch.inference_mode():
         # half precision, as FEATURES are stored
-        features = backbone(torch.from_numpy(pixels)).half().float().numpy()
+        features = backbones.folded(loaded)(torch.from_numpy(pixels)).half().float().numpy()
     return vectors_of(model, "sketch", features, "cpu")
 
 

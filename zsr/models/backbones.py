@@ -6,6 +6,7 @@ training began with. `load_weights` fills it from a local file or directory, nev
 pickle's code path. `load` is all three under a digest, for extraction.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import pretrained, vgg
@@ -321,6 +323,58 @@ def load(
     backbone = build(architecture(name, weights, layer=layer, scaling=scaling))
     load_weights(backbone, weights)
     return backbone.eval()
+
+
+def folded(backbone: Backbone) -> Backbone:
+    """A copy for inference: each batch norm that reads what a convolution wrote is folded into that convolution.
+
+    In eval mode both are affine, and one pass over the activations does for both. Features differ by rounding alone
+    (1e-5 where they are about 1).
+    """
+    made = copy.deepcopy(backbone).eval()
+    norms = [module for module in made.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return made
+    torch_rng = torch.Generator().manual_seed(0)
+    example = torch.randint(0, 256, (1, made.size, made.size, 3), dtype=torch.uint8, generator=torch_rng)
+    before, pairs = _read_directly(made, example)
+    for norm, convolution in pairs.items():
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+    for parent in made.modules():
+        for name, child in parent.named_children():
+            if child in pairs:
+                setattr(parent, name, nn.Identity())
+    with torch.no_grad():
+        after = made(example)
+    # a network may read a convolution twice, which no look at its norms would show
+    near = torch.allclose(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+    return made if near else copy.deepcopy(backbone).eval()
+
+
+def _read_directly(backbone: Backbone, example: Tensor) -> tuple[Tensor, dict[nn.BatchNorm2d, nn.Conv2d]]:
+    """Features of an example, and which batch norm reads which convolution's output with nothing in between."""
+    wrote: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
+    pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+
+    def after_convolution(module: nn.Module, _: Any, output: Tensor) -> None:
+        wrote[id(output)] = cast(nn.Conv2d, module), output, output._version
+
+    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        convolution, output, version = wrote.get(id(inputs[0]), (None, None, 0))
+        if convolution is not None and output is not None and output._version == version:  # changed in place by nobody
+            pairs[cast(nn.BatchNorm2d, module)] = convolution
+
+    hooks = [m.register_forward_hook(after_convolution) for m in backbone.modules() if isinstance(m, nn.Conv2d)]
+    hooks += [m.register_forward_pre_hook(before_norm) for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():  # inference mode keeps no versions
+        features = backbone(example)
+    for hook in hooks:
+        hook.remove()
+    return features, pairs
 
 
 def weights_path(name: str, weights: Path | None) -> Path:
