@@ -1,11 +1,14 @@
-"""Peak unique memory of every process while data are prepared and while an epoch of pairs is trained on them.
+"""Peak unique memory of every process in each stage from raw pictures to answers, for galleries of two sizes.
 
-    python -m benchmarks.data_memory SCRATCH [--rows 50000 200000] [--stages prepare epoch]
+    python -m benchmarks.data_memory SCRATCH [--rows 50000 200000] [--stages prepare epoch features embed index search]
 
 Small pictures (32 to 48 pixels, JPEG and PNG) of 100 classes are written class by class, as folders
 MODALITY/CLASS/FILE; every stage then runs as the job that a user starts, in a process of its own, and is sampled until
 it ends. Unique memory is what only that process holds (USS) without the mapped object store, which is shared by all
 and capped; it is reported beside it. The bar: no process above 1.5 GiB, and no more for 200,000 rows than for 50,000.
+
+The epoch trains an image tower, whose checkpoint then embeds both modalities; photos are indexed, and all sketches
+searched for in each of the three ways of jobs.search: whole index a worker, by list range, and by segment over nodes.
 """
 
 import argparse
@@ -23,7 +26,11 @@ from typing import Final
 import numpy as np
 import psutil
 import simplejpeg
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+from zsr.models import backbones
 
 BAR: Final = 1536  # MiB
 CLASSES: Final = 100
@@ -36,8 +43,7 @@ Command = Callable[[Path, int], list[str]]
 
 def prepare_command(scratch: Path, rows: int) -> list[str]:
     """The job that turns the raw pictures below `scratch` into DATA."""
-    flags = ["--source", "folders", "--input", str(raw(scratch, rows)), "--output", str(scratch / f"data-{rows}")]
-    return [sys.executable, "-m", "jobs.prepare", *flags]
+    return job("prepare", source="folders", input=raw(scratch, rows), output=scratch / f"data-{rows}")
 
 
 def epoch_command(scratch: Path, rows: int) -> list[str]:
@@ -56,11 +62,69 @@ def epoch_command(scratch: Path, rows: int) -> list[str]:
         "num-workers": 1,
         "resume": "never",
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "jobs.train", *words, "--random-weights", "--augment"]
+    return [*job("train", **flags), "--random-weights", "--augment"]
 
 
-STAGES: Final[dict[str, Command]] = {"prepare": prepare_command, "epoch": epoch_command}
+def features_command(scratch: Path, rows: int) -> list[str]:
+    """Features of all pictures by a small backbone with random weights."""
+    weights = scratch / "tiny.safetensors"
+    if not weights.exists():
+        torch.manual_seed(0)
+        save_file(backbones.build(backbones.architecture("tiny")).network.state_dict(), weights)
+    return job(
+        "features",
+        data=scratch / f"data-{rows}",
+        backbone="tiny",
+        weights=weights,
+        size=32,
+        output=scratch / f"features-{rows}",
+    )
+
+
+def embed_command(modality: str) -> Command:
+    """Embeddings of a modality by the tower of the epoch."""
+
+    def command(scratch: Path, rows: int) -> list[str]:
+        sources = {"data": scratch / f"data-{rows}", "checkpoint": scratch / f"checkpoint-{rows}"}
+        return job("embed", **sources, modality=modality, output=scratch / f"embed-{modality}-{rows}")
+
+    return command
+
+
+def index_command(scratch: Path, rows: int) -> list[str]:
+    """An index of the photos in segments of 25,000, tuned on the sketches."""
+    sides = {"embeddings": "photo", "queries": "sketch"}
+    given = {flag: scratch / f"embed-{side}-{rows}" for flag, side in sides.items()}
+    flags = {**given, "index-dir": scratch / f"index-{rows}", "index-key": "IVF256,SQ8", "recall-target": 0.01}
+    return job("index build", **flags, **{"segment-rows": 25_000})
+
+
+def search_command(**way: object) -> Command:
+    """Answers to all sketches as an artifact."""
+
+    def command(scratch: Path, rows: int) -> list[str]:
+        sources = {"index-dir": scratch / f"index-{rows}", "queries": scratch / f"embed-sketch-{rows}"}
+        name = "-".join(way) or "whole"
+        return job("search", **sources, output=scratch / f"search-{name}-{rows}", **way)
+
+    return command
+
+
+def job(name: str, **flags: object) -> list[str]:
+    """The words of a job."""
+    words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
+    first, *rest = name.split()
+    return [sys.executable, "-m", f"jobs.{first}", *rest, *words]
+
+
+STAGES: Final[dict[str, tuple[Command, ...]]] = {
+    "prepare": (prepare_command,),
+    "epoch": (epoch_command,),
+    "features": (features_command,),
+    "embed": (embed_command("photo"), embed_command("sketch")),
+    "index": (index_command,),
+    "search": (search_command(), search_command(list_ranges=4), search_command(replicas=1)),
+}
 
 
 def raw(scratch: Path, rows: int) -> Path:
@@ -123,11 +187,13 @@ class Peaks:
 
 
 def _role(process: psutil.Process) -> str:
-    """What a process of Ray does: trains, decodes for it, or something else as a worker."""
+    """What a process of Ray does: trains, decodes or computes as an actor, holds segments, or is any other worker."""
     words = process.cmdline()
     name = os.path.basename(words[0]) if words else str(process.name())
     if name.startswith("ray::") or any("default_worker.py" in word for word in words):
-        return {"ray::MapWorker": "decoder", "ray::RayTrainWorker": "trainer"}.get(name.split("(")[0], "worker")
+        return {"ray::MapWorker": "actor", "ray::RayTrainWorker": "trainer", "ray::Host": "host"}.get(
+            name.split("(")[0].split(".")[0], "worker"
+        )
     return next((os.path.basename(word) for word in words if word.endswith(".py")), name)
 
 
@@ -165,6 +231,12 @@ def _cpu(root: psutil.Process) -> float:
     return total
 
 
+def made_by(command: list[str]) -> Path:
+    """The ROOT that a job writes."""
+    flag = "--output" if "--output" in command else "--index-dir"
+    return Path(command[command.index(flag) + 1])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
@@ -175,15 +247,13 @@ def main() -> int:
     for rows in arguments.rows:
         generate(raw(arguments.scratch, rows), rows)
         for stage in arguments.stages:
-            if stage == "prepare":
-                shutil.rmtree(arguments.scratch / f"data-{rows}", ignore_errors=True)
-            if stage == "epoch":
-                shutil.rmtree(arguments.scratch / f"checkpoint-{rows}", ignore_errors=True)
-            found = run(STAGES[stage](arguments.scratch, rows))
-            peaks = found["unique_mib"]
-            assert isinstance(peaks, dict)
-            worst = max(worst, *peaks.values())
-            print(f"{stage} {rows}: {json.dumps(found)}", flush=True)
+            for command in (make(arguments.scratch, rows) for make in STAGES[stage]):
+                shutil.rmtree(made_by(command), ignore_errors=True)
+                found = run(command)
+                peaks = found["unique_mib"]
+                assert isinstance(peaks, dict)
+                worst = max(worst, *peaks.values())
+                print(f"{made_by(command).name}: {json.dumps(found)}", flush=True)
     print(f"largest process {worst} MiB, bar {BAR} MiB: {'held' if worst < BAR else 'NOT held'}")
     return 0 if worst < BAR else 1
 

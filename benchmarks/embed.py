@@ -5,12 +5,16 @@
 JPEGs of natural size through EfficientNet-Lite0 at 224 pixels, from the same shards with the same decoder, in one run:
 
     stages  so many processes at once, one thread each, that decode only, and that pass ready pixels through the
-            network only. The slower of the two bounds every design that puts each stage on all CPUs at a time.
+            network only, in batches of the job's size and of 32; and the same by so many Ray actors through
+            `map_pieces`, which is the network's stage of the job alone. Each is measured before and after ours, since
+            a machine's speed drifts, and the mean of both stands. The slower stage bounds every design that puts each
+            stage on all CPUs at a time.
     ours    jobs.features: each actor decodes and computes in turn, on one thread. Start-up apart: rows over the
             seconds that an actor works, times actors; wall seconds with start-up stand beside it.
     loader  a torch DataLoader with W workers that decode, and the network in the main process on all threads, for W of
             1 and 2, over some of the shards; once as everybody runs it, and once with our setting of the allocator
-            (`worker.keep_freed_memory`). It writes nothing. Start-up apart: from its second batch on.
+            (`worker.keep_freed_memory`) and our folded batch norms. It writes nothing. Start-up apart: from its second
+            batch on.
 """
 
 import argparse
@@ -18,12 +22,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from ray.data import ActorPoolStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -41,7 +47,8 @@ from zsr.worker import keep_freed_memory
 BATCH: Final = 32
 ROWS: Final = 500  # of a shard
 SHARDS: Final = 8  # that the loader passes: sketches, which decode faster than photos
-ALONE: Final = 640  # pictures a process of each stage alone
+SETTLE: Final = 8.0  # seconds of a stage alone that do not count: the other processes are starting
+LASTING: Final = 15.0  # and those that do
 
 
 def made() -> Featurizer:
@@ -66,42 +73,69 @@ class Pictures(IterableDataset[Tensor]):
                 yield torch.from_numpy(np.stack([own.pixels(side, i) for i in images[start : start + BATCH]]))
 
 
-def alone(stage: str, data: Artifact, barrier: Any, results: Any) -> None:
-    """Seconds a picture of one stage; runs in a process of its own."""
+def alone(stage: str, batch: int, data: Artifact) -> float:
+    """Pictures a second of one stage, "decode" or "model", once all processes have started."""
     keep_freed_memory()
     torch.set_num_threads(1)
-    own, name = made(), data.shards("photo")[0].path
+    own, name = made().ready("cpu"), data.shards("photo")[0].path
     images = data.read_table(name, columns=["image"]).column("image").to_pylist()
-    pixels = np.stack([own.pixels("photo", image) for image in images[:BATCH]])
-    own.features("photo", pixels)
-    barrier.wait()
-    began = time.perf_counter()
-    for start in range(0, ALONE, BATCH):
+    pixels = np.stack([own.pixels("photo", image) for image in images[:batch]])
+    seen, began = 0, time.perf_counter()
+    counted_from, counted = began + SETTLE, 0
+    while (now := time.perf_counter()) < counted_from + LASTING:
+        if not counted and now >= counted_from:
+            counted, counted_from = seen, now
         if stage == "decode":
-            for number in range(start, start + BATCH):
-                own.pixels("photo", images[number % len(images)])
+            own.pixels("photo", images[seen % len(images)])
         else:
             own.features("photo", pixels)
-    results.put((time.perf_counter() - began) / ALONE)
+        seen += 1 if stage == "decode" else batch
+    return (seen - counted) / (now - counted_from)
 
 
-def ceiling(stage: str, data: Artifact, processes: int) -> float:
+class Stage:
+    """A Ray actor of a stage alone."""
+
+    def __init__(self, data: Artifact) -> None:
+        self.data = data
+
+    def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
+        return {"rate": alone(piece["stage"], piece["batch"], self.data)}
+
+
+def by_processes(stage: str, batch: int, data: Artifact, processes: int) -> float:
     """Pictures a second of `processes` that do nothing but one stage."""
-    context = get_context("spawn")
-    barrier, results = context.Barrier(processes), context.Queue()
-    running = [context.Process(target=alone, args=(stage, data, barrier, results)) for _ in range(processes)]
-    for process in running:
-        process.start()
-    rate = sum(1 / results.get() for _ in running)
-    for process in running:
-        process.join()
-    return float(rate)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        return sum(one.result() for one in [pool.submit(alone, stage, batch, data) for _ in range(processes)])
 
 
-def loader(data: Artifact, workers: int, threads: int) -> float:
-    """Pictures a second of the plain loop."""
+def by_actors(batch: int, data: Artifact, actors: int) -> float:
+    """The network's stage alone, as jobs.features has its actors."""
+    pieces = [{"stage": "model", "batch": batch} for _ in range(actors)]
+    options = {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1, "fn_constructor_kwargs": {"data": data}}
+    return float(sum(one["rate"] for one in cluster.map_pieces("alone", Stage, pieces, **options)))
+
+
+def ceilings(data: Artifact, processes: int) -> dict[str, float]:
+    """Every stage alone."""
+    job = backbones.pictures_at_once("cpu")
+    cluster.connect()
+    actors = by_actors(job, data, processes)
+    cluster.disconnect()
+    return {
+        "decoding alone": by_processes("decode", 1, data, processes),
+        f"the network alone, {job} at a time": by_processes("model", job, data, processes),
+        f"the network alone, {BATCH} at a time": by_processes("model", BATCH, data, processes),
+        f"the network's stage alone, Ray actors, {job} at a time": actors,
+    }
+
+
+def loader(data: Artifact, workers: int, threads: int, *, quick: bool) -> float:
+    """Pictures a second of the plain loop; `quick` with what jobs.features does to the network and the allocator."""
     torch.set_num_threads(threads)
-    own, seen, began, kept = made(), 0, 0.0, []
+    if quick:
+        keep_freed_memory()  # for good: the plain loops come first
+    own, seen, began, kept = made().ready("cpu") if quick else made(), 0, 0.0, list[np.ndarray]()
     for pixels in DataLoader(Pictures(data), batch_size=None, num_workers=workers, multiprocessing_context="spawn"):
         kept.append(own.features("photo", pixels.numpy()))
         if began:
@@ -126,23 +160,24 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     cluster.connect()
-    try:
-        source = Folders(write_files(asked.scratch, asked.files))
-        data = prepare(source, Store.at(asked.scratch / "data"), Prepare(rows_per_shard=ROWS))
-        found = ours(data, asked.scratch, asked.processes)
-    finally:
-        cluster.disconnect()
+    source = Folders(write_files(asked.scratch, asked.files))
+    data = prepare(source, Store.at(asked.scratch / "data"), Prepare(rows_per_shard=ROWS))
+    cluster.disconnect()
+    before = ceilings(data, asked.processes)
+    cluster.connect()
+    found = ours(data, asked.scratch, asked.processes)
+    cluster.disconnect()
     print(json.dumps(found, indent=1), flush=True)
-    stages = {stage: ceiling(stage, data, asked.processes) for stage in ("decode", "model")}
-    plain = {f"{w} workers": loader(data, w, asked.threads) for w in (1, 2)}
-    keep_freed_memory()
-    plain |= {f"{w} workers, allocator": loader(data, w, asked.threads) for w in (1, 2)}
+    after = ceilings(data, asked.processes)
+    stages = {name: (one + after[name]) / 2 for name, one in before.items()}
+    plain = {f"DataLoader, {w} workers": loader(data, w, asked.threads, quick=False) for w in (1, 2)}
+    plain |= {f"the same, allocator and folding, {w}": loader(data, w, asked.threads, quick=True) for w in (1, 2)}
     rate = found["rows_a_second_an_actor"] * found["actors"]
-    every = {**{f"{name} alone": one for name, one in stages.items()}, **plain, "ours": rate}
-    print("| what | pictures a second | ours against it |\n|---|---|---|")
-    for name, one in every.items():
-        print(f"| {name} | {one:.1f} | {rate / one:.3f} |")
-    print(f"| ours with start-up | {found['rows_a_second']} | |")
+    print("| what | pictures a second | before, after | ours against it |\n|---|---|---|---|")
+    for name, one in {**stages, **plain, "ours": rate}.items():
+        rounds = f"{before[name]:.1f}, {after[name]:.1f}" if name in before else ""
+        print(f"| {name} | {one:.1f} | {rounds} | {rate / one:.3f} |")
+    print(f"| ours with start-up | {found['rows_a_second']} | | |")
     return 0
 
 

@@ -123,4 +123,11 @@ def test_the_plan_predicts_what_it_costs_and_writes_nothing(data: Path, tmp_path
     assert cost["cost"] == pytest.approx(0.04 * busy / 3600, abs=1e-4)
     assert cost["hours"] == pytest.approx(busy / 2 / 3600, abs=1e-4)
     assert cost["limit"] in ("read", "decode", "model")
+    assert set(cost["rows_a_second_by_batch_size"]) == {"1", "4", "16", "64"}
+    assert all(rate > 0 for rate in cost["rows_a_second_by_batch_size"].values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_tries_no_other_batch_size_than_that_asked_for(data: Path, tmp_path: Path) -> None:
+    told = ok("features", "--data", data, "--output", tmp_path, "--size", 32, "--batch-size", 2, "--plan")
+    assert "rows_a_second_by_batch_size" not in told["cost"]

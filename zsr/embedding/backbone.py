@@ -19,13 +19,24 @@ from zsr.data.pictures import Decoded
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
 from zsr.embedding.ahead import BLOCK, Decoders
 from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
-from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast, quarantine_name
+from zsr.embedding.shards import (
+    MADE_FROM,
+    Clocks,
+    Prices,
+    Tally,
+    compute,
+    fingerprint,
+    forecast,
+    quarantine_name,
+    rates_of,
+)
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
 from zsr.models import backbones
 from zsr.worker import keep_freed_memory
 
 TEXT: Final = "modality=text/"
+BATCHES: Final = (1, 4, 16, 64)  # pictures in a forward pass that a plan tries
 TEXTS: Final = 256  # that are encoded before somebody looks at the clock; a multiple of a batch
 
 
@@ -99,12 +110,23 @@ def predict(
     actors: int,
     prices: Prices,
 ) -> dict[str, Any]:
-    """What `extract` would take, see `shards.forecast`. Raises ConfigError, see `plan`."""
+    """What `extract` would take, see `shards.forecast`, and rows a second of one actor by the number of pictures in a
+    forward pass, where `batch` leaves that open. Raises ConfigError, see `plan`.
+
+    The job itself takes no batch size from a measurement: sums in another order are other bits, so that two runs of one
+    command could end with different digests.
+    """
     work, rows = plan(data, settings, weights), dict[str, int]()
     first = {side_of(name): name for name in reversed(shards(data, settings))}
     for side, name in first.items():
         rows[name] = int(data.facts["rows"][side])
-    return forecast(Extractor, rows, _shared(data, settings, weights, work, batch), actors, prices)
+    shared = _shared(data, settings, weights, work, batch)
+    found = forecast(Extractor, rows, shared, actors, prices)
+    pictured = next((name for side, name in first.items() if side != "text"), None)
+    if batch is not None or pictured is None:
+        return found
+    trials = {size: rates_of(Extractor, shared | {"batch": size}, [pictured])[pictured] for size in BATCHES}
+    return found | {"rows_a_second_by_batch_size": {s: round(1 / sum(r.values()), 1) for s, r in trials.items()}}
 
 
 def _shared(

@@ -147,10 +147,8 @@ def forecast(
     Args:
         rows: by name of a shard of the modality.
     """
-    connect()
+    rates = rates_of(kind, shared, list(rows))
     gpu = bool(have := gpus())
-    task = ray.remote(num_cpus=1, num_gpus=int(gpu))(_rates)
-    rates: dict[str, dict[str, float]] = ray.get(task.remote(kind, shared, list(rows)))
     busy = {name: count * sum(rates[name].values()) for name, count in rows.items()}
     spent = {stage: sum(count * rates[name][stage] for name, count in rows.items()) for stage in STAGES}
     every = sum(rows.values())
@@ -167,6 +165,16 @@ def forecast(
         **whole,
         **priced,
     }
+
+
+def rates_of(
+    kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Seconds a row of STAGES for each shard, by a Ray task that has a GPU where the cluster has some."""
+    connect()
+    task = ray.remote(num_cpus=1, num_gpus=int(bool(gpus())))(_rates)
+    rates: dict[str, dict[str, float]] = ray.get(task.remote(kind, shared, names))
+    return rates
 
 
 def _rates(kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, float]]:
