@@ -31,6 +31,7 @@ class Config(JobConfig):
         fit: resize the whole picture, or cut out the middle as the backbone's publishers do.
         scaling: of pixels, as the backbone's publishers do, or to 0..1 and nothing else.
         invert_sketches: white strokes on black.
+        jpegs: gpu lets each actor's own GPU decode and resize JPEGs; wants the extra `nvjpeg`.
         texts: the sentence encoder that text rows go through, or none.
         finetune_on_seen: a split, as jobs.train takes it; the backbone is first tuned to classify its seen classes.
         finetune: how.
@@ -51,6 +52,7 @@ class Config(JobConfig):
     fit: backbones.Fit = "stretch"
     scaling: backbones.Scaling = "published"
     invert_sketches: bool = False
+    jpegs: Literal["cpu", "gpu"] = "cpu"
     texts: Literal["minilm", "none"] = "minilm"
     finetune_on_seen: str | None = None
     finetune: Finetune = Finetune()

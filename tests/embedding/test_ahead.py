@@ -92,8 +92,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_features_have_the_same_bits_whoever_decodes(data: Path) -> None:
     weights, made = backbones.weights_path("lite0", None), open_artifact(data, "data")
     shared = (made, BackboneSettings(size=32), weights, backbones.digest(weights), "", 3)
-    in_turn, ahead = Extractor(*shared), Extractor(*shared, decoders=2)
-    ahead.decoders.running = 2
+    in_turn, ahead = Extractor(*shared), Extractor(*shared)
+    ahead.decoders = Decoders(in_turn.featurizer.pictures, 2, running=2)
     name = made.shards("photo")[0].path
     found = []
     for extractor in (in_turn, ahead):
@@ -101,6 +101,14 @@ def test_features_have_the_same_bits_whoever_decodes(data: Path) -> None:
         found.append(([i for p in parts for i in p.ids], np.concatenate([f for p in parts for f in p.features])))
     assert found[0][0] == found[1][0]
     assert np.array_equal(found[0][1], found[1][1])
+
+
+def test_a_gpu_that_shall_decode_has_to_be_there(data: Path, tmp_path: Path) -> None:
+    for flags in ((), ("--plan",)):
+        told = job("features", "--data", data, "--output", tmp_path / "none", "--size", 32, "--jpegs", "gpu", *flags)
+        assert told["exit_code"] == 2
+        assert "the cluster has no GPU; use --jpegs cpu" in told["error"]
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_job_takes_tasks_to_decode_and_refuses_more_than_there_is_room_for(data: Path, tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ class Decoders:
     _first: bool = True
     _seen: int = 0
 
+    def at_once(self, batch: int) -> int:
+        """Pictures of a block, for a model that takes `batch` at once."""
+        return BLOCK if self.most else batch
+
     def blocks(self, modality: str, blocks: Iterator[Images]) -> Iterator[Decoded]:
         """Every block decoded, in order. Ray runs the task of a lost worker again."""
         waiting: deque[Any] = deque()

@@ -12,13 +12,14 @@ import torch
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import own_device
+from zsr.cluster import gpus, own_device
 from zsr.data.decode import VERSION
 from zsr.data.features import feature_table, seal_features
 from zsr.data.pictures import Decoded
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
-from zsr.embedding.ahead import BLOCK, Decoders
+from zsr.embedding.ahead import Decoders
 from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
+from zsr.embedding.nvjpeg import DeviceDecoders
 from zsr.embedding.shards import (
     MADE_FROM,
     Clocks,
@@ -84,9 +85,10 @@ def extract(
         decoders: tasks that decode ahead of each, see `shards.room_to_decode`.
 
     Raises:
-        ConfigError: see `plan`; or data without pictures.
+        ConfigError: see `plan`; data without pictures; or JPEGs that a GPU shall decode, and no GPU.
         Infeasible: more decoders than there are CPUs for.
     """
+    require_gpus(settings)
     work = plan(data, settings, weights)
     names = shards(data, settings)
     if done := output.made(work):
@@ -96,6 +98,7 @@ def extract(
         raise ConfigError(f"data {data.digest[:12]} has no rows that --backbone or --texts make features of")
     shared = _shared(data, settings, weights, work, batch)
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}
+    decoders = 0 if settings.jpegs == "gpu" else decoders
     tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders)
     about = {"backbone": settings.backbone, "size": work.config["size"]}
     return seal_features(staging, output, names, about), tally
@@ -116,6 +119,7 @@ def predict(
     The job itself takes no batch size from a measurement: sums in another order are other bits, so that two runs of one
     command could end with different digests.
     """
+    require_gpus(settings)
     work, rows = plan(data, settings, weights), dict[str, int]()
     first = {side_of(name): name for name in reversed(shards(data, settings))}
     for side, name in first.items():
@@ -127,6 +131,12 @@ def predict(
         return found
     trials = {size: rates_of(Extractor, shared | {"batch": size}, [pictured])[pictured] for size in BATCHES}
     return found | {"rows_a_second_by_batch_size": {s: round(1 / sum(r.values()), 1) for s, r in trials.items()}}
+
+
+def require_gpus(settings: BackboneSettings) -> None:
+    """Raise ConfigError if a GPU shall decode and the cluster has none."""
+    if settings.jpegs == "gpu" and not gpus():
+        raise ConfigError("--jpegs gpu, and the cluster has no GPU; use --jpegs cpu, or add GPU nodes")
 
 
 def _shared(
@@ -177,7 +187,9 @@ class Extractor:
         self.batch = batch or backbones.pictures_at_once(self.device)
         self.featurizer = featurizer(settings, weights, sha256).ready(self.device)
         self.texts = TextExtractor(encoder_folder(None), texts, self.device) if texts else None
-        self.decoders = Decoders(self.featurizer.pictures, decoders)
+        pictures = self.featurizer.pictures
+        on_device = settings.jpegs == "gpu"
+        self.decoders = DeviceDecoders(pictures, self.device) if on_device else Decoders(pictures, decoders)
 
     def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, Made]]:
         """See `shards.Maker`."""
@@ -199,7 +211,7 @@ class Extractor:
 
     def _pictures(self, name: str, side: str, table: pa.Table, clocks: Clocks) -> Iterator[tuple[int, Made]]:
         """A shard's pictures, some at a time; what waited for a full batch comes at the end."""
-        size = BLOCK if self.decoders.most else self.batch
+        size = self.decoders.at_once(self.batch)
         held: deque[pa.Table] = deque()
         pixels = np.zeros((0, *[self.featurizer.pictures.resize.size] * 2, 3), np.uint8)
 

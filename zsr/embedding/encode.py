@@ -35,6 +35,7 @@ class BackboneSettings(BaseModel):
             the middle as the backbone's publishers do.
         scaling: of pixels: as published with the backbone, or `unit`, pixels / 255 and nothing else.
         invert_sketches: white strokes on black, as SEM-PCYC's backbones were tuned on.
+        jpegs: what decodes them; a GPU's pixels differ by some of 255, see `zsr.embedding.nvjpeg`.
         texts: what text rows go through, if there are any; `none` leaves them without features.
     """
 
@@ -46,6 +47,7 @@ class BackboneSettings(BaseModel):
     fit: backbones.Fit = "stretch"
     scaling: backbones.Scaling = "published"
     invert_sketches: bool = False
+    jpegs: Literal["cpu", "gpu"] = "cpu"
     texts: Literal["minilm", "none"] = "minilm"
 
     def architecture(self, weights: Path) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""JPEGs decoded and resized on the model's own GPU, by NVIDIA's nvImageCodec (the extra `nvjpeg`).
+
+Headers are checked first, as everywhere. What the library does not decode, other formats among it, is decoded on the
+CPU, which also says what is wrong with it. A GPU's decoder rounds otherwise than the CPU's and resizing is in 32 bits,
+so that pixels differ by some of 255: FEATURES say which of the two made them. Cuts of the published preprocessing are
+rounded to whole pixels here.
+
+Nobody has run this on a GPU yet; on the CPU the library's own CPU decoder takes the same way, which the tests do.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.dlpack import from_dlpack
+
+from zsr.data.decode import BadImage, Limits, Pictures, Resize, check_header, sniff
+from zsr.data.pictures import Decoded, pixels
+from zsr.embedding.ahead import BLOCK, NOBODY, Images
+from zsr.errors import ConfigError
+
+
+class DeviceDecoders:
+    """Decodes for one model, as `ahead.Decoders` does."""
+
+    def __init__(self, pictures: Pictures, device: str) -> None:
+        """Raises ConfigError: the extra is not installed."""
+        try:
+            from nvidia import nvimgcodec
+        except ImportError:
+            raise ConfigError("JPEGs on the GPU want nvImageCodec; install zsr with the extra 'nvjpeg'") from None
+        self.pictures, self.device = pictures, device
+        place: dict[str, Any] = {}
+        if device == "cpu":
+            backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
+            place = {"device_id": nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, "backends": backends}
+        self.decoder = nvimgcodec.Decoder(max_num_cpu_threads=1, **place)
+        # the CPU's decoders leave a turned picture as it lies, too
+        self.how = nvimgcodec.DecodeParams(color_spec=nvimgcodec.ColorSpec.SRGB, apply_exif_orientation=False)
+
+    def at_once(self, batch: int) -> int:
+        """Pictures of a block, for a model that takes `batch` at once."""
+        return max(BLOCK, batch)
+
+    def blocks(self, modality: str, blocks: Iterator[Images]) -> Iterator[Decoded]:
+        """Every block decoded, in order."""
+        for images in blocks:
+            yield self._decoded(images, modality)
+
+    def note(self, pictures: int, decode: float, model: float) -> None:
+        """There is nothing to choose: one GPU does both."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a report: no task decodes."""
+        return NOBODY
+
+    def _decoded(self, images: Images, modality: str) -> Decoded:
+        jpegs = [row for row, image in enumerate(images) if image is not None and _is_jpeg(image)]
+        found = dict(zip(jpegs, self.decoder.decode([images[row] for row in jpegs], params=self.how), strict=True))
+        rows: list[int] = []
+        kept: list[np.ndarray] = []
+        bad: list[tuple[int, str, str]] = []
+        for row, image in enumerate(images):
+            try:
+                kept.append(self._pixels(found.get(row), image, modality))
+                rows.append(row)
+            except BadImage as error:
+                bad.append((row, error.kind, str(error)))
+        side = self.pictures.resize.size
+        return Decoded(rows, np.stack(kept) if kept else np.zeros((0, side, side, 3), np.uint8), bad)
+
+    def _pixels(self, found: Any, image: bytes | None, modality: str) -> np.ndarray:
+        """(S, S, 3) uint8 of what the library has found, or of the picture itself. Raises BadImage."""
+        if found is None or found.shape[2] != 3:
+            return pixels(image, self.pictures, modality)
+        whole = torch.from_numpy(np.asarray(found)) if self.device == "cpu" else from_dlpack(found)
+        return self.pictures.look(modality, resized(whole, self.pictures.resize).cpu().numpy())
+
+
+def _is_jpeg(image: bytes) -> bool:
+    """Whether a picture's header may be given to the library; one that may not is refused again, on the CPU."""
+    try:
+        check_header(image, Limits())
+    except BadImage:
+        return False
+    return sniff(image) == "JPEG"
+
+
+def resized(pixels: Tensor, wanted: Resize) -> Tensor:
+    """Pixels (H, W, 3) uint8 as (S, S, 3) uint8 on their device, antialiased."""
+    if wanted.crop is not None:
+        side = round(wanted.crop * min(pixels.shape[:2]))
+        top, left = ((edge - side) // 2 for edge in pixels.shape[:2])
+        pixels = pixels[top : top + side, left : left + side]
+    planes = pixels.permute(2, 0, 1)[None].float()
+    size = (wanted.size, wanted.size)
+    made = functional.interpolate(planes, size, mode=wanted.interpolation, antialias=True, align_corners=False)
+    return made[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
