@@ -17,6 +17,7 @@ from zsr.artifact import Store, open_artifact
 from zsr.embedding.shards import Prices
 from zsr.errors import ConfigError
 from zsr.index.answers import Answers, Asked, answer, require_suffix, write_answers
+from zsr.index.by_list import require
 from zsr.index.offline import search_all
 from zsr.index.picture import draw, pictures_in
 from zsr.index.search import Searcher
@@ -39,6 +40,8 @@ class Search(JobConfig):
         labels: only items of these labels.
         replicas: for a NEIGHBOURS artifact: 0 lets each worker map the whole index; from 1 on its segments lie on the
             nodes, each on so many of them.
+        list_ranges: for a NEIGHBOURS artifact: from 1 on the lists are scanned in so many ranges, each by one worker,
+            which reads the codes of its range alone: for an index that is larger than the memory.
         num_workers: at most, that map the whole index; as many as there are CPUs if not given.
         cpu_price: of a CPU's hour, in any currency; a NEIGHBOURS artifact's results then name the cost of a million
             queries.
@@ -57,6 +60,7 @@ class Search(JobConfig):
     refine_factor: int | None = Field(default=None, ge=1)
     labels: tuple[str, ...] = ()
     replicas: int = Field(default=0, ge=0)
+    list_ranges: int = Field(default=0, ge=0)
     num_workers: int | None = Field(default=None, ge=1)
     cpu_price: float = 0.0
     picture: Path | None = None
@@ -76,6 +80,8 @@ class Search(JobConfig):
             raise ConfigError(f"--output {self.output} is a ROOT: it wants --queries, and no --picture")
         if self.replicas and not self.offline:
             raise ConfigError("--replicas is for an --output that is a ROOT, without a suffix")
+        if self.list_ranges and not self.offline:
+            raise ConfigError("--list-ranges is for an --output that is a ROOT, without a suffix")
 
     @property
     def offline(self) -> bool:
@@ -90,6 +96,8 @@ class Search(JobConfig):
 def plan(config: Search) -> Results:
     config.check()
     index = open_artifact(config.index_dir, "index")
+    if config.list_ranges:
+        require(index, config.asked, config.replicas)
     point = index.facts["operating_point"]
     if config.queries is not None:
         count = open_artifact(config.queries, "embeddings").facts["rows"]
@@ -140,6 +148,7 @@ def to_artifact(config: Search) -> Results:
         config.asked,
         output,
         replicas=config.replicas,
+        list_ranges=config.list_ranges,
         workers=config.num_workers,
         prices=Prices(config.cpu_price),
     )

@@ -31,6 +31,8 @@ POINTS: Final = (
     "index.merge",
     "index.tune",
     "index.change",
+    "search.assign",
+    "search.scan",
     "search.shard",
 )
 

@@ -75,10 +75,16 @@ def answer(searcher: Searches, embeddings: Artifact, asked: Asked) -> Answers:
 
 def answer_block(searcher: Searches, block: Block, asked: Asked) -> Answers:
     """The nearest items of the items of one block, whose parts are all in it."""
-    first, rows = _group(block.names.column("id").to_numpy())
-    hits = asked.of(searcher, block.vectors.astype(np.float32)[rows])
+    first, queries = queries_of(block)
+    hits = asked.of(searcher, queries)
     ids, keys, labels = (block.names.column(c).take(pa.array(first)) for c in ("id", "key", "label"))
     return Answers(ids.to_numpy(), objects(keys), objects(labels), hits)
+
+
+def queries_of(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """First row of each item of one block, in order of appearance (Q,), and its parts (Q, P, D) float32."""
+    first, rows = _group(block.names.column("id").to_numpy())
+    return first, block.vectors.astype(np.float32)[rows]
 
 
 def answers_table(answers: Answers) -> pa.Table:

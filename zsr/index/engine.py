@@ -6,6 +6,7 @@ faiss's own type stubs miss most of what SWIG exposes, so its objects are `Any` 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +63,16 @@ def empty(key: str, dim: int, metric: str) -> Any:
     except RuntimeError as error:
         reason = str(error).rpartition("Error: ")[2] or str(error)
         raise ConfigError(f"index key {key!r} does not fit vectors of dimension {dim}: {reason}") from error
+
+
+def lists_interact(key: str) -> bool:
+    """Whether what faiss finds in a list depends on the other lists that it looks into for the same query.
+
+    Fast-scan tables are rounded over all of a query's lists, and RaBitQ of several bits leaves out what its first bit
+    says is worse than what was found before.
+    """
+    parts = parse(key)
+    return bool(parts["fast"]) or re.fullmatch("RaBitQ[2-8]", parts["code"]) is not None
 
 
 def refiner(key: str, sample: np.ndarray) -> Any | None:
@@ -298,19 +309,87 @@ def probe(
         ordinals (B, depth) int64, -1 where there are fewer; scores (B, depth) float32 by the codes, higher is nearer:
         inner product, or minus the Euclidean distance.
     """
-    wanted = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(allowed)}
-    parameters: Any = faiss.SearchParametersIVF(nprobe=nprobe, **wanted)
+    parameters = _parameters(nprobe, allowed)
     if isinstance(index, faiss.IndexPreTransform):
         parameters = faiss.SearchParametersPreTransform(index_params=parameters)
     found, ordinals = index.search(queries, depth, params=parameters)
+    return ordinals, _scores(index, found, ordinals)
+
+
+def _parameters(nprobe: int, allowed: np.ndarray | None) -> Any:
+    wanted = {} if allowed is None else {"sel": faiss.IDSelectorBitmap(allowed)}
+    return faiss.SearchParametersIVF(nprobe=nprobe, **wanted)
+
+
+def _scores(index: Any, found: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
+    """Scores of what faiss `found` at `ordinals` (B, depth), as `probe` gives them."""
     scores = found if index.metric_type == faiss.METRIC_INNER_PRODUCT else -np.sqrt(np.maximum(found, 0))
-    return ordinals, np.where(ordinals >= 0, scores, -np.inf).astype(np.float32)
+    return np.where(ordinals >= 0, scores, -np.inf).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Queries, each with the lists that it looks into.
+
+    Attributes:
+        vectors: (B, W) float32, behind the transform of the index.
+        lists: (B, P) int64, -1 for none. distances: (B, P) float32, as faiss has them, from the lists' centroids.
+    """
+
+    vectors: np.ndarray
+    lists: np.ndarray
+    distances: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Probes":
+        """Some of the queries."""
+        return Probes(self.vectors[rows], self.lists[rows], self.distances[rows])
+
+    def within(self, first: int, last: int) -> tuple[np.ndarray, "Probes"]:
+        """The queries that look into lists of [first, last): their rows (n,), and those lists of theirs alone."""
+        inside = (self.lists >= first) & (self.lists < last)
+        rows = np.flatnonzero(inside.any(axis=1))
+        lists = np.where(inside[rows], self.lists[rows], -1)
+        return rows, Probes(self.vectors[rows], lists, self.distances[rows])
+
+
+def coarse(index: Any, queries: np.ndarray, nprobe: int) -> Probes:
+    """The `nprobe` lists that `probe` looks into for queries (B, D)."""
+    moved = _moved(index, queries)
+    distances, lists = ivf_of(index).quantizer.search(moved, nprobe)
+    return Probes(moved, lists, distances)
+
+
+def probe_assigned(
+    index: Any, probes: Probes, depth: int, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `probe`, in lists that were chosen before."""
+    count, nprobe = probes.lists.shape
+    found, ordinals = np.empty((count, depth), np.float32), np.empty((count, depth), np.int64)
+    vectors, distances = (np.ascontiguousarray(a, np.float32) for a in (probes.vectors, probes.distances))
+    lists, at = np.ascontiguousarray(probes.lists, np.int64), faiss.swig_ptr
+    # by its C name, since the wrapper takes no parameters
+    ivf_of(index).search_preassigned_c(
+        count,
+        at(vectors),
+        depth,
+        at(lists),
+        at(distances),
+        at(found),
+        at(ordinals),
+        False,
+        _parameters(nprobe, allowed),
+    )
+    return ordinals, _scores(index, found, ordinals)
+
+
+def _moved(index: Any, vectors: np.ndarray) -> np.ndarray:
+    """Vectors (n, D) behind the transform of the index, if it has one: (n, W)."""
+    return np.asarray(index.chain.at(0).apply(vectors) if isinstance(index, faiss.IndexPreTransform) else vectors)
 
 
 def scanned(index: Any, queries: np.ndarray, nprobes: list[int]) -> list[float]:
     """Mean number of vectors that a query's probed lists hold, for each of `nprobes` (ascending)."""
-    moved = index.chain.at(0).apply(queries) if isinstance(index, faiss.IndexPreTransform) else queries
-    _, near = ivf_of(index).quantizer.search(moved, nprobes[-1])
+    near = coarse(index, queries, nprobes[-1]).lists
     sizes = np.where(near >= 0, list_sizes(index)[near], 0)
     return [float(sizes[:, :n].sum(axis=1).mean()) for n in nprobes]
 
@@ -397,8 +476,7 @@ def scanner(index: Any, code: str) -> Any:
 def assigned(index: Any, vectors: np.ndarray) -> tuple[np.ndarray, float]:
     """How many of `vectors` (n, D) go to each list (nlist,), and their mean square distance from its centroid, over
     their mean square length."""
-    moved = index.chain.at(0).apply(vectors) if isinstance(index, faiss.IndexPreTransform) else vectors
-    ivf = ivf_of(index)
+    moved, ivf = _moved(index, vectors), ivf_of(index)
     near = ivf.quantizer.search(moved, 1)[1][:, 0]
     sizes = np.bincount(near, minlength=ivf.nlist)
     left = moved - ivf.quantizer.reconstruct_batch(near)

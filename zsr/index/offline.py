@@ -1,19 +1,20 @@
 """Answers to all items of an embeddings artifact, as an artifact: NEIGHBOURS, a shard beside each shard of queries.
 
 `modality=sketch/part-NNNNN.parquet` has a row a hit; see `answers_table`. Finished shards of a killed run are kept.
+All ways to search give the same bytes.
 """
 
 from dataclasses import asdict
 from typing import Any
 
-from ray.data import ActorPoolStrategy
-
 from zsr import fault
-from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr.artifact import Artifact, Plan, Store
 from zsr.cluster import map_pieces, resources
 from zsr.embedding.shards import FREE, Prices, cost_of
 from zsr.errors import StorageError
+from zsr.index import by_list
 from zsr.index.answers import Asked, Searches, answer_block, answers_table
+from zsr.index.by_list import Merged, Work, actors
 from zsr.index.ledger import Clock
 from zsr.index.search import Searcher
 from zsr.index.sharded import ShardedSearcher
@@ -35,6 +36,7 @@ def search_all(
     output: Store,
     *,
     replicas: int = 0,
+    list_ranges: int = 0,
     workers: int | None = None,
     prices: Prices = FREE,
 ) -> tuple[Artifact, dict[str, Any]]:
@@ -44,62 +46,73 @@ def search_all(
         replicas: 0: each of `workers` actors (as many as there are CPUs if not given) maps all segments and answers for
             whole shards of queries. From 1 on the segments lie on the nodes, see `ShardedSearcher`: for an index that
             is too large for one machine.
+        list_ranges: from 1 on, the lists are scanned in so many ranges, see `zsr.index.by_list`: for an index that is
+            too large for the memory.
         prices: of the CPU seconds that the answers took.
 
     Raises:
-        ConfigError: queries of another space.
+        ConfigError: queries of another space, or what is not answered by ranges of lists.
         StorageError: no node was left that holds some segment; what was answered before stays.
     """
-    work = plan(index, queries, asked)
-    if done := output.made(work):
+    if list_ranges:
+        by_list.require(index, asked, replicas)
+    planned = plan(index, queries, asked)
+    if done := output.made(planned):
         return done, {"reused": True}
-    source, staging = Vectors.of(queries), output.staging(work)
+    source, staging = Vectors.of(queries), output.staging(planned)
+    work = Work(index, source, asked, staging, min(list_ranges, int(index.facts["nlist"])))
     names = [entry.path for entry in source.shards]
     todo = [{"shard": i, "name": name} for i, name in enumerate(names) if staging.finished(name) is None]
     clock = Clock()
-    if replicas:
-        searcher = ShardedSearcher.open(f"{index.place}/objects/{index.digest}", replicas=replicas)
-        searcher.check(queries)
-        spent = [answered(searcher, source, asked, staging, piece) for piece in todo]
-    else:
-        size = max(1, min(len(todo), workers or int(resources().get("CPU", 1))))
-        shared = {"index": index, "source": source, "asked": asked, "staging": staging}
-        options: dict[str, Any] = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1}
-        spent = map_pieces("search", ShardSearcher, todo, fn_constructor_kwargs=shared, **options)
+    spent = _by_nodes(work, todo, replicas) if replicas else _by_actors(work, todo, workers)
     entries = staging.all_finished(names)
     rows = {name: sum(int(entry.facts[name]) for entry in entries) for name in ("queries", "hits")}
     artifact = staging.seal(facts={**rows, "k": asked.k, "modality": queries.facts["modality"]})
     output.publish(artifact)
-    asked_now = sum(one["queries"] for one in spent)
+    asked_now = sum(one.get("queries", 0) for one in spent)
     told = clock.spent() | {"shards": len(todo), "tasks_cpu": round(sum(one["cpu"] for one in spent), 3)}
     told |= {"queries_per_second": round(asked_now / max(1e-9, told["wall"]), 1)}
     if asked_now and not replicas:  # hosts of segments keep no account of their CPU seconds
         told |= cost_of(told["tasks_cpu"] / asked_now, False, prices)
+    told |= {"list_ranges": work.ranges} if work.ranges else {}
     return artifact, told | {"tasks_rss": max((one["rss"] for one in spent), default=0)}
+
+
+def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dict[str, Any]]:
+    """Answer some shards of queries by the hosts of the segments."""
+    searcher = ShardedSearcher.open(f"{work.index.place}/objects/{work.index.digest}", replicas=replicas)
+    searcher.check(work.source.artifact)
+    return [answered(searcher, work, piece) for piece in todo]
+
+
+def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> list[dict[str, Any]]:
+    """Answer some shards of queries by actors that map the index, after scanning it by range where that is wanted."""
+    most = workers or int(resources().get("CPU", 1))
+    scanned = by_list.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
+    found = map_pieces("search", ShardSearcher, todo, fn_constructor_kwargs={"work": work}, **actors(todo, most))
+    return scanned + found
 
 
 class ShardSearcher:
     """A Ray actor that maps an index and answers for one shard of queries after the other."""
 
-    def __init__(self, index: Artifact, source: Vectors, asked: Asked, staging: Staging) -> None:
-        self.searcher = Searcher.of(index)
-        self.searcher.check(source.artifact)
-        self.source, self.asked, self.staging = source, asked, staging
+    def __init__(self, work: Work) -> None:
+        self.work, self.searcher = work, Searcher.of(work.index)
+        self.searcher.check(work.source.artifact)
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
-        return answered(self.searcher, self.source, self.asked, self.staging, piece)
+        merged = Merged(self.work, self.searcher, int(piece["shard"]))
+        return answered(merged if self.work.ranges else self.searcher, self.work, piece)
 
 
-def answered(
-    searcher: Searches, source: Vectors, asked: Asked, staging: Staging, piece: dict[str, Any]
-) -> dict[str, Any]:
+def answered(searcher: Searches, work: Work, piece: dict[str, Any]) -> dict[str, Any]:
     """Stage the answers to one shard of queries; what that took.
 
     Raises:
         StorageError: a part of the gallery could not be searched.
     """
     clock = Clock()
-    answers = answer_block(searcher, source.read(int(piece["shard"])), asked)
+    answers = answer_block(searcher, work.source.read(int(piece["shard"])), work.asked)
     if answers.hits.missing:
         raise StorageError(
             f"{piece['name']}: nobody holds {answers.hits.missing:.1%} of the gallery any more; add nodes or replicas "
@@ -108,5 +121,5 @@ def answered(
     table = answers_table(answers)
     fault.here("search.shard")
     facts = {"queries": len(answers.ids), "hits": len(table)}
-    staging.write_table(piece["name"], table, facts=facts)
+    work.staging.write_table(piece["name"], table, facts=facts)
     return {"rows": len(answers.ids), "queries": len(answers.ids), **clock.spent()}

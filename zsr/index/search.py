@@ -1,10 +1,10 @@
 """Search: candidates by code over all segments, re-ranking by refine codes, parts of one item merged by best score."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -173,9 +173,13 @@ class Searcher:
         Raises:
             ConfigError: queries of another shape, or a number below 1.
         """
-        flat = queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries
+        flat = flattened(queries)
         found = self.nearest(flat, k * self.parts, nprobe, refine_factor, wanted=self.mask(labels, ids))
-        ordinals, scores = (part.reshape(len(queries), -1) for part in found)
+        return self.hits(found, len(queries), k)
+
+    def hits(self, found: tuple[np.ndarray, np.ndarray], queries: int, k: int) -> Hits:
+        """The k nearest items by the ordinals and scores that were found for all parts of so many queries."""
+        ordinals, scores = (part.reshape(queries, -1) for part in found)
         return self.resolve(*merge_best(ordinals, scores, self.ids, k))
 
     def mask(self, labels: Collection[str] | None = None, ids: Collection[int] | None = None) -> np.ndarray | None:
@@ -241,14 +245,43 @@ class Searcher:
         Args:
             segments: which of them are looked into; all if not given.
         """
-        queries = as_queries(queries, self.space.dim)
+        queries, lists = as_queries(queries, self.space.dim), self.lists(nprobe)
+
+        def probe(index: Any, deep: int, bits: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+            return engine.probe(index, queries, deep, lists, bits)
+
+        return self._over_segments(probe, depth, allowed, segments)
+
+    def lists(self, nprobe: int) -> int:
+        """How many lists `nprobe` comes to."""
+        return min(nprobe, int(self.facts["nlist"]))
+
+    def coarse(self, queries: np.ndarray, nprobe: int) -> engine.Probes:
+        """The lists that `coded` looks into for queries (B, D): the same in every segment, since they share them."""
+        return engine.coarse(self.segments[0].index, as_queries(queries, self.space.dim), self.lists(nprobe))
+
+    def coded_in(self, probes: engine.Probes, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `coded`, in lists that were chosen before."""
+
+        def probe(index: Any, deep: int, bits: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+            return engine.probe_assigned(index, probes, deep, bits)
+
+        return self._over_segments(probe, depth)
+
+    def _over_segments(
+        self,
+        probe: Callable[[Any, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]],
+        depth: int,
+        allowed: list[np.ndarray] | None = None,
+        segments: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `probe` finds in each segment, given its index, how many are wanted and its bitmap, as one list."""
         bits = self._undeleted if allowed is None else allowed
         found = []
         for number in range(len(self.segments)) if segments is None else segments:
             segment = self.segments[number]
             deep = min(depth, segment.spec.rows)
-            lists = min(nprobe, int(self.facts["nlist"]))
-            ordinals, scores = engine.probe(segment.index, queries, deep, lists, None if bits is None else bits[number])
+            ordinals, scores = probe(segment.index, deep, None if bits is None else bits[number])
             found.append((np.where(ordinals >= 0, ordinals + self.starts[number], -1), scores))
         return joined(found, depth)
 
@@ -327,6 +360,11 @@ def as_queries(queries: np.ndarray, dim: int) -> np.ndarray:
     if queries.ndim != 2 or queries.shape[1] != dim:
         raise ConfigError(f"queries are {queries.shape}, expected (B, {dim}) as in the gallery")
     return np.ascontiguousarray(queries, np.float32)
+
+
+def flattened(queries: np.ndarray) -> np.ndarray:
+    """Queries (B, D), or (B, P, D) of several parts, as (B * P, D)."""
+    return queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries
 
 
 def joined(found: Sequence[tuple[np.ndarray, np.ndarray]], depth: int) -> tuple[np.ndarray, np.ndarray]:

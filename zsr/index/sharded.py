@@ -26,7 +26,7 @@ from zsr.artifact import Artifact, Store, open_artifact
 from zsr.cluster import connect
 from zsr.errors import ConfigError, StorageError
 from zsr.index import engine
-from zsr.index.search import WIDEN, Hits, Searcher, as_queries, merge_best, objects, reach, starts_of
+from zsr.index.search import WIDEN, Hits, Searcher, as_queries, flattened, merge_best, objects, reach, starts_of
 from zsr.index.segments import Spec
 from zsr.index.vectors import Space
 
@@ -297,7 +297,7 @@ class ShardedSearcher:
         """
         serving, facts = self._serving, self.artifact.facts
         wanted = Wanted(None if labels is None else frozenset(labels), None if ids is None else frozenset(ids))
-        flat = as_queries(queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries, int(facts["dim"]))
+        flat = as_queries(flattened(queries), int(facts["dim"]))
         count, lists = k * int(facts["parts"]), int(facts["nlist"])
         depth, probes = reach(facts, count, nprobe, refine_factor)
         shared = ray.put(flat)  # once, and not once a host

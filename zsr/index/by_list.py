@@ -1,0 +1,252 @@
+"""Offline search by ranges of lists, for an index that is larger than a machine's memory.
+
+A search touches lists at random, so that every worker that answers whole queries reads all codes again and again. Here
+the inverted lists are cut into contiguous ranges of about equal bytes, and a task scans one range for all queries:
+
+assign  a task a shard of queries: the lists that each of them looks into
+scan    a task a range: the best candidates in its lists, for each shard of queries that was assigned
+merge   a task a shard of queries (`Merged`): the best candidates of all ranges, which are ranked and named as ever
+
+What the first two write are scratch pieces of the staging: a killed run goes on with them, they never enter the
+artifact, and they go with the staging when it is published.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data import ActorPoolStrategy
+
+from zsr import fault
+from zsr.artifact import Artifact, Staging
+from zsr.cluster import map_pieces
+from zsr.errors import ConfigError
+from zsr.index import engine
+from zsr.index.answers import Asked, queries_of
+from zsr.index.ledger import Clock
+from zsr.index.lists import staged
+from zsr.index.search import Hits, Searcher, flattened, merge_best, reach
+from zsr.index.segments import list_sizes
+from zsr.index.vectors import Vectors
+
+COLUMNS: Final = ("vectors", "lists", "distances")  # of the lists that queries look into, as `Probes` has them
+
+
+def probes_name(shard: int) -> str:
+    """Name of the lists that a shard of queries looks into."""
+    return f"assign/part-{shard:05d}.parquet"
+
+
+def require(index: Artifact, asked: Asked, replicas: int) -> None:
+    """Raise ConfigError for what is not answered by ranges of lists."""
+    key = str(index.facts["index_key"])
+    if replicas:
+        raise ConfigError("--list-ranges and --replicas are two ways to do the same; give one of them")
+    if asked.labels:
+        raise ConfigError(
+            "--labels looks into more lists until k are found, which ranges of lists cannot; leave --list-ranges out"
+        )
+    if engine.lists_interact(key):
+        raise ConfigError(
+            f"index key {key!r}: what faiss finds in one list of such codes depends on the others that it looks into; "
+            "leave --list-ranges out, or build with PQm, PQmxbits, SQ8, RaBitQ1 or Flat"
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """An offline search; every task of it gets one.
+
+    Attributes:
+        ranges: of lists; 0 where the index is searched whole.
+    """
+
+    index: Artifact
+    source: Vectors
+    asked: Asked
+    staging: Staging
+    ranges: int
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Candidates a query, and lists that it looks into; see `zsr.index.search.reach`."""
+        facts, asked = self.index.facts, self.asked
+        return reach(facts, asked.k * int(facts["parts"]), asked.nprobe, asked.refine_factor)
+
+    def found_name(self, number: int, shard: int) -> str:
+        """Name of what range `number` holds for a shard of queries; another count makes other ranges."""
+        return f"scan/{number:05d}-of-{self.ranges:05d}/part-{shard:05d}.parquet"
+
+    def lacks(self, name: str) -> bool:
+        """Whether scratch piece `name` is still to be made."""
+        return self.staging.finished(name, scratch=True) is None
+
+    def probes(self, shard: int) -> engine.Probes:
+        """The lists that a shard of queries looks into. Raises DamagedArtifact."""
+        table = self.read(probes_name(shard))
+        return engine.Probes(*(_matrix(table.column(name)) for name in COLUMNS))
+
+    def read(self, name: str) -> pa.Table:
+        """Scratch piece `name`. Raises DamagedArtifact: the next run makes it again."""
+        return pq.read_table(staged(self.staging, name, scratch=True))
+
+
+class Assigner:
+    """A Ray actor that finds the lists for one shard of queries after the other."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.searcher = Searcher.of(work.index, [0])  # its centroids are those of every segment
+        self.searcher.check(work.source.artifact)
+
+    def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
+        clock, shard = Clock(), int(piece["shard"])
+        queries = flattened(queries_of(self.work.source.read(shard))[1])
+        probes = self.searcher.coarse(queries, self.work.reach[1])
+        columns = {name: _column(getattr(probes, name)) for name in COLUMNS}
+        fault.here("search.assign")
+        self.work.staging.write_table(probes_name(shard), pa.table(columns), scratch=True)
+        return {"rows": len(queries), **clock.spent()}
+
+
+class Scanner:
+    """A Ray actor that scans one range of lists after the other, each for all `shards` of queries."""
+
+    def __init__(self, work: Work, shards: list[int]) -> None:
+        self.work, self.shards = work, shards
+
+    @cached_property
+    def searcher(self) -> Searcher:
+        """Opened late: a killed run may have scanned everything."""
+        return Searcher.of(self.work.index)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """See `bounds_of`."""
+        return bounds_of(list_sizes(self.searcher.segments), self.work.ranges)
+
+    def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
+        clock, number = Clock(), int(piece["range"])
+        todo = [shard for shard in self.shards if self.work.lacks(self.work.found_name(number, shard))]
+        return {"rows": sum(self._scan(number, shard) for shard in todo), **clock.spent()}
+
+    def _scan(self, number: int, shard: int) -> int:
+        """Stage what the lists of range `number` hold for one shard of queries; how many of them look into it."""
+        rows, probes = self.work.probes(shard).within(*self.bounds[number : number + 2])
+        # one more than is asked for tells whether the last one has an equal that was left out
+        ordinals, scores = self.searcher.coded_in(probes, self.work.reach[0] + 1)
+        query, rank = np.nonzero(ordinals >= 0)
+        found = {"query": rows[query].astype(np.int32), "ordinal": ordinals[query, rank], "score": scores[query, rank]}
+        fault.here("search.scan")
+        self.work.staging.write_table(self.work.found_name(number, shard), pa.table(found), scratch=True)
+        return len(rows)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Answers one shard of queries by what all ranges have found for it."""
+
+    work: Work
+    searcher: Searcher
+    shard: int
+
+    def check(self, embeddings: Artifact) -> None:
+        """See `Searcher.check`."""
+        self.searcher.check(embeddings)
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        nprobe: int | None = None,
+        refine_factor: int | None = None,
+        *,
+        labels: Collection[str] | None = None,
+    ) -> Hits:
+        """The k nearest items of the shard's queries (B, D) or (B, P, D), as it was asked of the ranges.
+
+        Raises:
+            DamagedArtifact: what a range has found was damaged since; the next run scans it again.
+        """
+        flat = flattened(queries)
+        ordinals, codes = self._coded(len(flat))
+        scores = self.searcher.ranked(flat, ordinals, codes)
+        return self.searcher.hits(merge_best(ordinals, scores, None, k * self.searcher.parts), len(queries), k)
+
+    def _coded(self, queries: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `Searcher.coded` gives for the shard, but for the order: ordinals and code scores, two (B, depth).
+
+        Where the last candidate that stays and the first that goes are equal, faiss keeps one or the other by the order
+        of the lists. Such queries look into all of their lists again.
+        """
+        depth = self.work.reach[0]
+        best = np.full((queries, depth + 1), -1), np.full((queries, depth + 1), -np.inf, np.float32)
+        for number in range(self.work.ranges):
+            _keep(best, self.work.read(self.work.found_name(number, self.shard)))
+        order = np.argsort(-best[1], axis=1)
+        ordinals, codes = (np.take_along_axis(matrix, order, 1) for matrix in best)
+        tied = np.flatnonzero((codes[:, -1] == codes[:, -2]) & (ordinals[:, -1] >= 0))
+        ordinals, codes = ordinals[:, :-1], codes[:, :-1]
+        if len(tied):
+            probes = self.work.probes(self.shard).take(tied)
+            ordinals[tied], codes[tied] = self.searcher.coded_in(probes, depth)
+        return ordinals, codes
+
+
+def scan(work: Work, shards: list[int], workers: int) -> list[dict[str, Any]]:
+    """Assign and scan for some shards of queries by so many actors; what that took.
+
+    Raises:
+        ConfigError: queries of another space. DamagedArtifact: a piece of a killed run; the next run makes it again.
+    """
+    todo = [{"shard": shard} for shard in shards if work.lacks(probes_name(shard))]
+    spent = map_pieces("assign", Assigner, todo, fn_constructor_kwargs={"work": work}, **actors(todo, workers))
+    ranges = [{"range": number} for number in range(work.ranges if shards else 0)]
+    shared = {"work": work, "shards": shards}
+    return spent + map_pieces("scan", Scanner, ranges, fn_constructor_kwargs=shared, **actors(ranges, workers))
+
+
+def actors(pieces: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """Options of `map_pieces` for at most so many actors of one CPU."""
+    return {"compute": ActorPoolStrategy(size=max(1, min(len(pieces), workers))), "num_cpus": 1}
+
+
+def bounds_of(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Where each of `count` contiguous ranges of lists starts, and the number of lists: (count + 1,) int64.
+
+    Args:
+        sizes: (nlist,) int64, vectors in each list. Every vector takes the same bytes.
+    """
+    ends = np.cumsum(sizes)
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
+    return np.asarray([0, *cuts, len(sizes)])
+
+
+def _keep(best: tuple[np.ndarray, np.ndarray], table: pa.Table) -> None:
+    """Put those candidates of one range in their place that are among the best so far."""
+    query, ordinal, score = (table.column(name).to_numpy() for name in ("query", "ordinal", "score"))
+    rows, start, count = np.unique(query, return_index=True, return_counts=True)
+    if not len(rows):
+        return
+    at = np.repeat(np.arange(len(rows)), count), np.arange(len(query)) - np.repeat(start, count)
+    wide, deep = int(count.max()), best[0].shape[1]
+    ordinals = np.concatenate([best[0][rows], np.full((len(rows), wide), -1)], axis=1)
+    scores = np.concatenate([best[1][rows], np.full((len(rows), wide), -np.inf, np.float32)], axis=1)
+    ordinals[:, deep:][at], scores[:, deep:][at] = ordinal, score
+    kept = np.argpartition(-scores, deep - 1, axis=1)[:, :deep]
+    best[0][rows], best[1][rows] = (np.take_along_axis(matrix, kept, 1) for matrix in (ordinals, scores))
+
+
+def _column(matrix: np.ndarray) -> pa.Array:
+    """A matrix (n, W) as a column of n lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """What `_column` was made from."""
+    lists = column.combine_chunks()
+    return np.asarray(lists.flatten()).reshape(len(lists), -1)
