@@ -8,7 +8,8 @@ clusters of 1, 2 and 3 worker nodes, in rounds: each number of nodes once a roun
 seconds that processes take from each other (caches, the other half of a core) count as theirs, so that one run says
 little; such disturbance only adds, and the least of the rounds stands for a number of nodes. Printed are that, all
 rounds, and the largest over the smallest by nodes: two cores cannot show a shorter wall clock, but work that grows
-with nodes would show.
+with nodes would show. The nodes of a cluster offer SLOTS CPUs together, however many they are: more tasks at a time on
+the same two cores would take more from each other, which says nothing about nodes.
 
 `simulate` is the model below and no more; what it leaves out (stragglers, spot losses, contention in the storage) makes
 a real cluster slower. A stage of R rows in shards of S on N nodes with C CPUs each takes
@@ -39,6 +40,7 @@ from cluster.local import ROOT, LocalCluster, local_cluster
 from zsr.cluster import connect, disconnect
 
 NODES: Final = (1, 2, 3)
+SLOTS: Final = 6
 KEY: Final = "IVF1024,PQ32"
 VECTORS, WIDTH = 393_216, 64  # six shards
 WORDS: Final = ("apple", "ball", "cat", "dog", "egg", "fish", "goat", "house", "king", "lion")
@@ -100,15 +102,15 @@ def last_useful(rows: float, shard: int, cpu: float, size: float, machine: Machi
         nodes *= 2
 
 
-def configuration(folder: Path, raw: Path) -> Path:
-    """The pictures below `raw` through a small pipeline."""
+def configuration(folder: Path, raw: Path, size: int) -> Path:
+    """The pictures below `raw` through a small pipeline, the network's at `size` pixels."""
     names = folder / "names.json"  # the classes mean nothing; training only wants a vector for each
     names.write_text(json.dumps({name: WORDS[number % len(WORDS)] for number, name in enumerate(CLASSES)}))
     settings: dict[str, Any] = {
         "output": str(folder / "run"),
         "prepare": {"source": "folders", "input": str(raw), "rows_per_shard": 500},
         "semantics": {"names": str(names)},
-        "features": {"actors": 3},
+        "features": {"actors": 3, "size": size},
         "train": {"model": "ridge", "split": "random:5:0", "num_workers": 1},
         "embed": {"actors": 2, "classes": "all"},
     }
@@ -125,15 +127,15 @@ def submit(cluster: LocalCluster, job: str, *words: object) -> dict[str, Any]:
     return results
 
 
-def measured(workers: int, raw: Path, world: Path) -> dict[str, float]:
+def measured(workers: int, raw: Path, world: Path, size: int) -> dict[str, float]:
     """CPU seconds a row of each stage on so many worker nodes, of pictures below `raw` and vectors in `world`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         token = folder / "token"
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
-        with local_cluster(token, nodes=workers + 1, kinds=("cpu",), cpus=3) as cluster:
-            results = submit(cluster, "pipeline", "--config", configuration(folder, raw))
+        with local_cluster(token, nodes=workers + 1, kinds=("cpu",), cpus=SLOTS // workers) as cluster:
+            results = submit(cluster, "pipeline", "--config", configuration(folder, raw, size))
             vectors = ("--embeddings", world / "photo", "--queries", world / "sketch", "--index-dir", folder / "index")
             built = submit(cluster, "index", "build", *vectors, "--index-key", KEY, "--recall-target", 0.1)
         report = json.loads((folder / "index" / "reports" / built["digest"] / "build.json").read_text())
@@ -153,7 +155,7 @@ def rows_of(root: Path) -> int:
     return int(sum(found.values()) if isinstance(found, dict) else found)
 
 
-def measure(output: Path, files: int, rounds: int) -> int:
+def measure(output: Path, files: int, rounds: int, size: int) -> int:
     """Measure on 1, 2 and 3 nodes; 1 where a stage's CPU seconds a row differ by more than 20%."""
     every: dict[int, list[dict[str, float]]] = {nodes: [] for nodes in NODES}
     with tempfile.TemporaryDirectory() as name:
@@ -164,7 +166,7 @@ def measure(output: Path, files: int, rounds: int) -> int:
         disconnect()
         for number in range(rounds):
             for nodes in NODES[number % len(NODES) :] + NODES[: number % len(NODES)]:
-                every[nodes].append(measured(nodes, raw, world))
+                every[nodes].append(measured(nodes, raw, world, size))
                 print(f"round {number + 1}, {nodes} nodes: {json.dumps(every[nodes][-1])}", flush=True)
     least = {nodes: {stage: min(one[stage] for one in found) for stage in STAGES} for nodes, found in every.items()}
     spread = {s: max(r[s] for r in least.values()) / min(r[s] for r in least.values()) for s in STAGES}
@@ -211,6 +213,7 @@ def main() -> int:
     with_measure.add_argument("--output", type=Path, required=True)
     with_measure.add_argument("--files", type=int, default=6_000, help="pictures, half of them sketches")
     with_measure.add_argument("--rounds", type=int, default=3)
+    with_measure.add_argument("--size", type=int, default=224, help="pixels that the network sees")
     with_flags = commands.add_parser("simulate", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     with_flags.add_argument("--rates", type=Path, required=True)
     with_flags.add_argument("--price", type=float, required=True, help="of a node's hour")
@@ -227,7 +230,7 @@ def main() -> int:
     with_flags.add_argument("--dispatch", type=float, default=0.01, help="seconds of the driver a shard")
     arguments = parser.parse_args()
     if arguments.command == "measure":
-        return measure(arguments.output, arguments.files, arguments.rounds)
+        return measure(arguments.output, arguments.files, arguments.rounds, arguments.size)
     return simulate(arguments)
 
 
