@@ -5,10 +5,10 @@
 JPEGs of natural size through EfficientNet-Lite0 at 224 pixels, from the same shards with the same decoder, in one run:
 
     stages  so many processes at once, one thread each, that decode only, and that pass ready pixels through the
-            network only, in batches of the job's size and of 32; and the same by so many Ray actors through
-            `map_pieces`, which is the network's stage of the job alone. Each is measured before and after ours, since
-            a machine's speed drifts, and the mean of both stands. The slower stage bounds every design that puts each
-            stage on all CPUs at a time.
+            network only, in batches of the job's size and of 32; and the same by so many Ray actors, which is the
+            network's stage of the job alone. Each is measured before and after ours, since a machine's speed drifts,
+            and the mean of both stands. The slower stage bounds every design that puts each stage on all CPUs at a
+            time.
     ours    jobs.features: each actor decodes and computes in turn, on one thread. Start-up apart: rows over the
             seconds that an actor works, times actors; wall seconds with start-up stand beside it.
     loader  a torch DataLoader with W workers that decode, and the network in the main process on all threads, for W of
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import ray
 import torch
-from ray.data import ActorPoolStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -93,14 +93,12 @@ def alone(stage: str, batch: int, data: Artifact) -> float:
     return (seen - counted) / (now - counted_from)
 
 
+@ray.remote(num_cpus=1)  # type: ignore[misc,unused-ignore]
 class Stage:
-    """A Ray actor of a stage alone."""
+    """A Ray actor of the network's stage alone."""
 
-    def __init__(self, data: Artifact) -> None:
-        self.data = data
-
-    def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
-        return {"rate": alone(piece["stage"], piece["batch"], self.data)}
+    def rate(self, batch: int, data: Artifact) -> float:
+        return alone("model", batch, data)
 
 
 def by_processes(stage: str, batch: int, data: Artifact, processes: int) -> float:
@@ -110,10 +108,8 @@ def by_processes(stage: str, batch: int, data: Artifact, processes: int) -> floa
 
 
 def by_actors(batch: int, data: Artifact, actors: int) -> float:
-    """The network's stage alone, as jobs.features has its actors."""
-    pieces = [{"stage": "model", "batch": batch} for _ in range(actors)]
-    options = {"compute": ActorPoolStrategy(size=actors), "num_cpus": 1, "fn_constructor_kwargs": {"data": data}}
-    return float(sum(one["rate"] for one in cluster.map_pieces("alone", Stage, pieces, **options)))
+    """Pictures a second of the network's stage alone, in processes as jobs.features has them."""
+    return float(sum(ray.get([one.rate.remote(batch, data) for one in [Stage.remote() for _ in range(actors)]])))
 
 
 def ceilings(data: Artifact, processes: int) -> dict[str, float]:
