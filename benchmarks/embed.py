@@ -93,7 +93,6 @@ def alone(stage: str, batch: int, data: Artifact) -> float:
     return (seen - counted) / (now - counted_from)
 
 
-@ray.remote(num_cpus=1)  # type: ignore[misc,unused-ignore]
 class Stage:
     """A Ray actor of the network's stage alone."""
 
@@ -109,7 +108,8 @@ def by_processes(stage: str, batch: int, data: Artifact, processes: int) -> floa
 
 def by_actors(batch: int, data: Artifact, actors: int) -> float:
     """Pictures a second of the network's stage alone, in processes as jobs.features has them."""
-    return float(sum(ray.get([one.rate.remote(batch, data) for one in [Stage.remote() for _ in range(actors)]])))
+    made = [ray.remote(num_cpus=1)(Stage).remote() for _ in range(actors)]
+    return float(sum(ray.get([one.rate.remote(batch, data) for one in made])))
 
 
 def ceilings(data: Artifact, processes: int) -> dict[str, float]:
