@@ -108,7 +108,7 @@ def by_processes(stage: str, batch: int, data: Artifact, processes: int) -> floa
 
 def by_actors(batch: int, data: Artifact, actors: int) -> float:
     """Pictures a second of the network's stage alone, in processes as jobs.features has them."""
-    made = [ray.remote(num_cpus=1)(Stage).remote() for _ in range(actors)]
+    made: list[Any] = [ray.remote(num_cpus=1)(Stage).remote() for _ in range(actors)]
     return float(sum(ray.get([one.rate.remote(batch, data) for one in made])))
 
 
