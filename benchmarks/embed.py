@@ -1,34 +1,38 @@
 """Pictures a second of jobs.features against a plain loop with a DataLoader, and against its slower stage alone.
 
-    python -m benchmarks.embed SCRATCH [--files 20000] [--processes 2] [--threads 2]
+    python -m benchmarks.embed SCRATCH [--files 20000] [--rounds 4] [--actors 2] [--threads 2]
 
-JPEGs of natural size through EfficientNet-Lite0 at 224 pixels, from the same shards with the same decoder, in one run:
+JPEGs of natural size through EfficientNet-Lite0 at 224 pixels, from the same shards with the same decoder, in one run.
+A machine's speed may drift by a tenth within minutes, so that the files are cut into rounds, everything is measured in
+each, and ours is compared with the mean of the stages before and after it:
 
-    stages  so many processes at once, one thread each, that decode only, and that pass ready pixels through the
-            network only, in batches of the job's size and of 32; and the same by so many Ray actors, which is the
-            network's stage of the job alone. Each is measured before and after ours, since a machine's speed drifts,
-            and the mean of both stands. The slower stage bounds every design that puts each stage on all CPUs at a
+    stages  decoding only, and ready pixels through the network only in batches of the job's size, by so many bare
+            processes of one thread at once. The slower stage bounds every design that puts each stage on all CPUs at a
             time.
     ours    jobs.features: each actor decodes and computes in turn, on one thread. Start-up apart: rows over the
             seconds that an actor works, times actors; wall seconds with start-up stand beside it.
-    loader  a torch DataLoader with W workers that decode, and the network in the main process on all threads, for W of
-            1 and 2, over some of the shards; once as everybody runs it, and once with our setting of the allocator
+    in turn a Ray Data stage whose actors make the features of a shard as ours, then pass ready pixels through the
+            network alone for some seconds, and so on: what a job loses by decoding, reading and writing, apart from
+            what Ray's own processes take of the CPUs.
+    loader  a torch DataLoader with as many workers that decode, and the network in the main process on all threads,
+            over some of the shards; once as everybody runs it, and once with our setting of the allocator
             (`worker.keep_freed_memory`) and our folded batch norms. It writes nothing. Start-up apart: from its second
             batch on.
 """
 
 import argparse
-import json
+import itertools
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean, median
 from typing import Any, Final
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -38,17 +42,18 @@ from zsr import cluster
 from zsr.artifact import Artifact, Store
 from zsr.data.prepare import Prepare, prepare
 from zsr.data.sources.folders import Folders
-from zsr.embedding.backbone import extract
+from zsr.embedding.backbone import ShardExtractor, extract, plan, shards
 from zsr.embedding.encode import BackboneSettings, Featurizer, featurizer
-from zsr.embedding.shards import Prices
+from zsr.embedding.shards import Prices, compute, fingerprint
 from zsr.models import backbones
 from zsr.worker import keep_freed_memory
 
-BATCH: Final = 32
-ROWS: Final = 500  # of a shard
-SHARDS: Final = 8  # that the loader passes: sketches, which decode faster than photos
-SETTLE: Final = 8.0  # seconds of a stage alone that do not count: the other processes are starting
+BATCH: Final = backbones.pictures_at_once("cpu")
+ROWS: Final = 250  # of a shard
+SHARDS: Final = 6  # that the loader passes: sketches, which decode faster than photos
+SETTLE: Final = 6.0  # seconds of a stage alone that do not count: the other processes are starting
 LASTING: Final = 15.0  # and those that do
+TURNS: Final = 12  # shards of ours in turn with the network alone
 
 
 def made() -> Featurizer:
@@ -73,64 +78,79 @@ class Pictures(IterableDataset[Tensor]):
                 yield torch.from_numpy(np.stack([own.pixels(side, i) for i in images[start : start + BATCH]]))
 
 
-def alone(stage: str, batch: int, data: Artifact) -> float:
-    """Pictures a second of one stage, "decode" or "model", once all processes have started."""
-    keep_freed_memory()
-    torch.set_num_threads(1)
-    own, name = made().ready("cpu"), data.shards("photo")[0].path
-    images = data.read_table(name, columns=["image"]).column("image").to_pylist()
-    pixels = np.stack([own.pixels("photo", image) for image in images[:batch]])
+def rate(stage: str, own: Featurizer, images: Sequence[bytes], seconds: float) -> float:
+    """Pictures a second of one stage, "decode" or "model", and nothing else."""
+    ready = np.stack([own.pixels("photo", image) for image in images[:BATCH]])
     seen, began = 0, time.perf_counter()
-    counted_from, counted = began + SETTLE, 0
-    while (now := time.perf_counter()) < counted_from + LASTING:
-        if not counted and now >= counted_from:
-            counted, counted_from = seen, now
+    while (took := time.perf_counter() - began) < seconds:
         if stage == "decode":
             own.pixels("photo", images[seen % len(images)])
         else:
-            own.features("photo", pixels)
-        seen += 1 if stage == "decode" else batch
-    return (seen - counted) / (now - counted_from)
+            own.features("photo", ready)
+        seen += 1 if stage == "decode" else BATCH
+    return seen / took
 
 
-class Stage:
-    """A Ray actor of the network's stage alone."""
-
-    def rate(self, batch: int, data: Artifact) -> float:
-        return alone("model", batch, data)
-
-
-def by_processes(stage: str, batch: int, data: Artifact, processes: int) -> float:
-    """Pictures a second of `processes` that do nothing but one stage."""
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        return sum(one.result() for one in [pool.submit(alone, stage, batch, data) for _ in range(processes)])
+def pictures_in(data: Artifact) -> list[bytes]:
+    """The encoded photos of a shard."""
+    images: list[bytes] = data.read_table(data.shards("photo")[0].path, columns=["image"]).column("image").to_pylist()
+    return images
 
 
-def by_actors(batch: int, data: Artifact, actors: int) -> float:
-    """Pictures a second of the network's stage alone, in processes as jobs.features has them."""
-    made: list[Any] = [ray.remote(num_cpus=1)(Stage).remote() for _ in range(actors)]
-    return float(sum(ray.get([one.rate.remote(batch, data) for one in made])))
+def in_process(stage: str, data: Artifact) -> float:
+    """Pictures a second of one stage, once all processes have started."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    own, images = made().ready("cpu"), pictures_in(data)
+    rate(stage, own, images, SETTLE)
+    return rate(stage, own, images, LASTING)
 
 
-def ceilings(data: Artifact, processes: int) -> dict[str, float]:
+def at_once(count: int, function: Callable[..., float], *arguments: object) -> float:
+    """The sum of what so many fresh processes measure."""
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        return sum(one.result() for one in [pool.submit(function, *arguments) for _ in range(count)])
+
+
+def stages(data: Artifact, actors: int) -> dict[str, float]:
     """Every stage alone."""
-    job = backbones.pictures_at_once("cpu")
+    names = {"decode": "decoding alone, bare processes", "model": "the network alone, bare processes"}
+    return {name: at_once(actors, in_process, stage, data) for stage, name in names.items()}
+
+
+class InTurn(ShardExtractor):
+    """The job's own actor, which after each shard does nothing but the network for some seconds."""
+
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.images = pictures_in(self.maker.data)
+
+    def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
+        result = super().__call__(piece)
+        return {**result, "alone": rate("model", self.maker.featurizer, self.images, LASTING / 3)}
+
+
+def in_turn(data: Artifact, output: Path, actors: int) -> tuple[float, float]:
+    """Pictures a second of ours, and of the network alone in the same actors of Ray Data."""
     cluster.connect()
-    actors = by_actors(job, data, processes)
+    shutil.rmtree(output, ignore_errors=True)
+    weights, settings, store = backbones.weights_path("lite0", None), BackboneSettings(), Store.at(output)
+    work = plan(data, settings, weights)
+    wanted = {name: fingerprint(work, data.entry(name)) for name in shards(data, settings)[:TURNS]}
+    shared = {"data": data, "settings": settings, "weights": weights, "batch": None}
+    shared |= {"sha256": work.config["weights"], "texts": ""}
+    tally = compute("in turn", InTurn, wanted, store, store.staging(work), shared, actors)
     cluster.disconnect()
-    return {
-        "decoding alone": by_processes("decode", 1, data, processes),
-        f"the network alone, {job} at a time": by_processes("model", job, data, processes),
-        f"the network alone, {BATCH} at a time": by_processes("model", BATCH, data, processes),
-        f"the network's stage alone, Ray actors, {job} at a time": actors,
-    }
+    both = tally.results[:-actors]  # at the end an actor has no neighbour
+    own = sum(int(one["rows"]) for one in both) / sum(sum(one["seconds"].values()) for one in both)
+    return actors * own, actors * mean(one["alone"] for one in both)
 
 
-def loader(data: Artifact, workers: int, threads: int, *, quick: bool) -> float:
+def loader(data: Artifact, workers: int, threads: int, quick: bool) -> float:
     """Pictures a second of the plain loop; `quick` with what jobs.features does to the network and the allocator."""
     torch.set_num_threads(threads)
     if quick:
-        keep_freed_memory()  # for good: the plain loops come first
+        keep_freed_memory()
     own, seen, began, kept = made().ready("cpu") if quick else made(), 0, 0.0, list[np.ndarray]()
     for pixels in DataLoader(Pictures(data), batch_size=None, num_workers=workers, multiprocessing_context="spawn"):
         kept.append(own.features("photo", pixels.numpy()))
@@ -141,39 +161,60 @@ def loader(data: Artifact, workers: int, threads: int, *, quick: bool) -> float:
     return seen / (time.perf_counter() - began)
 
 
-def ours(data: Artifact, scratch: Path, actors: int) -> dict[str, Any]:
+def ours(data: Artifact, output: Path, actors: int) -> dict[str, Any]:
     """What the job itself reports."""
-    weights, output = backbones.weights_path("lite0", None), Store.at(scratch / "features")
-    _, tally = extract(data, BackboneSettings(), weights, output, batch=None, actors=actors)
-    return {**tally.report(Prices()), "actors": tally.actors}
+    weights = backbones.weights_path("lite0", None)
+    cluster.connect()
+    _, tally = extract(data, BackboneSettings(), weights, Store.at(output), batch=None, actors=actors)
+    cluster.disconnect()
+    report = tally.report(Prices())
+    return {**report, "rate": report["rows_a_second_an_actor"] * tally.actors}
+
+
+def line(name: str, rates: Sequence[float], against: Sequence[float]) -> str:
+    """Of a table: the rates of all rounds, and `against` over them round by round."""
+    ratios = [one / other for one, other in zip(against, rates, strict=True)]
+    rounds = " ".join(f"{rate:.1f}" for rate in rates)
+    return (
+        f"| {name} | {median(rates):.1f} | {rounds} | {median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--files", type=int, default=20_000)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
+    parts = []
     cluster.connect()
-    source = Folders(write_files(asked.scratch, asked.files))
-    data = prepare(source, Store.at(asked.scratch / "data"), Prepare(rows_per_shard=ROWS))
+    for part in range(asked.rounds):
+        source = Folders(write_files(asked.scratch / f"{part}", asked.files // asked.rounds))
+        parts.append(prepare(source, Store.at(asked.scratch / f"{part}" / "data"), Prepare(rows_per_shard=ROWS)))
     cluster.disconnect()
-    before = ceilings(data, asked.processes)
-    cluster.connect()
-    found = ours(data, asked.scratch, asked.processes)
-    cluster.disconnect()
-    print(json.dumps(found, indent=1), flush=True)
-    after = ceilings(data, asked.processes)
-    stages = {name: (one + after[name]) / 2 for name, one in before.items()}
-    plain = {f"DataLoader, {w} workers": loader(data, w, asked.threads, quick=False) for w in (1, 2)}
-    plain |= {f"the same, allocator and folding, {w}": loader(data, w, asked.threads, quick=True) for w in (1, 2)}
-    rate = found["rows_a_second_an_actor"] * found["actors"]
-    print("| what | pictures a second | before, after | ours against it |\n|---|---|---|---|")
-    for name, one in {**stages, **plain, "ours": rate}.items():
-        rounds = f"{before[name]:.1f}, {after[name]:.1f}" if name in before else ""
-        print(f"| {name} | {one:.1f} | {rounds} | {rate / one:.3f} |")
-    print(f"| ours with start-up | {found['rows_a_second']} | | |")
+    alone, found, turns, loops = [stages(parts[0], asked.actors)], [], [], []
+    for part, data in enumerate(parts):
+        found.append(ours(data, asked.scratch / f"{part}" / "features", asked.actors))
+        alone.append(stages(data, asked.actors))
+        turns.append(in_turn(data, asked.scratch / f"{part}" / "turns", asked.actors))
+        loops.append(
+            {
+                f"a DataLoader, {how}": at_once(1, loader, data, asked.actors, asked.threads, quick)
+                for how, quick in (("as everybody runs it", False), ("with our allocator and folded norms", True))
+            }
+        )
+        print(found[-1], alone[-2:], turns[-1], loops[-1], flush=True)
+    rates = [one["rate"] for one in found]
+    print("| what | pictures a second | in each round | ours against it | from, to |\n|---|---|---|---|---|")
+    for name in alone[0]:
+        print(line(name, [(one[name] + two[name]) / 2 for one, two in itertools.pairwise(alone)], rates))
+    for name in loops[0]:
+        print(line(name, [one[name] for one in loops], rates))
+    print(line("in turn: the network alone", [other for _, other in turns], [own for own, _ in turns]))
+    print(line("ours", rates, rates))
+    print(line("ours with start-up", [one["rows_a_second"] for one in found], rates))
     return 0
 
 

@@ -7,8 +7,8 @@ Stages, each a process of its own that keeps its results under ROOT, so that a r
 the key and the training sample that `build` used. `auto` makes an environment for autofaiss, which wants an older
 faiss, and builds there. `edit` measures a rebuild of a copy after 1% changed, in whole shards or (--scattered) in rows
 of all shards, and compares what it finds with plain faiss's full build from the same template. `offline` answers so
-many sketches (--queries) as an artifact, and compares some with answers from an opened index. Peak memory is that of
-the hungriest process.
+many sketches (--queries) as an artifact, with --ranges also by so many ranges of lists, and compares some with answers
+from an opened index. Peak memory is that of the hungriest process.
 """
 
 import argparse
@@ -79,6 +79,7 @@ class Bench:
         self.keep_mean: bool = arguments.keep_mean
         self.scattered: bool = arguments.scattered
         self.queries: int = arguments.queries
+        self.ranges: int = arguments.ranges
 
     @property
     def store(self) -> Store:
@@ -266,7 +267,11 @@ def do_offline(bench: Bench) -> None:
     queries = write(replace(bench.world, sketches=bench.queries), bench.root / f"sketch-{bench.queries}", "sketch")
     index, place = bench.store.latest(), bench.root / f"neighbours-{bench.name}"
     shutil.rmtree(place, ignore_errors=True)
-    made, told = search_all(index, queries, Asked(K), Store.at(place), workers=bench.workers)
+    made, told = search_all(index, queries, Asked(K), Store.at(place / "whole"), workers=bench.workers)
+    if bench.ranges:
+        output = Store.at(place / "ranges")
+        same_made, cost = search_all(index, queries, Asked(K), output, list_ranges=bench.ranges, workers=bench.workers)
+        told |= {"by_ranges": cost, "equal_digests": same_made.digest == made.digest}
     asked, searcher = Vectors.of(queries), Searcher.of(index)
     same, found, wanted = [], [], []
     for shard in range(len(asked.shards)):
@@ -329,6 +334,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep-mean", action="store_true", help="plain: let PCA move the origin, as faiss does")
     parser.add_argument("--queries", type=int, default=1_000_000, help="offline: how many")
+    parser.add_argument("--ranges", type=int, default=0, help="offline: of lists")
     parser.add_argument("--scattered", action="store_true", help="edit: the 1%% are rows of all shards")
     parser.add_argument("--truth", default="main", help="name of a build, whose queries are used")
     parser.add_argument("--name", default="main", help="of this variant; results are kept as STAGE-NAME.json")

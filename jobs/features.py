@@ -35,7 +35,7 @@ class Config(JobConfig):
         texts: the sentence encoder that text rows go through, or none.
         finetune_on_seen: a split, as jobs.train takes it; the backbone is first tuned to classify its seen classes.
         finetune: how.
-        batch_size: pictures in one forward pass; left out, 4 on a CPU and 64 on a GPU. `--plan` measures some sizes.
+        batch_size: pictures in one forward pass; left out, 32 on a CPU and 64 on a GPU. `--plan` measures some sizes.
         actors: processes that hold the backbone.
         decoders: Ray tasks, a CPU each, that may decode ahead of each actor; left out, as many as there are CPUs for on
             a cluster with GPUs, else none. A probe of some seconds finds how many of them are needed.

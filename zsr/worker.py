@@ -40,8 +40,9 @@ def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next batch, in place of handing it back to the system.
 
     Activations of a batch of pictures are hundreds of MB in blocks that glibc maps and unmaps one by one; the system
-    fills each page with zeros again. For EfficientNet-Lite0 that was more than half of all time on a CPU. Does nothing
-    under other C libraries.
+    fills each page with zeros again. For EfficientNet-Lite0 that was more than half of all time on a CPU. It reaches the
+    main arena only: another thread's, and Ray calls actors on such a thread, gives memory back all the same, so
+    `zsr.cluster.connect` starts workers with MALLOC_ARENA_MAX=1. Does nothing under other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

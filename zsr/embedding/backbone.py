@@ -37,7 +37,7 @@ from zsr.models import backbones
 from zsr.worker import keep_freed_memory
 
 TEXT: Final = "modality=text/"
-BATCHES: Final = (1, 4, 16, 64)  # pictures in a forward pass that a plan tries
+BATCHES: Final = (4, 16, 32, 64)  # pictures in a forward pass that a plan tries
 TEXTS: Final = 256  # that are encoded before somebody looks at the clock; a multiple of a batch
 
 

@@ -65,7 +65,7 @@ class Architecture(Input):
     config: dict[str, Any] = {}
 
 
-PICTURES: Final = {"cpu": 4, "cuda": 64}  # on CPUs larger batches leave the caches and are no faster
+PICTURES: Final = {"cpu": 32, "cuda": 64}  # the best of those that were tried, see docs/decisions.md
 
 
 def pictures_at_once(device: str) -> int:
