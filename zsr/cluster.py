@@ -44,7 +44,6 @@ def connect() -> None:
         "RAY_ADDRESS": address,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1"),  # see `worker.keep_freed_memory`
         # Ray Train's own logging set-up would undo the levels of worker.setup
         **{f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")},
         **shared_environment(),

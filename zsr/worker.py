@@ -31,6 +31,8 @@ def setup() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+# runtime environment of actors that call `keep_freed_memory`
+ONE_ARENA = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
 # of malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
@@ -40,9 +42,9 @@ def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next batch, in place of handing it back to the system.
 
     Activations of a batch of pictures are hundreds of MB in blocks that glibc maps and unmaps one by one; the system
-    fills each page with zeros again. For EfficientNet-Lite0 that was more than half of all time on a CPU. It reaches the
-    main arena only: another thread's, and Ray calls actors on such a thread, gives memory back all the same, so
-    `zsr.cluster.connect` starts workers with MALLOC_ARENA_MAX=1. Does nothing under other C libraries.
+    fills each page with zeros again. For EfficientNet-Lite0 that was more than half of all time on a CPU. It reaches
+    the main arena only: another thread's, and Ray calls actors on such a thread, gives memory back all the same, so
+    actors are to be started with ONE_ARENA. Does nothing under other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -8,7 +8,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from zsr.cluster import map_pieces
-from zsr.worker import keep_freed_memory
+from zsr.worker import ONE_ARENA, keep_freed_memory
 
 MEGABYTES = (51, 25, 154, 38, 10, 58, 58, 10, 58, 14, 5)  # activations of a batch of pictures, layer after layer
 TIMES = 10
@@ -36,5 +36,6 @@ class Allocator:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_keeps_what_it_freed() -> None:
-    (found,) = map_pieces("allocate", Allocator, [{"number": 0}], compute=ActorPoolStrategy(size=1), num_cpus=1)
+    options = {"compute": ActorPoolStrategy(size=1), "num_cpus": 1, "runtime_env": ONE_ARENA}
+    (found,) = map_pieces("allocate", Allocator, [{"number": 0}], **options)
     assert found["faults"] < TIMES * (sum(MEGABYTES) << 20) / resource.getpagesize() / 10

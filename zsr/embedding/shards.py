@@ -22,6 +22,7 @@ from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, s
 from zsr.cluster import connect, gpus, map_pieces, resources
 from zsr.embedding.ahead import PROBE
 from zsr.errors import DamagedArtifact, Infeasible, StorageError
+from zsr.worker import ONE_ARENA
 
 logger = logging.getLogger("zsr")
 
@@ -224,6 +225,7 @@ def compute(
     have = gpus()
     size = max(1, min(actors, len(pieces), have or actors))
     options = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if have else 0}
+    options["runtime_env"] = ONE_ARENA
     most = room_to_decode(size, decoders, bool(have))
     began = time.perf_counter()
     shared = {**shared, "staging": staging, "decoders": most}
