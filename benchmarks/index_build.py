@@ -80,6 +80,7 @@ class Bench:
         self.scattered: bool = arguments.scattered
         self.queries: int = arguments.queries
         self.ranges: int = arguments.ranges
+        self.nprobe: int | None = arguments.nprobe
 
     @property
     def store(self) -> Store:
@@ -267,17 +268,18 @@ def do_offline(bench: Bench) -> None:
     queries = write(replace(bench.world, sketches=bench.queries), bench.root / f"sketch-{bench.queries}", "sketch")
     index, place = bench.store.latest(), bench.root / f"neighbours-{bench.name}"
     shutil.rmtree(place, ignore_errors=True)
-    made, told = search_all(index, queries, Asked(K), Store.at(place / "whole"), workers=bench.workers)
+    wish = Asked(K, bench.nprobe)
+    made, told = search_all(index, queries, wish, Store.at(place / "whole"), workers=bench.workers)
     if bench.ranges:
         output = Store.at(place / "ranges")
-        same_made, cost = search_all(index, queries, Asked(K), output, list_ranges=bench.ranges, workers=bench.workers)
+        same_made, cost = search_all(index, queries, wish, output, list_ranges=bench.ranges, workers=bench.workers)
         told |= {"by_ranges": cost, "equal_digests": same_made.digest == made.digest}
     asked, searcher = Vectors.of(queries), Searcher.of(index)
     same, found, wanted = [], [], []
     for shard in range(len(asked.shards)):
         block = asked.read(shard)
         some = np.sort(np.random.default_rng(shard).choice(len(block.vectors), SAMPLED // len(asked.shards), False))
-        online = searcher.search(block.vectors[some], K).ids
+        online = searcher.search(block.vectors[some], K, bench.nprobe).ids
         table = made.read_table(asked.shards[shard].path)
         answered, ids = (np.asarray(table.column(name)).reshape(-1, K) for name in ("query_id", "id"))
         order = np.argsort(answered[:, 0])
@@ -334,6 +336,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep-mean", action="store_true", help="plain: let PCA move the origin, as faiss does")
     parser.add_argument("--queries", type=int, default=1_000_000, help="offline: how many")
+    parser.add_argument("--nprobe", type=int, help="offline: in place of the index's own; each query needs ten hits")
     parser.add_argument("--ranges", type=int, default=0, help="offline: of lists")
     parser.add_argument("--scattered", action="store_true", help="edit: the 1%% are rows of all shards")
     parser.add_argument("--truth", default="main", help="name of a build, whose queries are used")
