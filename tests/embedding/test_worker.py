@@ -1,14 +1,15 @@
 """What an actor frees it gets back without asking the system for pages."""
 
 import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ray.data import ActorPoolStrategy
 
-from zsr.cluster import map_pieces
-from zsr.worker import ONE_ARENA, keep_freed_memory
+from zsr.artifact import Plan, Store
+from zsr.embedding.shards import compute
+from zsr.worker import keep_freed_memory
 
 MEGABYTES = (51, 25, 154, 38, 10, 58, 58, 10, 58, 14, 5)  # activations of a batch of pictures, layer after layer
 TIMES = 10
@@ -17,7 +18,7 @@ TIMES = 10
 class Allocator:
     """An actor that fills and frees large blocks, two at a time, as the layers of a network do."""
 
-    def __init__(self) -> None:
+    def __init__(self, **shared: Any) -> None:
         keep_freed_memory()
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,8 @@ class Allocator:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_actor_keeps_what_it_freed() -> None:
-    options = {"compute": ActorPoolStrategy(size=1), "num_cpus": 1, "runtime_env": ONE_ARENA}
-    (found,) = map_pieces("allocate", Allocator, [{"number": 0}], **options)
-    assert found["faults"] < TIMES * (sum(MEGABYTES) << 20) / resource.getpagesize() / 10
+def test_an_actor_keeps_what_it_freed(tmp_path: Path) -> None:
+    store = Store.at(tmp_path)
+    staging = store.staging(Plan("features", {}, {}))
+    tally = compute("allocate", Allocator, {"shard": "fingerprint"}, store, staging, {}, 1)
+    assert tally.results[0]["faults"] < TIMES * (sum(MEGABYTES) << 20) / resource.getpagesize() / 10
