@@ -34,6 +34,7 @@ POINTS: Final = (
     "search.assign",
     "search.scan",
     "search.shard",
+    "search.names",
 )
 
 _passed: Counter[str] = Counter()

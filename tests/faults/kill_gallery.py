@@ -7,7 +7,7 @@ a reader opens again and again meanwhile, every file of it: it must find that ve
 
 points  SIGKILL at each fault point that the job passes. Where tasks pass it, workers die and Ray starts others; at the
         rest the driver dies, and the job is started again.
-times   SIGKILL to the driver at random times, one after the other on one output.
+times   SIGKILL to the driver at random times, one after the other on one output until it is finished.
 disks   a tmpfs of a share of what the job takes, in so many steps: the job names the full disk and ends with its exit
         code, the version of before opens, and the same command on the grown disk goes on.
 
@@ -155,11 +155,16 @@ class Trials:
             self._check(f"{point}, ended with {code}", command, reader)
 
     def times(self, kills: int, coin: random.Random) -> None:
-        """Kills at random times."""
-        command = self.job.command(self._place("times"))
-        with self._read("times") as reader, reader.watching():
-            hit = [kill_after(command, coin.uniform(0.2 * self.whole, self.whole)) for _ in range(kills)]
-        self._check(f"{sum(hit)} of {kills} random kills in the middle", command, reader)
+        """So many kills in the middle of a run; where one comes after the end, another output is begun."""
+        hit = outputs = 0
+        while hit < kills:
+            outputs += 1
+            name, before = f"times-{outputs}", hit
+            command = self.job.command(self._place(name))
+            with self._read(name) as reader, reader.watching():
+                while hit < kills and kill_after(command, coin.uniform(0.2 * self.whole, self.whole)):
+                    hit += 1
+            self._check(f"{hit - before} random kills in the middle", command, reader)
 
     def disks(self, steps: int) -> None:
         """Disks of a share of what the job takes beside the version before."""

@@ -30,7 +30,7 @@ from zsr.index.sharded import ShardedSearcher
 from zsr.worker import setup
 
 SEGMENTS = 6
-BATCH = 1000
+BATCH = 2500  # more than hosts are asked about at once
 PATIENCE = 30.0  # seconds; a killed node is noticed much earlier
 AGAIN = 120.0  # seconds until the lost host answers again
 

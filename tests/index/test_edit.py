@@ -171,3 +171,11 @@ def test_filters_admit_only_what_they_name(store: Store, world: World) -> None:
     assert {tuple(sorted(row)) for row in searcher.search(world.sketches, 3, ids=few).ids} == {tuple(sorted(few))}
     edit.delete(store, few[:1])
     assert few[0] not in Searcher.open(store.root).search(world.sketches, 3, ids=few).ids
+
+
+def test_a_filter_widens_the_search_of_those_queries_alone_that_it_leaves_short(store: Store, world: World) -> None:
+    searcher, labels = Searcher.open(store.root), ["class-1", "class-3"]
+    together = searcher.search(world.sketches, K, 1, labels=labels).ids
+    assert (together >= 0).all()
+    alone = [searcher.search(one[None], K, 1, labels=labels).ids for one in world.sketches]
+    assert np.array_equal(together, np.concatenate(alone))

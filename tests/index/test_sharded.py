@@ -14,6 +14,7 @@ from zsr.index.answers import Asked, answer, answers_table
 from zsr.index.build import Job, build
 from zsr.index.plan import IndexConfig
 from zsr.index.search import Searcher
+from zsr.index.sharded import at_once, blocks_of
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,28 @@ def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
     assert run_job("search", *words).results["reused"] is True
 
 
+def test_answers_without_names_are_never_published(index: Path, world: World, tmp_path: Path) -> None:
+    queries = embeddings(tmp_path / "queries", world.sketches, "sketch", shards=3)
+    words = ("--index-dir", index, "--queries", queries.directory, "--output", tmp_path / "out", "--replicas", 1)
+    lost = run_job("search", *words, fault=f"search.names=kill@2@{tmp_path / 'once'}")  # the only host, in between
+    assert lost.code != 0
+    assert "nobody holds" in lost.errors
+    ended = run_job("search", *words)
+    assert ended.code == 0, ended.errors
+    found = open_artifact(tmp_path / "out", "neighbours")
+    rows = [row for entry in found.files for row in pq.read_table(found.local(entry.path)).to_pylist()]
+    assert rows == answers_table(answer(Searcher.open(index), queries, Asked(10))).to_pylist()
+
+
+def test_hosts_are_asked_about_some_queries_at_once() -> None:
+    assert at_once(40, 2) == 1024
+    assert at_once(1000, 1000) * 1000 * 1000 * 24 <= 256 << 20  # what a thousand hosts send
+    assert blocks_of(2500, 1024) == [(0, 1024), (1024, 2500)]
+    assert blocks_of(3, 1024) == [(0, 3)]
+    assert blocks_of(0, 1024) == [(0, 0)]
+
+
 def test_a_lost_node_changes_no_answer() -> None:
-    command = [sys.executable, "-m", "tests.faults.sharded", "--queries", "6000", "--photos", "6000"]
+    command = [sys.executable, "-m", "tests.faults.sharded", "--queries", "10000", "--photos", "6000"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

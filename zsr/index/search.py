@@ -22,7 +22,7 @@ from zsr.index.vectors import Space
 GOLDEN: Final = "golden.parquet"
 DEAD: Final = "deleted.parquet"
 RERANK_BYTES: Final = 64 << 20  # candidate vectors gathered at once
-WIDEN: Final = 4  # a filter that leaves too few hits looks into this many times the lists, again and again
+WIDEN: Final = 4  # a query that a filter leaves too few hits looks into this many times the lists, again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +167,8 @@ class Searcher:
             queries: (B, D) float32, or (B, P, D) for queries of several parts, whose best one counts.
             nprobe: lists to look into; refine_factor: candidates to re-rank, in multiples of k. The published operating
                 point if not given.
-            labels, ids: only items of one of these labels, and only these ids. More lists than `nprobe` are looked into
-                where it takes them to find k.
+            labels, ids: only items of one of these labels, and only these ids. A query looks into more lists than
+                `nprobe` where it takes them to find k.
 
         Raises:
             ConfigError: queries of another shape, or a number below 1.
@@ -210,15 +210,16 @@ class Searcher:
             wanted: (N,) bool, see `mask`.
         """
         depth, probes = reach(self.facts, count, nprobe, refine_factor)
-        if wanted is None:
-            return merge_best(*self.candidates(queries, depth, probes), None, count)
-        allowed, lists = self.bits(wanted), int(self.facts["nlist"])
-        enough = min(count, int(wanted.sum()))
-        while True:
-            ordinals, scores = merge_best(*self.candidates(queries, depth, probes, allowed), None, count)
-            if probes >= lists or not len(ordinals) or (ordinals >= 0).sum(axis=1).min() >= enough:
-                return ordinals, scores
+        allowed, lists = None if wanted is None else self.bits(wanted), int(self.facts["nlist"])
+        enough = 0 if wanted is None else min(count, int(wanted.sum()))
+        ordinals, scores = unfilled(len(queries), count)
+        left = np.arange(len(queries))
+        while len(left):
+            found = self.candidates(queries[left], depth, probes, allowed)
+            ordinals[left], scores[left] = merge_best(*found, None, count)
+            left = left[short(ordinals[left], enough)] if probes < lists else left[:0]
             probes *= WIDEN
+        return ordinals, scores
 
     def candidates(
         self, queries: np.ndarray, depth: int, nprobe: int, allowed: list[np.ndarray] | None = None
@@ -277,13 +278,18 @@ class Searcher:
     ) -> tuple[np.ndarray, np.ndarray]:
         """What `probe` finds in each segment, given its index, how many are wanted and its bitmap, as one list."""
         bits = self._undeleted if allowed is None else allowed
-        found = []
-        for number in range(len(self.segments)) if segments is None else segments:
+
+        def over(number: int) -> tuple[np.ndarray, np.ndarray]:
             segment = self.segments[number]
             deep = min(depth, segment.spec.rows)
             ordinals, scores = probe(segment.index, deep, None if bits is None else bits[number])
-            found.append((np.where(ordinals >= 0, ordinals + self.starts[number], -1), scores))
-        return joined(found, depth)
+            return np.where(ordinals >= 0, ordinals + self.starts[number], -1), scores
+
+        first, *others = range(len(self.segments)) if segments is None else segments
+        best = over(first)
+        for number in others:  # one after the other, so that memory does not grow with them
+            best = joined(best, over(number), depth)
+        return best
 
     def ranked(self, queries: np.ndarray, ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Scores of candidates (B, C) by their refine codes, if there are some; else `scores`, those by the codes."""
@@ -367,11 +373,21 @@ def flattened(queries: np.ndarray) -> np.ndarray:
     return queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries
 
 
-def joined(found: Sequence[tuple[np.ndarray, np.ndarray]], depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates of several segments as one list in the order of their scores, ties by ordinal; of one, as they are."""
-    if len(found) == 1:
-        return found[0]
-    ordinals, scores = (np.concatenate([pair[i] for pair in found], axis=1) for i in (0, 1))
+def unfilled(queries: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ordinals and scores (queries, count) before anything is found."""
+    return np.full((queries, count), -1, np.int64), np.full((queries, count), -np.inf, np.float32)
+
+
+def short(ordinals: np.ndarray, enough: int) -> np.ndarray:
+    """Which rows (B,) of ordinals (B, C) hold fewer than `enough`."""
+    return np.asarray((ordinals >= 0).sum(axis=1) < enough)
+
+
+def joined(
+    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of two sets of segments as one list in the order of their scores, ties by ordinal."""
+    ordinals, scores = (np.concatenate(pair, axis=1) for pair in zip(one, other, strict=True))
     order = np.lexsort((ordinals, -scores), axis=1)[:, :depth]
     return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
 

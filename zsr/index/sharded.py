@@ -22,11 +22,24 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from zsr import fault
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.cluster import connect
 from zsr.errors import ConfigError, StorageError
 from zsr.index import engine
-from zsr.index.search import WIDEN, Hits, Searcher, as_queries, flattened, merge_best, objects, reach, starts_of
+from zsr.index.search import (
+    WIDEN,
+    Hits,
+    Searcher,
+    as_queries,
+    flattened,
+    merge_best,
+    objects,
+    reach,
+    short,
+    starts_of,
+    unfilled,
+)
 from zsr.index.segments import Spec
 from zsr.index.vectors import Space
 
@@ -34,6 +47,9 @@ logger = logging.getLogger("zsr")
 
 PATIENCE: Final = 60.0  # seconds that a host may take for one batch; then its replicas are asked
 OPENING: Final = 3600.0  # seconds that a host may take to hash and open its segments
+BLOCK: Final = 1024  # queries that a host answers in one call
+GATHERED: Final = 256 << 20  # bytes of candidates that all hosts may send at once
+CANDIDATE: Final = 24  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +160,7 @@ class Host:
 
     def names(self, held: Held, *words: Any) -> tuple[np.ndarray, np.ndarray]:
         """See Part."""
+        fault.here("search.names")
         return self._part(held).names(*words)
 
 
@@ -289,41 +306,61 @@ class ShardedSearcher:
         labels: Collection[str] | None = None,
         ids: Collection[int] | None = None,
     ) -> Hits:
-        """The k nearest items, as `Searcher.search`; `missing` is the share of the gallery that nobody was asked about.
+        """The k nearest items, as `Searcher.search`; `missing` is the share of the gallery that nobody was asked about,
+        or whose hosts were lost before they named what they had found: such hits have neither key nor label.
 
         Raises:
             ConfigError: queries of another shape, or a number below 1.
             DamagedArtifact: a host that was started again found damaged bytes.
         """
-        serving, facts = self._serving, self.artifact.facts
         wanted = Wanted(None if labels is None else frozenset(labels), None if ids is None else frozenset(ids))
-        flat = as_queries(flattened(queries), int(facts["dim"]))
-        count, lists = k * int(facts["parts"]), int(facts["nlist"])
+        facts, width = self.artifact.facts, queries.shape[1] if queries.ndim == 3 else 1
+        count = k * int(facts["parts"])
         depth, probes = reach(facts, count, nprobe, refine_factor)
-        shared = ray.put(flat)  # once, and not once a host
-        while True:
-            parts, lost = serving.scatter(
+        found = [
+            self._block(queries[at:end], k, count, depth, probes, wanted)
+            for at, end in blocks_of(len(queries), max(1, at_once(depth, len(self._serving.hosts)) // width))
+        ]
+        return Hits(
+            np.concatenate([hits.ids for hits in found]),
+            np.concatenate([hits.keys for hits in found]),
+            np.concatenate([hits.labels for hits in found]),
+            np.concatenate([hits.scores for hits in found]),
+            max(hits.missing for hits in found),
+        )
+
+    def _block(self, queries: np.ndarray, k: int, count: int, depth: int, probes: int, wanted: Wanted) -> Hits:
+        """`search` for few queries."""
+        serving, facts = self._serving, self.artifact.facts
+        flat, lists = as_queries(flattened(queries), int(facts["dim"])), int(facts["nlist"])
+        ordinals, scores = unfilled(len(flat), count)
+        told: list[Candidates] = []
+        lost: set[int] = set()
+        left = np.arange(len(flat))
+        while len(left):
+            shared = ray.put(flat[left])  # once, and not once a host
+            parts, missing = serving.scatter(
                 "candidates", range(len(serving.sizes)), (shared, depth, probes, wanted), self.patience
             )
-            found = gathered(parts, len(flat), depth)
-            ordinals, scores = merge_best(*found, None, count)
+            ordinals[left], scores[left] = merge_best(*gathered(parts, len(left), depth), None, count)
+            told, lost = told + parts, lost | missing
             enough = min(count, sum(part.admitted for part in parts))
-            short = len(ordinals) > 0 and (ordinals >= 0).sum(axis=1).min() < enough
-            if wanted == Wanted() or probes >= lists or not short:
-                break
+            left = left[short(ordinals[left], enough)] if wanted != Wanted() and probes < lists else left[:0]
             probes *= WIDEN
-        known, owners = named_by(parts)
+        known, owners = named_by(told)
         # numbered by their places among the known, in the same order, since nobody here has the ids of all
         places = np.where(ordinals >= 0, np.searchsorted(known, ordinals), -1)
         rows = (len(queries), -1)
         places, scores = merge_best(places.reshape(rows), scores.reshape(rows), owners, k)
-        hits = self._named(serving, places, scores, known, owners)
-        return replace(hits, missing=float(serving.sizes[sorted(lost)].sum() / serving.sizes.sum()))
+        hits, nameless = self._named(serving, places, scores, known, owners)
+        return replace(hits, missing=float(serving.sizes[sorted(lost | nameless)].sum() / serving.sizes.sum()))
 
     def _named(
         self, serving: Serving, places: np.ndarray, scores: np.ndarray, known: np.ndarray, owners: np.ndarray
-    ) -> Hits:
-        """Hits of the items at `places` (B, k) of `known`, whose keys and labels their hosts know."""
+    ) -> tuple[Hits, set[int]]:
+        """Hits of the items at `places` (B, k) of `known`, whose keys and labels their hosts know; and the segments
+        whose last host was lost since it found them: their hits have neither.
+        """
         keys, labels = np.full(places.shape, None, object), np.full(places.shape, None, object)
         there = places >= 0
         ids = np.full(places.shape, -1, np.int64)
@@ -331,12 +368,29 @@ class ShardedSearcher:
         ordinals = np.full(places.shape, -1, np.int64)
         ordinals[there] = known[places[there]]
         segment = np.searchsorted(serving.starts, ordinals, side="right") - 1
+        nameless: set[int] = set()
         for number in np.unique(segment[there]).tolist():
             here = there & (segment == number)
-            # where the last host of a segment is lost between the two calls, its hits stay without names
-            for found in serving.scatter("names", [number], (ordinals[here],), self.patience)[0]:
-                keys[here], labels[here] = found
-        return Hits(ids, keys, labels, scores)
+            found, lost = serving.scatter("names", [number], (ordinals[here],), self.patience)
+            for named in found:
+                keys[here], labels[here] = named
+            nameless |= lost
+        return Hits(ids, keys, labels, scores), nameless
+
+
+def at_once(depth: int, hosts: int) -> int:
+    """Queries that all hosts are asked about at once: each answers within its patience, and what they say fits the
+    memory of the process that gathers it, however many they are.
+    """
+    return max(1, min(BLOCK, GATHERED // (CANDIDATE * depth * hosts)))
+
+
+def blocks_of(count: int, size: int) -> list[tuple[int, int]]:
+    """From where to where each block goes; the last is up to twice as long, since faiss rounds the distances to the
+    centroids of a few queries otherwise than those of many.
+    """
+    starts = range(0, max(1, count // size) * size, size)
+    return list(zip(starts, [*starts[1:], count], strict=True))
 
 
 def gathered(parts: Sequence[Candidates], queries: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
