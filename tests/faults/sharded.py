@@ -4,8 +4,8 @@
 
 Six segments on three local nodes. With two replicas a node is killed during the search: every answer has to equal that
 of the merged index, in every bit. With one, the answers have to name the share of the gallery that is missing, at once
-and without waiting for ever, and be whole again when Ray has started the lost host elsewhere. In the end a version
-without some items is taken over. Exit status 0 when all of it holds.
+and without waiting for ever, be whole again when Ray has started the lost host elsewhere, and be empty when all hosts
+are gone. In the end a version without some items is taken over. Exit status 0 when all of it holds.
 """
 
 import argparse
@@ -98,6 +98,10 @@ def without_replicas(root: Path, cluster: Any, nodes: list[Any], queries: np.nda
     back = same(searcher.search(queries, 10), merged.search(queries, 10))
     again = time.perf_counter() - started
     share = lost / SEGMENTS
+    for host in searcher._serving.hosts:
+        ray.kill(host, no_restart=True)
+    nothing = searcher.search(queries, 10)
+    back &= nothing.missing == 1 and bool((nothing.ids == -1).all())
     print(f"one replica: missing {found.missing:.4f} of {share:.4f} after {waited:.1f} s, whole after {again:.0f} s")
     return good and back and waited < PATIENCE + 10 and found.missing == share
 

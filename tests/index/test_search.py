@@ -49,6 +49,12 @@ def test_missing_neighbours_are_padded() -> None:
     assert scores.tolist() == [[0.5, -np.inf, -np.inf]]
 
 
+def test_nothing_found_is_padding() -> None:
+    ordinals, scores = merge_best(np.full((2, 3), -1), np.full((2, 3), -np.inf), np.empty(0, np.int64), 2)
+    assert ordinals.tolist() == [[-1, -1]] * 2
+    assert scores.tolist() == [[-np.inf, -np.inf]] * 2
+
+
 def test_a_full_probe_with_full_reranking_is_exact_search(index: Path, world: World) -> None:
     hits = Searcher.open(index).search(world.sketches, 10, nprobe=64, refine_factor=300)
     expected = exact_neighbours(world.sketches, world.photos, 10)

@@ -416,7 +416,8 @@ def merge_best(
 
 def _first_of_each(ordinals: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows sorted by score, with every later candidate of an id that was there before moved to the end and blanked."""
-    named = np.where(ordinals >= 0, ids[ordinals], -1)
+    named, there = np.full(ordinals.shape, -1, np.int64), ordinals >= 0
+    named[there] = ids[ordinals[there]]  # where nobody answers there are no ids at all
     by_id = np.argsort(named, axis=1, kind="stable")
     grouped = np.take_along_axis(named, by_id, 1)
     repeated = np.zeros(ordinals.shape, bool)
