@@ -18,7 +18,7 @@ from zsr.embedding.shards import Prices
 from zsr.errors import ConfigError
 from zsr.index.answers import Answers, Asked, answer, require_suffix, write_answers
 from zsr.index.by_list import require
-from zsr.index.offline import search_all
+from zsr.index.offline import predict, search_all
 from zsr.index.picture import draw, pictures_in
 from zsr.index.search import Searcher
 from zsr.index.sketches import embed_files, sketch_files
@@ -99,8 +99,13 @@ def plan(config: Search) -> Results:
     if config.list_ranges:
         require(index, config.asked, config.replicas)
     point = index.facts["operating_point"]
+    cost: Results = {}
     if config.queries is not None:
-        count = open_artifact(config.queries, "embeddings").facts["rows"]
+        queries = open_artifact(config.queries, "embeddings")
+        count = queries.facts["rows"]
+        if config.offline and not config.replicas and not config.list_ranges:
+            prices = Prices(config.cpu_price)
+            cost = {"cost": predict(index, queries, config.asked, workers=config.num_workers, prices=prices)}
     else:
         count = len(sketch_files(config.sketch or Path()))
     return {
@@ -109,6 +114,7 @@ def plan(config: Search) -> Results:
         "nprobe": config.nprobe or point["nprobe"],
         "refine_factor": config.refine_factor or point["refine_factor"],
         "bytes_mapped": sum(entry.bytes for entry in index.files),
+        **cost,
     }
 
 

@@ -4,21 +4,27 @@
 All ways to search give the same bytes.
 """
 
+import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
+
+import ray
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Store
-from zsr.cluster import map_pieces, resources
+from zsr.cluster import connect, map_pieces, resources
+from zsr.embedding.ahead import PROBE
 from zsr.embedding.shards import FREE, Prices, cost_of
 from zsr.errors import StorageError
 from zsr.index import by_list
-from zsr.index.answers import Asked, Searches, answer_block, answers_table
+from zsr.index.answers import Asked, Searches, answer_block, answers_table, queries_of
 from zsr.index.by_list import Merged, Work, actors
 from zsr.index.ledger import Clock
 from zsr.index.search import Searcher
 from zsr.index.sharded import ShardedSearcher
 from zsr.index.vectors import Vectors
+
+TRIED: Final = 256  # queries that a plan asks before it looks at the clock
 
 
 def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
@@ -76,6 +82,45 @@ def search_all(
         told |= cost_of(told["tasks_cpu"] / asked_now, False, prices)
     told |= {"list_ranges": work.ranges} if work.ranges else {}
     return artifact, told | {"tasks_rss": max((one["rss"] for one in spent), default=0)}
+
+
+def predict(
+    index: Artifact, queries: Artifact, asked: Asked, *, workers: int | None = None, prices: Prices = FREE
+) -> dict[str, Any]:
+    """What `search_all` would take with actors that map the whole index, told by some seconds of the first shard.
+
+    A Ray task maps the index as they would, which hashes it, and writes nothing. Rows are vectors, of which a query of
+    several parts has several. `hours` are those of workers that have a CPU each; what they take to start and to open
+    the index is not in it.
+
+    Raises:
+        ConfigError: queries of another space.
+    """
+    connect()
+    source = Vectors.of(queries)
+    seconds: float = ray.get(ray.remote(num_cpus=1)(_seconds_a_row).remote(index, source, asked))
+    size = max(1, min(len(source.shards), workers or int(resources().get("CPU", 1))))
+    hours = seconds * int(queries.facts["rows"]) / 3600
+    whole = cost_of(seconds, False, prices)
+    priced = {"cost": round(hours * prices.cpu_hour, 4)} if prices.cpu_hour else {}
+    return {"seconds_a_row": seconds, "workers": size, "hours": round(hours / size, 6), **whole, **priced}
+
+
+def _seconds_a_row(index: Artifact, source: Vectors, asked: Asked) -> float:
+    """Wall seconds that a row of the first shard takes. Runs in a Ray task."""
+    searcher = Searcher.of(index)
+    searcher.check(source.artifact)
+    queries = queries_of(source.read(0))[1]
+    asked.of(searcher, queries[:TRIED])  # opens what is opened when it is first needed
+    timed = queries[TRIED:] if len(queries) > TRIED else queries
+    rows, began = 0, time.perf_counter()
+    for at in range(0, len(timed), TRIED):
+        block = timed[at : at + TRIED]
+        asked.of(searcher, block)
+        rows += block.shape[0] * block.shape[1]
+        if time.perf_counter() - began >= PROBE:
+            break
+    return (time.perf_counter() - began) / rows
 
 
 def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dict[str, Any]]:
