@@ -156,14 +156,16 @@ class Trials:
 
     def times(self, kills: int, coin: random.Random) -> None:
         """So many kills in the middle of a run; where one comes after the end, another output is begun."""
-        hit = outputs = 0
+        hit, outputs, span = 0, 0, self.whole
         while hit < kills:
             outputs += 1
-            name, before = f"times-{outputs}", hit
+            name, before, began = f"times-{outputs}", hit, time.monotonic()
             command = self.job.command(self._place(name))
             with self._read(name) as reader, reader.watching():
-                while hit < kills and kill_after(command, coin.uniform(0.2 * self.whole, self.whole)):
+                while hit < kills and kill_after(command, coin.uniform(0.2 * span, span)):
                     hit += 1
+            if hit == before:
+                span = time.monotonic() - began  # of a run on this machine as busy as it is now
             self._check(f"{hit - before} random kills in the middle", command, reader)
 
     def disks(self, steps: int) -> None:
