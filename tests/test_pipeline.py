@@ -40,30 +40,38 @@ def trained(tmp_path_factory: pytest.TempPathFactory, featured: list[object]) ->
     return root
 
 
+@pytest.fixture(scope="module")
+def pictured(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """DATA of pictures and their SEMANTICS, as flags."""
+    root = tmp_path_factory.mktemp("pictured")
+    raw = toy.write_pictures(root / "raw")
+    prepared = ok("prepare", "--source", "sketchy", "--input", raw, "--output", root / "data", "--rows-per-shard", 30)
+    assert prepared["rows"] == {"in": 160, "used": 160, "quarantined": 0}
+    ok("semantics", "--data", root / "data", "--output", root / "semantics")
+    return ["--data", root / "data", "--semantics", root / "semantics"]
+
+
 def flags_to_paths(flags: list[object]) -> dict[str, Path]:
     return {str(name).removeprefix("--"): Path(str(path)) for name, path in zip(flags[::2], flags[1::2], strict=True)}
 
 
-def test_pictures_to_report(tmp_path: Path) -> None:
-    raw = toy.write_pictures(tmp_path / "raw")
-    data, features, semantics = (tmp_path / name for name in ("data", "features", "semantics"))
-    prepared = ok("prepare", "--source", "sketchy", "--input", raw, "--output", data, "--rows-per-shard", 30)
-    assert prepared["rows"] == {"in": 160, "used": 160, "quarantined": 0}
-    ok("features", "--data", data, "--output", features, "--size", 32, "--actors", 1)
-    ok("semantics", "--data", data, "--output", semantics)
-    inputs = ["--data", data, "--features", features, "--semantics", semantics]
+def test_pictures_to_report(tmp_path: Path, pictured: list[object]) -> None:
+    features = tmp_path / "features"
+    ok("features", *pictured[:2], "--output", features, "--size", 32, "--actors", 1)
+    inputs = [*pictured[:2], "--features", features, *pictured[2:]]
     trained = ok("train", *inputs, "--output", tmp_path / "checkpoint", *SHORT, "--num-workers", 2)
     assert trained["steps"] == 10
     search_and_report(tmp_path, inputs, tmp_path / "checkpoint")
-    pictures_end_to_end(tmp_path, data, semantics)
 
 
-def pictures_end_to_end(root: Path, data: Path, semantics: Path) -> None:
-    """An image tower trained along on the pictures, then again with the validation classes."""
+def test_an_image_tower_is_trained_along_and_again_with_the_validation_classes(
+    tmp_path: Path, pictured: list[object]
+) -> None:
     tower = ("--tower", "tiny", "--random-weights", "--size", 16, "--model", "doodle2search", "--augment", "--refit")
-    flags = (*tower, "--data", data, "--semantics", semantics, *SHORT, "--num-workers", 1)
-    refitted = ok("train", *flags, "--output", root / "tower")
-    final, chosen = (open_artifact(root / "tower" / "objects" / d, "checkpoint") for d in _versions(root / "tower"))
+    refitted = ok("train", *tower, *pictured, *SHORT, "--num-workers", 1, "--output", tmp_path / "tower")
+    final, chosen = (
+        open_artifact(tmp_path / "tower" / "objects" / d, "checkpoint") for d in _versions(tmp_path / "tower")
+    )
     assert (final.digest, final.parents["chosen"]) == (refitted["checkpoint"], chosen.digest)
     assert refitted["steps"] == chosen.facts["best_step"]
     assert refitted["validation_map_all"] == chosen.facts["validation_map_all"]
@@ -72,7 +80,7 @@ def pictures_end_to_end(root: Path, data: Path, semantics: Path) -> None:
     after = open_model(final).towers.state_dict()
     assert any(not value.equal(before[name]) for name, value in after.items())
     embedded = ok(
-        "embed", "--data", data, "--checkpoint", root / "tower", "--modality", "sketch", "--output", root / "e"
+        "embed", *pictured[:2], "--checkpoint", tmp_path / "tower", "--modality", "sketch", "--output", tmp_path / "e"
     )
     assert embedded["rows"] == 80
 
