@@ -24,7 +24,8 @@ from zsr.index.search import Searcher
 from zsr.index.sharded import ShardedSearcher
 from zsr.index.vectors import Vectors
 
-TRIED: Final = 256  # queries that a plan asks before it looks at the clock
+WARMED: Final = 256  # queries that a plan asks first and does not time
+TRIED: Final = 2048  # queries that it asks before it looks at the clock; fewer at once take more each
 
 
 def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
@@ -111,8 +112,8 @@ def _seconds_a_row(index: Artifact, source: Vectors, asked: Asked) -> float:
     searcher = Searcher.of(index)
     searcher.check(source.artifact)
     queries = queries_of(source.read(0))[1]
-    asked.of(searcher, queries[:TRIED])  # opens what is opened when it is first needed
-    timed = queries[TRIED:] if len(queries) > TRIED else queries
+    asked.of(searcher, queries[:WARMED])  # opens what is opened when it is first needed
+    timed = queries[WARMED:] if len(queries) > WARMED else queries
     rows, began = 0, time.perf_counter()
     for at in range(0, len(timed), TRIED):
         block = timed[at : at + TRIED]
