@@ -103,6 +103,7 @@ def without_replicas(root: Path, cluster: Any, nodes: list[Any], queries: np.nda
     nothing = searcher.search(queries, 10)
     back &= nothing.missing == 1 and bool((nothing.ids == -1).all())
     print(f"one replica: missing {found.missing:.4f} of {share:.4f} after {waited:.1f} s, whole after {again:.0f} s")
+    print(f"all hosts killed: missing {nothing.missing:.4f}")
     return good and back and waited < PATIENCE + 10 and found.missing == share
 
 

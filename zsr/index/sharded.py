@@ -47,9 +47,9 @@ logger = logging.getLogger("zsr")
 
 PATIENCE: Final = 60.0  # seconds that a host may take for one batch; then its replicas are asked
 OPENING: Final = 3600.0  # seconds that a host may take to hash and open its segments
-BLOCK: Final = 1024  # queries that a host answers in one call
-GATHERED: Final = 256 << 20  # bytes of candidates that all hosts may send at once
-CANDIDATE: Final = 24  # bytes
+BLOCK: Final = 1024  # queries that a host answers in one call; up to twice as many in the last one
+GATHERED: Final = 256 << 20  # bytes of candidates that all hosts may send for a block
+CANDIDATE: Final = 24  # bytes of one in `Candidates`
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +379,7 @@ class ShardedSearcher:
 
 
 def at_once(depth: int, hosts: int) -> int:
-    """Queries that all hosts are asked about at once: each answers within its patience, and what they say fits the
+    """Queries of a block: few enough that a host answers within its patience, and that what all hosts say fits the
     memory of the process that gathers it, however many they are.
     """
     return max(1, min(BLOCK, GATHERED // (CANDIDATE * depth * hosts)))
