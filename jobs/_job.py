@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from zsr import cluster
 from zsr.errors import ConfigError, ZsrError
+from zsr.storage import located
 
 Results = dict[str, Any]
 
@@ -32,6 +33,12 @@ class JobConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: bool = False
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _located(cls, value: Any) -> Any:
+        """Here, where the command was called: workers and other nodes have other working directories."""
+        return located(value)
 
 
 Config = TypeVar("Config", bound=JobConfig)

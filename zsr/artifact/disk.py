@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from zsr.artifact.format import CHUNK, FileEntry
 from zsr.errors import DamagedArtifact, DiskFull, StorageError
+from zsr.storage import filesystem, local_path, remote_errors, url_of
 
 
 def check_size(path: Path, found: int, entry: FileEntry) -> None:
@@ -100,7 +101,17 @@ def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync and rename into place: a reader sees the whole file or none."""
+    """Write, fsync and rename into place, or put at a URL in one request: a reader sees the whole file or none.
+
+    Raises:
+        StorageError, DiskFull: it cannot be written; nothing of it is left.
+    """
+    if url := url_of(path):
+        store, name = filesystem(url)
+        with remote_errors(url):
+            store.pipe_file(name, data)
+        return
+    path = local_path(path)
     temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")
     with disk_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)

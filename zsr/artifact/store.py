@@ -47,6 +47,11 @@ class Store:
         return self.url or str(self.root)
 
     @property
+    def place(self) -> Path:
+        """The ROOT as a path or URL below which files that are no artifacts are written."""
+        return Path(self.url) if self.url else self.root
+
+    @property
     def bucket(self) -> Bucket | None:
         """The object store; None for a directory."""
         return Bucket(self.url, self.root) if self.url else None
