@@ -49,7 +49,9 @@ class Store:
 
     def staging(self, plan: Plan) -> Staging:
         """Where `plan` is worked on; finished pieces of a killed run are found there."""
-        return Staging(self.root, plan, self.url)
+        staging = Staging(self.root, plan, self.url)
+        WATCH.staging = staging.where
+        return staging
 
     def made(self, plan: Plan, check: Callable[[Artifact], None] | None = None) -> Artifact | None:
         """The artifact that this very plan already made, published now if a kill came after sealing.
