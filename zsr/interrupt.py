@@ -133,7 +133,7 @@ def _wait(*_: object) -> NoReturn:
 
 
 def _kill_children() -> None:
-    """Kill everything below this process. Those whose parent dies first become its own, and are found in a next look."""
+    """Kill everything below this process. Orphans become its own, and are found in the next look."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     deadline = time.monotonic() + KILLING

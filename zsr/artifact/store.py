@@ -17,6 +17,7 @@ from zsr.artifact.format import MANIFEST, MANIFEST_CAP, SCHEMA_VERSION, Plan, ca
 from zsr.artifact.opened import Artifact
 from zsr.artifact.staging import Staging
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, StorageError
+from zsr.interrupt import WATCH
 from zsr.storage import local_path, url_of
 
 POINTER_CAP = 4096  # bytes of a version's file
