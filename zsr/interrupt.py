@@ -102,7 +102,7 @@ class Watch:
 
         def leave() -> NoReturn:
             with suppress(OSError):  # a terminal that was closed
-                os.write(err, f"{_SHOW_CURSOR if os.isatty(err) else ''}error: {message}\n".encode())
+                os.write(err, f"{_SHOW_CURSOR if os.isatty(err) else ''}{message}\n".encode())
                 os.write(out, f"{json_line}\n".encode())
             os._exit(code)
 
