@@ -27,7 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import zsr.errors
 from cluster.package import LIMIT, Package, package
-from jobs._job import JobConfig, Results, attach, main
+from jobs._job import JobConfig, Results, attach, main, without_file
 from zsr.artifact import canonical, sha256
 from zsr.errors import ConfigError, ZsrError
 
@@ -122,17 +122,17 @@ def carried(flags: Sequence[str]) -> tuple[tuple[str, ...], dict[str, bytes]]:
     Raises:
         ConfigError: the file cannot be read.
     """
-    words = list(flags)
-    if "--config" not in words or words.index("--config") + 1 == len(words):
+    words, path = without_file(flags)
+    if path is None:
         return tuple(words), {}
-    at = words.index("--config") + 1
     try:
-        data = Path(words[at]).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--config {words[at]}: {error.strerror}") from error
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
     name = f"submitted/{sha256(data)[:16]}.yaml"  # by content: another content is another job
-    words[at] = name
-    return tuple(words), {name: data}
+    # behind the first word, which may be a command of jobs.index, and in front of the flags that override it
+    at = 1 if words and not words[0].startswith("-") else 0
+    return (*words[:at], "--config", name, *words[at:]), {name: data}
 
 
 class Cluster:

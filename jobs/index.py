@@ -76,9 +76,9 @@ class Delete(Inspect):
             ConfigError: no key, an unreadable file, or a key that the index does not hold.
         """
         try:
-            lines = self.keys_from.read_text().splitlines() if self.keys_from else []
-        except OSError as error:
-            raise ConfigError(f"--keys-from {self.keys_from}: {error}") from error
+            lines = self.keys_from.read_text(encoding="utf-8").splitlines() if self.keys_from else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--keys-from {self.keys_from}: {error}; expected a key per line in UTF-8") from error
         wanted = {*self.keys, *filter(None, lines)}
         searcher = Searcher.open(self.index_dir)
         found: dict[str, int] = {}
@@ -227,12 +227,24 @@ COMMANDS: Final[Mapping[str, Command]] = {
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names, and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        print(usage())
+        return 0
     if not words or words[0] not in COMMANDS:
         message = f"expected one of {list(COMMANDS)} and then --help or its flags; found {words[:1]}"
         print(f"error: {message}", file=sys.stderr)
         print(json.dumps({"error": message, "exit_code": 2}), flush=True)
         return 2
-    return main(*COMMANDS[words[0]], argv=words[1:])
+    return main(*COMMANDS[words[0]], argv=words[1:], command=words[0])
+
+
+def usage() -> str:
+    """The commands, and what each does."""
+    does = {name: (work if name == "plan" else kind).__doc__ for name, (kind, _, work) in COMMANDS.items()}
+    lines = [f"    {name:8}  {' '.join(str(text).partition('Attributes:')[0].split())}" for name, text in does.items()]
+    return "\n".join(
+        ["usage: python -m jobs.index COMMAND [OPTIONS]", "", *lines, "", "python -m jobs.index COMMAND --help"]
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from jobs import embed, evaluate, features, index, prepare, semantics, train
-from jobs._job import JobConfig, Results, attach, file_values, main, ours
+from jobs._job import JobConfig, Results, attach, file_values, main, ours, without_file
 from zsr import measure
 from zsr.artifact import write_atomically
 from zsr.errors import ConfigError, StorageError
@@ -99,13 +99,11 @@ def _wants(kind: type[BaseModel]) -> bool:
 
 def config_for(argv: Sequence[str]) -> type[Any]:
     """The configuration's class: the model that `--train.model` or the file names types `train.options`."""
-    found: dict[str, Any] = {}
-    flags = list(argv)
-    if "--config" in flags and flags.index("--config") + 1 < len(flags):
-        content = file_values(Path(flags[flags.index("--config") + 1])).get("train")
-        found = dict(content) if isinstance(content, Mapping) else {}
+    flags, path = without_file(argv)
+    content = None if path is None else file_values(path).get("train")
+    found: dict[str, Any] = dict(content) if isinstance(content, Mapping) else {}
     for name in ("model", "preset"):
-        found[name] = train.peek([word for word in flags if word != "--config"], f"train.{name}", found.get(name))
+        found[name] = train.peek(flags, f"train.{name}", found.get(name))
     return config_of(str(found["model"] or "contrastive"), found["preset"])
 
 

@@ -77,7 +77,7 @@ def _table(flag: str, file: Path | None) -> dict[str, str]:
     if file is None:
         return {}
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{flag} {file}: {error}; expected a JSON object of class names to strings") from error
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):

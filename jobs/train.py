@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
-from jobs._job import JobConfig, Results, file_values, main
+from jobs._job import JobConfig, Results, file_values, main, without_file
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.data import splits
 from zsr.errors import ConfigError
@@ -167,10 +167,8 @@ def config_for(argv: Sequence[str]) -> type[Any]:
 
 def peek(argv: Sequence[str], name: str, default: str | None) -> str | None:
     """The value of one flag before the flags can be parsed, from the command line or else from --config's file."""
-    found = default
-    flags = list(argv)
-    if "--config" in flags and flags.index("--config") + 1 < len(flags):
-        found = file_values(Path(flags[flags.index("--config") + 1])).get(name, default)
+    flags, path = without_file(argv)
+    found = default if path is None else file_values(path).get(name, default)
     for at, flag in enumerate(flags):
         if flag == f"--{name}" and at + 1 < len(flags):
             found = flags[at + 1]

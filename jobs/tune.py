@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, create_model
 
 from jobs import train
-from jobs._job import Results, file_values, main
+from jobs._job import Results, file_values, main, refusals
 from zsr.artifact import write_atomically
 from zsr.errors import ConfigError
 from zsr.training.run import Run, describe
@@ -76,8 +76,7 @@ def trial_config(values: Mapping[str, Any], overrides: Overrides) -> Any:
     try:
         return train.config_for(["--model", changed["model"]])(**changed)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"trial {dict(overrides)}: {wrong}") from error
+        raise ConfigError(f"trial {dict(overrides)}: {refusals(error)}") from error
 
 
 def make(values: Mapping[str, Any], overrides: Overrides) -> Run:
@@ -92,7 +91,7 @@ def sweep_of(config: Any) -> Sweep:
     Raises:
         ConfigError: see `parse_space` and `trial_config`.
     """
-    content = {} if config.search_space is None else file_values(config.search_space)
+    content = {} if config.search_space is None else file_values(config.search_space, "--search-space")
     values = base(config)
     space = parse_space(content)
     if "seed" in space:
