@@ -32,6 +32,7 @@ def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate is measured, whatever that costs."""
     monkeypatch.setattr(trial, "TRIAL_FRACTION", math.inf)
+    monkeypatch.setattr(trial, "_could_win", lambda *words: True)
 
 
 def _measure(crowd: World, **options: object) -> dict[str, plan.Evidence]:
@@ -80,9 +81,10 @@ def test_planning_ends_when_it_used_its_fraction_of_the_build_and_says_what_it_m
     monkeypatch.setattr(trial, "TRIAL_FRACTION", 1e-9)
     with caplog.at_level(logging.WARNING, "zsr"):
         seen = _measure(crowd)
-    (code,) = {key.partition(",R")[0] for key in seen}
+    code, *others = seen
+    assert {key for key in others} == set(plan.refined(code)[1:])
     lines = [record.getMessage() for record in caplog.records if "plan:" in record.getMessage()]
-    assert f"{code}: recall@10" in lines[1]
+    assert f"{code}: recall@10 {seen[code].recall:.3f}" in lines[1]
     assert lines[2].startswith("index: plan: stop after")
 
 
@@ -95,3 +97,13 @@ def test_a_small_gallery_over_its_budget_is_measured_for_shorter_codes(
     ).chosen
     assert chosen.index_bytes <= 200_000
     assert chosen.evidence
+
+
+def test_a_code_that_takes_more_bytes_than_one_that_reached_the_target_is_not_measured(
+    crowd: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "TRIAL_FRACTION", math.inf)
+    seen = list(_measure(crowd, recall_target=0.5))
+    lists = plan.lists_key(6000, 6000)
+    assert f"{lists},SQ8" not in seen
+    assert any(key.endswith("RaBitQ1") for key in seen)

@@ -150,6 +150,7 @@ def build(job: Job, store: Store) -> Published:
     staging, clock, key = store.staging(task), ledger.Ledger(), job.chosen.index_key
     rows = f"{job.gallery.rows} vectors in {len(job.gallery.shards)} shards"
     ledger.note("%s", "; ".join(job.chosen.reasons))
+    asked = job.queries.sample(queries_of(key), job.config.seed)  # first: one that is not finite ends the job now
     with clock.stage("sample", f"{job.chosen.train_size} of {rows}"):
         clock.tasks("sample", sample(job, staging))
     with clock.stage("train", f"{key} on {job.chosen.train_size} vectors"):
@@ -160,7 +161,7 @@ def build(job: Job, store: Store) -> Published:
         for number, run in enumerate(job.segments):
             merge(staging, segment_name(number), run)
     with clock.stage("tune", f"recall@{K}, measured with {job.tuned_on}"):
-        facts, report = finish(job, staging)
+        facts, report = finish(job, staging, asked)
     artifact = staging.seal(facts=facts, rows={"in": job.gallery.rows, "used": job.gallery.rows, "quarantined": 0})
     with clock.stage("verify", rows):
         published = publish(store, artifact)
@@ -320,8 +321,11 @@ def staged_segment(staging: Staging, spec: Spec, gallery_space: Any, key: str) -
     return Segment(files, spec, gallery_space, key)
 
 
-def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
+def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any], ledger.Tuning]:
     """Tune the staged index, stage its golden queries, and return the facts of its manifest.
+
+    Args:
+        asked: (Q, D) float32, queries to tune on.
 
     Raises:
         QualityGateFailed: the recall target cannot be met.
@@ -344,7 +348,7 @@ def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
     segments = [staged_segment(staging, spec, job.gallery.space, key) for spec in specs]
     searcher = Searcher(segments, facts, np.empty(0, np.int64), {})
     require_unique(searcher)
-    sketches, own = truths(job.gallery, job.queries, queries_of(key), job.config.seed)
+    sketches, own = truths(job.gallery, asked, queries_of(key), job.config.seed)
     point, curve = tune(searcher, sketches, own, job.config.recall_target)
     staging.write_table(GOLDEN, golden_table(sketches))
     facts |= {
@@ -357,9 +361,8 @@ def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
     return facts, ledger.Tuning.of(Searcher(segments, facts, np.empty(0, np.int64), {}), sketches, point, curve)
 
 
-def truths(gallery: Vectors, queries: Vectors, count: int, seed: int) -> tuple[Truth, Truth]:
-    """Exact neighbors of `count` of the queries, and of as many gallery vectors."""
-    sketches = queries.sample(count, seed)
+def truths(gallery: Vectors, sketches: np.ndarray, count: int, seed: int) -> tuple[Truth, Truth]:
+    """Exact neighbors of queries (Q, D) float32, and of `count` gallery vectors."""
     own = gallery.sample(count, seed + 1)
     both = exact(gallery, np.concatenate([sketches, own]))
     return both.rows(slice(len(sketches))), both.rows(slice(len(sketches), None))

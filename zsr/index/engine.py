@@ -222,6 +222,8 @@ def train_transform(transform: Any, sample: np.ndarray, metric: str) -> None:
     an inner product with the mean, which differs from vector to vector, to every score.
     """
     moved = faiss.downcast_VectorTransform(transform)
+    if isinstance(moved, faiss.OPQMatrix) and moved.pq is None:
+        _quiet(moved)
     # of evenly spread rows: faiss copies what it is given, and more tell a covariance nothing new
     moved.train(np.ascontiguousarray(sample[:: max(1, len(sample) // TRANSFORM_POINTS)]))
     if metric == "ip" and isinstance(moved, faiss.PCAMatrix):
@@ -510,12 +512,18 @@ def transform_parts(key: str) -> tuple[str, int, int]:
     return kind, int(first), int(second or 0)
 
 
-def shorten(rotation: Any, iterations: int, points: int) -> None:
-    """Let an OPQ rotation learn quickly, on few vectors and without advice on how many it wants."""
+def _quiet(rotation: Any) -> None:
+    """Keep an OPQ rotation from printing hundreds of lines on how many vectors its k-means would like to have."""
     codes = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
     codes.cp.min_points_per_centroid = 1
-    rotation.niter, rotation.max_train_points, rotation.pq = iterations, points, codes
+    rotation.pq = codes
     rotation.referenced_objects = [codes]
+
+
+def shorten(rotation: Any, iterations: int, points: int) -> None:
+    """Let an OPQ rotation learn quickly, on few vectors and without advice on how many it wants."""
+    _quiet(rotation)
+    rotation.niter, rotation.max_train_points = iterations, points
 
 
 def kmeans(sample: np.ndarray, count: int, metric: str) -> np.ndarray:

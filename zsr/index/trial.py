@@ -24,6 +24,7 @@ import numpy as np
 from zsr.index import engine
 from zsr.index.ledger import note
 from zsr.index.plan import (
+    NEAR_BYTES,
     PROBING_LOSS,
     Evidence,
     IndexConfig,
@@ -96,7 +97,8 @@ def ground_of(gallery: Vectors, queries: Vectors, seed: int) -> Ground:
 def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evidence]:
     """Evidence for the candidates that fit the budget, the promising ones first, for TRIAL_FRACTION of the build.
 
-    Deterministic but for its timings, and for how many candidates it comes to. At least one is measured.
+    Deterministic but for its timings, and for how many candidates are measured: at least one, and none that takes more
+    bytes than one that reached the target.
 
     Raises:
         Infeasible: no candidate fits the budget.
@@ -112,21 +114,39 @@ def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evi
     clock = time.process_time()
     with engine.threads(1):
         for number, code in enumerate(by_promise(codes, dim, config.recall_target), 1):
-            found += trial.of(code)
+            if not _could_win(code, found, gallery, config.recall_target):
+                continue
+            seen = trial.of(code)
+            found += seen
             spent, allowed = time.process_time() - clock, TRIAL_FRACTION * min(e.build_seconds for e in found)
-            best = max(e.recall for e in found if e.index_key.startswith(code))
-            note("plan: %d of %d, %s: recall@%d %.3f, %.1f s", number, len(codes), code, K, best, spent)
+            note("plan: %d of %d, %s: %s, %.1f s so far", number, len(codes), code, _shown(seen), spent)
             if spent > allowed:
                 note("plan: stop after %.1f s, %.0f%% of the build", spent, 100 * TRIAL_FRACTION)
                 break
     return found
 
 
+def _shown(seen: Sequence[Evidence]) -> str:
+    """Recall of a code, and of the best of its refinements."""
+    own, best = seen[0].recall, max(evidence.recall for evidence in seen)
+    return f"recall@{K} {own:.3f}" + (f", {best:.3f} with refine codes" if len(seen) > 1 else "")
+
+
+def _could_win(code: str, found: Sequence[Evidence], gallery: Vectors, target: float) -> bool:
+    """Whether `code` takes about as few bytes as the smallest that has reached the target, or none has; see `rank`."""
+    reached = [evidence.bytes for evidence in found if evidence.recall >= target + PROBING_LOSS]
+    size = index_bytes(code, gallery.rows, gallery.space.dim, gallery.space.metric)
+    return size <= NEAR_BYTES * min(reached, default=size)
+
+
 def by_promise(codes: Sequence[str], dim: int, target: float) -> list[str]:
-    """`codes` by how near their bits per dimension of the gallery are to those that usually reach the target."""
+    """`codes` by how near their bits per dimension of the gallery are to those that usually reach the target.
+
+    Those behind a rotation for product codes come last, since learning it takes longer than many trials.
+    """
     wanted = float(np.interp(target + PROBING_LOSS, *PROMISED))
     bits = {code: 8 * engine.ivf_of(engine.empty(code, dim, "ip")).code_size / dim for code in codes}
-    return sorted(codes, key=lambda code: abs(math.log2(bits[code] / wanted)))
+    return sorted(codes, key=lambda code: (code.startswith("OPQ"), abs(math.log2(bits[code] / wanted))))
 
 
 @dataclass(frozen=True)
