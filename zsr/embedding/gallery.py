@@ -16,6 +16,7 @@ import torch
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import own_device
+from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
@@ -201,11 +202,18 @@ class ShardEmbedder:
 
 
 def embedding_table(rows: pa.Table, embeddings: np.ndarray) -> pa.Table:
-    """EMB rows of N items with embeddings (N, P, D): P consecutive rows an item."""
+    """EMB rows of N items with embeddings (N, P, D): P consecutive rows per item.
+
+    Raises:
+        ConfigError: an embedding that is not finite, or too long for float32 distances; names its key.
+    """
     count, parts, dim = embeddings.shape
     items = np.repeat(np.arange(count), parts)
     repeated = rows.take(pa.array(items))
-    flat = pa.array(np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1))
+    matrix = np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1, dim)
+    fix = "Check its features or image, and that the training of the checkpoint converged"
+    require_finite(matrix, repeated.column("key"), "embedding", fix)
+    flat = pa.array(matrix.reshape(-1))
     return pa.table(
         {
             "id": repeated.column("id"),

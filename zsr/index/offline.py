@@ -5,7 +5,7 @@ All ways to search give the same bytes.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import ray
@@ -20,7 +20,7 @@ from zsr.index import by_list
 from zsr.index.answers import Asked, Searches, answer_block, answers_table, queries_of
 from zsr.index.by_list import Merged, Work, actors
 from zsr.index.ledger import Clock
-from zsr.index.search import Searcher
+from zsr.index.search import Searcher, classes_of, resolved
 from zsr.index.sharded import ShardedSearcher
 from zsr.index.vectors import Vectors
 
@@ -34,6 +34,11 @@ def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
     config = asdict(asked) | {"nprobe": asked.nprobe or point["nprobe"], "labels": sorted(asked.labels)}
     config |= {"refine_factor": asked.refine_factor or point["refine_factor"]}
     return Plan("neighbours", config, {"index": index.digest, "queries": queries.digest})
+
+
+def spelled(index: Artifact, asked: Asked) -> Asked:
+    """`asked` with its labels as the index spells them. Raises ConfigError for a class that no item has."""
+    return replace(asked, labels=resolved(asked.labels or None, lambda: classes_of(index)) or ())
 
 
 def search_all(
@@ -58,11 +63,12 @@ def search_all(
         prices: of the CPU seconds that the answers took.
 
     Raises:
-        ConfigError: queries of another space, or what is not answered by ranges of lists.
+        ConfigError: queries of another space, a class that no item has, or what is not answered by ranges of lists.
         StorageError: no node was left that holds some segment; what was answered before stays.
     """
     if list_ranges:
         by_list.require(index, asked, replicas)
+    asked = spelled(index, asked)
     planned = plan(index, queries, asked)
     if done := output.made(planned):
         return done, {"reused": True}
@@ -95,9 +101,10 @@ def predict(
     the index is not in it.
 
     Raises:
-        ConfigError: queries of another space.
+        ConfigError: queries of another space, or a class that no item has.
     """
     connect()
+    asked = spelled(index, asked)
     source = Vectors.of(queries)
     seconds: float = ray.get(ray.remote(num_cpus=1)(_seconds_a_row).remote(index, source, asked))
     size = max(1, min(len(source.shards), workers or int(resources().get("CPU", 1))))

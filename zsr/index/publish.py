@@ -26,13 +26,13 @@ class Published:
     def as_json(self) -> dict[str, Any]:
         """What a job prints."""
         facts = self.artifact.facts
-        named = ("ntotal", "index_key", "operating_point", "imbalance", "dim", "metric", "checkpoint")
+        named = ("ntotal", "index_key", "exact", "operating_point", "imbalance", "dim", "metric", "checkpoint")
         return {
             "digest": self.artifact.digest,
             "version": self.version,
             "bytes": sum(entry.bytes for entry in self.artifact.files),
             "recall": facts["operating_point"]["recall_sketch"],
-            **{name: facts[name] for name in named},
+            **{name: facts[name] for name in named if name in facts},  # "exact" is newer than some indexes
         }
 
 

@@ -64,7 +64,7 @@ class Truth:
             np.concatenate([self.scores, other.scores], axis=1),
             DEPTH,
         )
-        floor = np.maximum(np.maximum(self.floor, other.floor), _last(ordinals, scores))
+        floor = np.maximum(np.maximum(self.floor, other.floor), floor_of(ordinals, scores))
         known = scores >= floor[:, None]
         return Truth(self.queries, np.where(known, ordinals, -1), np.where(known, scores, -np.inf), floor)
 
@@ -84,8 +84,8 @@ def best(ordinals: np.ndarray, scores: np.ndarray, count: int) -> tuple[np.ndarr
     return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def _last(ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The last score of each full list; minus infinity for the others, which hold all there is."""
+def floor_of(ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(Q,) the last score of each full list (Q, N); minus infinity for the others, which hold all there is."""
     return np.where(ordinals[:, -1] >= 0, scores[:, -1], np.float32(-np.inf))
 
 
@@ -122,7 +122,7 @@ def exact(
     near = best(np.concatenate(ordinals, axis=1), np.concatenate(scores, axis=1), depth)
     short = ((0, 0), (0, max(0, depth - near[0].shape[1])))
     padded = np.pad(near[0], short, constant_values=-1), np.pad(near[1], short, constant_values=-np.inf)
-    return Truth(queries, *padded, _last(*padded))
+    return Truth(queries, *padded, floor_of(*padded))
 
 
 def _exact_shards(
