@@ -114,7 +114,9 @@ def _checked(source: Source, item: Item) -> bytes:
     except OSError as error:
         raise BadImage("unreadable", str(error)) from error
     if data:
-        decode(data, PROBE, Limits())
+        pixels = decode(data, PROBE, Limits())
+        if item.modality == "sketch" and pixels.min() == 255:
+            raise BadImage("blank", "nothing but white; light strokes on a transparent ground vanish: make them dark")
     elif item.where and item.text is None and source.feature(item) is None:
         raise BadImage("empty", "0 bytes, expected an encoded picture")
     if item.text is not None and (not item.text.strip() or len(item.text) > TEXT_CAP or "\0" in item.text):

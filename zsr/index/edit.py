@@ -231,24 +231,24 @@ def _extend(
     told: Mapping[str, Any],
 ) -> Changed:
     """Add some shards of `gallery` in a segment of their own, with `dead` deleted."""
-    truth = live.searcher.golden.without(dead)
     if not len(shards):
-        return _made(live, work, told, lambda _: Change(live.specs(), dead, truth))
+        return _made(live, work, told, lambda _: Change(live.specs(), dead, live.searcher.golden.without(dead)))
 
     def make(staging: Staging) -> Change:
-        spec, joined, seen = _new_segment(live, staging, gallery, shards, truth, workers)
+        spec, joined, seen = _new_segment(live, staging, gallery, shards, dead, workers)
         return Change([*live.specs(), spec], dead, joined, seen)
 
     return _made(live, work, told, make)
 
 
 def _new_segment(
-    live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], truth: Truth, workers: int | None
+    live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], dead: np.ndarray, workers: int | None
 ) -> tuple[Spec, Truth, drift.Spread | None]:
     """Stage a segment of some shards of `gallery`.
 
     Returns:
-        What it is, `truth` with its items, and how they lie under the template.
+        What it is, the golden queries' neighbors with its items and without `dead`, and how the items lie under the
+        template.
     """
     key = str(live.artifact.facts["index_key"])
     first = live.searcher.segments[0]
@@ -262,6 +262,7 @@ def _new_segment(
     numbers = np.full(gallery.rows, -1)
     rows = np.concatenate([np.arange(gallery.starts[i], gallery.starts[i + 1]) for i in shards])
     numbers[rows] = live.rows + np.arange(len(rows))
+    truth = live.searcher.golden.without(dead)
     joined = truth.joined(exact(gallery, truth.queries, shards=shards).renumbered(numbers))
     looked = np.sort(np.random.default_rng(0).permutation(rows)[:DRIFT_ROWS])
     template = engine.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
