@@ -9,10 +9,8 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +22,7 @@ from ray._raylet import AuthenticationTokenLoader
 from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
-from zsr import measure, worker
+from zsr import measure, noise, progress, worker
 from zsr.errors import ConfigError, Infeasible, ZsrError
 from zsr.interrupt import WATCH
 from zsr.storage import shared_environment
@@ -75,6 +73,7 @@ def connect() -> None:
             raise _not_started(said) from error
         raise ConfigError(_unusable(given, said)) from error
     WATCH.install()  # Ray has replaced the handler of SIGTERM
+    noise.keep_out()
     set_data_context()
 
 
@@ -319,7 +318,13 @@ def map_pieces(
 
 
 def stream_pieces(
-    what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
+    what: str,
+    function: Callable[..., Any],
+    pieces: Sequence[dict[str, Any]],
+    *,
+    rows: Sequence[int] | None = None,
+    unit: str = "rows",
+    **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Run `function` once for every piece, each as a Ray task, and yield its results in the order of `pieces`.
 
@@ -327,6 +332,9 @@ def stream_pieces(
         what: a word for the progress lines and the metrics.
         function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of.
             It writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
+        rows: rows of each piece, for progress; `function` calls `progress.advance` as it goes through them. Left out,
+            finished pieces are counted.
+        unit: what `rows` counts.
         options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
 
     Raises:
@@ -342,21 +350,12 @@ def stream_pieces(
     else:
         options["fn_kwargs"] = {"stage": what, "function": function, "shared": options.pop("fn_kwargs", {})}
         counted = measure.task
-    dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(counted, **options)
-    yield from track(what, dataset.iter_rows(), len(pieces))
-
-
-def track(what: str, items: Iterable[Any], total: int) -> Iterator[Any]:
-    """Pass `items` through, showing progress: a bar on a terminal, a line each 30 s elsewhere."""
-    if sys.stderr.isatty():
-        from rich.progress import track as bar  # imported here: only a terminal needs it
-
-        yield from bar(items, description=what, total=total)
-        return
-    started = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= 30:
-            last = now
-            logger.warning("%s: %d of %d, %.0f s", what, done, total, now - started)
+    sizes, unit = ([1] * len(pieces), "shards") if rows is None else (rows, unit)
+    items = measure.Items(sizes)
+    dataset = ray.data.from_items(items.numbered(pieces), override_num_blocks=len(pieces)).map(counted, **options)
+    try:
+        with progress.stage(what, sum(sizes), unit, poll=items.done) as shown:
+            yield from items.passed(dataset.iter_rows())
+            shown.done = sum(sizes)
+    finally:
+        items.forget()

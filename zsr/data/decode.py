@@ -225,15 +225,6 @@ def _orientation(image: Image.Image) -> int:
     return found if found in UPRIGHT else 1
 
 
-def unreadable_reason(data: bytes) -> str | None:
-    """Why the encoded image `data` (or its first 4 KiB) is of no kind that is read here; None where it is of one."""
-    try:
-        sniff(data)
-    except BadImage as error:
-        return str(error)
-    return None
-
-
 def _plain(error: Exception) -> str:
     """What `error` says, without the address of the object that it is about: messages go into artifacts."""
     return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import gpus, own_device
 from zsr.data.decode import VERSION
@@ -92,6 +92,7 @@ def extract(
     work = plan(data, settings, weights)
     names = shards(data, settings)
     if done := output.made(work):
+        progress.up_to_date("features", output, output.versions())
         return done, Tally(found=len(names))
     staging = output.staging(work)
     if not names:
@@ -99,7 +100,8 @@ def extract(
     shared = _shared(data, settings, weights, work, batch)
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}
     decoders = 0 if settings.jpegs == "gpu" else decoders
-    tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders)
+    rows = {name: int(data.entry(name).facts["rows"]) for name in names}
+    tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders, rows)
     about = {"backbone": settings.backbone, "size": work.config["size"]}
     return seal_features(staging, output, names, about), tally
 
@@ -261,7 +263,7 @@ class ShardExtractor:
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         name, clocks = piece["name"], Clocks()
-        parts = [made for _, made in self.maker.made(name, clocks)]
+        parts = [made for _, made in progress.counted(self.maker.made(name, clocks))]
         with clocks.stage("write"):
             rows = self._stage(piece, parts)
         read, told = self.maker.data.entry(name).bytes, self.maker.decoders.as_json()

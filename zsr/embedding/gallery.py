@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault
-from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr import fault, progress
+from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
 from zsr.cluster import own_device
 from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
@@ -69,12 +69,22 @@ def embed(
     there = {entry.path: entry for entry in (features or data).files}
     names = [e.path for e in data.shards(modality) if e.path in there]
     if done := output.made(work):
+        progress.up_to_date(f"embed {modality}", output, output.versions())
         return done, Tally(found=len(names))
     staging = output.staging(work)
     wanted = {name: fingerprint(work, data.entry(name), there[name]) for name in names}
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
-    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, 0 if features else decoders)
+    decoders = 0 if features else decoders
+    rows = {name: _rows(data.entry(name), chosen_classes(checkpoint, classes)) for name in names}
+    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, decoders, rows)
     return _seal(staging, output, checkpoint, modality, names), tally
+
+
+def _rows(entry: FileEntry, classes: tuple[str, ...] | None) -> int:
+    """Rows of a DATA shard that are of `classes`; all for None."""
+    if classes is None:
+        return int(entry.facts["rows"])
+    return sum(int(entry.facts["classes"].get(name, 0)) for name in classes)
 
 
 def predict(

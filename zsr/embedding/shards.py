@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeVar, cast
 import ray
 from ray.data import ActorPoolStrategy
 
+from zsr import progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
 from zsr.cluster import connect, gpus, map_pieces, resources
 from zsr.embedding.ahead import PROBE
@@ -205,6 +206,7 @@ def compute(
     shared: Mapping[str, Any],
     actors: int,
     decoders: int | None = None,
+    rows: Mapping[str, int] | None = None,
 ) -> Tally:
     """Finish the shards `wanted` in `staging`; those of a killed run are there, those of the last version are kept.
 
@@ -214,6 +216,7 @@ def compute(
         wanted: fingerprints by name.
         actors: at most; a GPU each where the cluster has some, and never more than GPUs or shards.
         decoders: see `room_to_decode`.
+        rows: of each shard, for progress; left out, shards are counted.
 
     Raises:
         Infeasible: see `room_to_decode`.
@@ -222,6 +225,7 @@ def compute(
     found = len(wanted) - len(todo)
     kept = _kept(f"{what}: reuse", {name: wanted[name] for name in todo}, output, staging)
     pieces = [{"name": name, MADE_FROM: wanted[name]} for name in todo if name not in kept]
+    progress.found_finished(what, found, len(wanted), reused=len(kept))
     have = gpus()
     size = max(1, min(actors, len(pieces), have or actors))
     options = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if have else 0}
@@ -229,7 +233,8 @@ def compute(
     most = room_to_decode(size, decoders, bool(have))
     began = time.perf_counter()
     shared = {**shared, "staging": staging, "decoders": most}
-    results = map_pieces(what, kind, pieces, fn_constructor_kwargs=shared, **options)
+    sizes = None if rows is None else [rows[piece["name"]] for piece in pieces]
+    results = map_pieces(what, kind, pieces, rows=sizes, fn_constructor_kwargs=shared, **options)
     return Tally(len(kept), found, results, time.perf_counter() - began, size, bool(have))
 
 

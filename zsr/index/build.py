@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
 from zsr.errors import DamagedArtifact
@@ -146,6 +146,7 @@ def build(job: Job, store: Store) -> Published:
     """
     task = job.artifact_plan()
     if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
+        progress.up_to_date("index build", store, store.versions())
         return Published(made, version_of(store, made.digest))
     staging, clock, key = store.staging(task), ledger.Ledger(), job.chosen.index_key
     rows = f"{job.gallery.rows} vectors in {len(job.gallery.shards)} shards"
@@ -158,8 +159,7 @@ def build(job: Job, store: Store) -> Published:
     with clock.stage("add", rows):
         clock.tasks("add", add(job.gallery, key, staging, workers=job.config.num_workers))
     with clock.stage("merge", f"{rows} into {len(job.segments)} segments"):
-        for number, run in enumerate(job.segments):
-            merge(staging, segment_name(number), run)
+        merge_all(job, staging)
     with clock.stage("tune", f"recall@{K}, measured with {job.tuned_on}"):
         facts, report = finish(job, staging, asked)
     artifact = staging.seal(facts=facts, rows={"in": job.gallery.rows, "used": job.gallery.rows, "quarantined": 0})
@@ -175,7 +175,8 @@ def sample(job: Job, staging: Staging) -> list[dict[str, Any]]:
         return []
     todo = [piece for piece in drawn(job) if staging.finished(sample_name(piece["shard"]), scratch=True) is None]
     shared = {"gallery": job.gallery, "staging": staging}
-    return map_pieces("sample", _sample_shard, todo, fn_kwargs=shared, num_cpus=1, concurrency=job.config.num_workers)
+    options = {"fn_kwargs": shared, "num_cpus": 1, "concurrency": job.config.num_workers}
+    return map_pieces("sample", _sample_shard, todo, rows=[len(piece["rows"]) for piece in todo], **options)
 
 
 def drawn(job: Job) -> list[dict[str, Any]]:
@@ -213,7 +214,8 @@ def train(job: Job, staging: Staging) -> None:
         return
     vectors = staged_sample(job, staging)
     key = job.chosen.index_key
-    with staging.piece(TEMPLATE, scratch=True) as path:
+    with progress.stage("train", unit="") as shown, staging.piece(TEMPLATE, scratch=True) as path:
+        shown.note = f"{key} on {len(vectors):,} vectors"
         fault.here("index.train")
         index = engine.train(key, job.chosen.metric, vectors, job.config.seed, job.config.threads)
         path.write_bytes(engine.to_bytes(index))
@@ -233,8 +235,10 @@ def add(
     """
     chosen = range(len(gallery.shards)) if shards is None else shards
     todo = [{"shard": i} for i in chosen if not all(_finished(staging, name) for name in scratch_names(i, key))]
+    progress.found_finished("add", len(chosen) - len(todo), len(chosen))
     shared = {"gallery": gallery, "staging": staging, "key": key}
-    return map_pieces("add", _add_shard, todo, fn_kwargs=shared, num_cpus=1, concurrency=workers)
+    rows = [gallery.starts[piece["shard"] + 1] - gallery.starts[piece["shard"]] for piece in todo]
+    return map_pieces("add", _add_shard, todo, rows=rows, fn_kwargs=shared, num_cpus=1, concurrency=workers)
 
 
 def scratch_names(shard: int, key: str) -> list[str]:
@@ -278,6 +282,15 @@ def _refine(vectors: np.ndarray, staging: Staging, key: str) -> bytes:
     with engine.threads(1):
         stored = engine.from_bytes(codec, CODEC).sa_encode(vectors.astype(np.float32, copy=False))
     return bytes(stored.tobytes())
+
+
+def merge_all(job: Job, staging: Staging) -> None:
+    """Stage every segment, see `merge`."""
+    starts = job.gallery.starts
+    with progress.stage("merge", job.gallery.rows):
+        for number, run in enumerate(job.segments):
+            merge(staging, segment_name(number), run)
+            progress.advance(starts[run.stop] - starts[run.start])
 
 
 def merge(staging: Staging, segment: str, shards: Sequence[int]) -> None:
@@ -349,7 +362,8 @@ def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any
     searcher = Searcher(segments, facts, np.empty(0, np.int64), {})
     require_unique(searcher)
     sketches, own = truths(job.gallery, asked, queries_of(key), job.config.seed)
-    point, curve = tune(searcher, sketches, own, job.config.recall_target)
+    with progress.stage("tune", unit="settings"):
+        point, curve = tune(searcher, sketches, own, job.config.recall_target)
     staging.write_table(GOLDEN, golden_table(sketches))
     facts |= {
         "parts": most_parts(searcher),

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import ray
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Store
 from zsr.cluster import connect, map_pieces, resources
 from zsr.embedding.ahead import PROBE
@@ -71,11 +71,13 @@ def search_all(
     asked = spelled(index, asked)
     planned = plan(index, queries, asked)
     if done := output.made(planned):
+        progress.up_to_date("search", output, output.versions())
         return done, {"reused": True}
     source, staging = Vectors.of(queries), output.staging(planned)
     work = Work(index, source, asked, staging, min(list_ranges, int(index.facts["nlist"])))
     names = [entry.path for entry in source.shards]
     todo = [{"shard": i, "name": name} for i, name in enumerate(names) if staging.finished(name) is None]
+    progress.found_finished("search", len(names) - len(todo), len(names))
     clock = Clock()
     spent = _by_nodes(work, todo, replicas) if replicas else _by_actors(work, todo, workers)
     entries = staging.all_finished(names)
@@ -135,15 +137,22 @@ def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dic
     """Answer some shards of queries by the hosts of the segments."""
     searcher = ShardedSearcher.open(f"{work.index.place}/objects/{work.index.digest}", replicas=replicas)
     searcher.check(work.source.artifact)
-    return [answered(searcher, work, piece) for piece in todo]
+    with progress.stage("search", sum(_rows(work, todo)), "queries"):
+        return [answered(searcher, work, piece) for piece in todo]
 
 
 def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> list[dict[str, Any]]:
     """Answer some shards of queries by actors that map the index, after scanning it by range where that is wanted."""
     most = workers or int(resources().get("CPU", 1))
     scanned = by_list.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
-    found = map_pieces("search", ShardSearcher, todo, fn_constructor_kwargs={"work": work}, **actors(todo, most))
-    return scanned + found
+    options = {"rows": _rows(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
+    return scanned + map_pieces("search", ShardSearcher, todo, **options, **actors(todo, most))
+
+
+def _rows(work: Work, todo: list[dict[str, Any]]) -> list[int]:
+    """Query vectors of each shard."""
+    starts = work.source.starts
+    return [starts[piece["shard"] + 1] - starts[piece["shard"]] for piece in todo]
 
 
 class ShardSearcher:
@@ -171,6 +180,7 @@ def answered(searcher: Searches, work: Work, piece: dict[str, Any]) -> dict[str,
             f"{piece['name']}: nobody holds {answers.hits.missing:.1%} of the gallery any more; add nodes or replicas "
             "and run the job again, which keeps the shards that were answered"
         )
+    progress.advance(sum(_rows(work, [piece])))
     table = answers_table(answers)
     fault.here("search.shard")
     facts = {"queries": len(answers.ids), "hits": len(table)}

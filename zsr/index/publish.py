@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from zsr import progress
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.errors import ConfigError, DamagedArtifact, QualityGateFailed, StorageError
 from zsr.index import engine
@@ -43,10 +44,12 @@ def verify(searcher: Searcher) -> None:
         DamagedArtifact: a row is missing, doubled or unnamed.
         QualityGateFailed: recall at the operating point is not what it was when the index was tuned.
     """
-    for segment in searcher.segments:
-        _require_each_once(segment)
-    require_unique(searcher)
-    _require_recall(searcher)
+    with progress.stage("verify", sum(segment.spec.rows for segment in searcher.segments)):
+        for segment in searcher.segments:
+            _require_each_once(segment)
+            progress.advance(segment.spec.rows)
+        require_unique(searcher)
+        _require_recall(searcher)
 
 
 def _require_each_once(segment: Segment) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from zsr import progress
 from zsr.cluster import map_pieces
 from zsr.index import engine
 from zsr.index.vectors import Vectors
@@ -111,12 +112,9 @@ def exact(
         share: of the rows of each shard that are looked at, drawn by `seed`.
     """
     shared = {"gallery": gallery, "queries": queries, "depth": depth, "share": share, "seed": seed}
-    found = map_pieces(
-        "exact search",
-        _exact_shards,
-        grouped(range(len(gallery.shards)) if shards is None else shards),
-        fn_kwargs=shared,
-    )
+    pieces = grouped(range(len(gallery.shards)) if shards is None else shards)
+    rows = [sum(_count(gallery, shard, share) for shard in piece["shards"]) for piece in pieces]
+    found = map_pieces("exact search", _exact_shards, pieces, rows=rows, fn_kwargs=shared)
     ordinals = [np.frombuffer(f["ordinals"], np.int64).reshape(len(queries), -1) for f in found]
     scores = [np.frombuffer(f["scores"], np.float32).reshape(len(queries), -1) for f in found]
     near = best(np.concatenate(ordinals, axis=1), np.concatenate(scores, axis=1), depth)
@@ -134,6 +132,7 @@ def _exact_shards(
     for shard in numbers:
         rows = drawn(gallery, shard, share, seed)
         vectors = gallery.read(shard).vectors[rows].astype(np.float32)
+        progress.advance(len(rows))
         near = engine.exact_nearest(queries, vectors, depth, SPARE, gallery.space.metric)
         joined = np.concatenate([ordinals, gallery.starts[shard] + rows[near[0]]], axis=1)
         ordinals, scores = best(joined, np.concatenate([scores, near[1]], axis=1), depth)
@@ -145,5 +144,11 @@ def drawn(gallery: Vectors, shard: int, share: float, seed: int) -> np.ndarray:
     rows = gallery.starts[shard + 1] - gallery.starts[shard]
     if share >= 1:
         return np.arange(rows)
-    count = max(1, round(rows * share))
+    count = _count(gallery, shard, share)
     return np.sort(np.random.default_rng([seed, shard]).choice(rows, count, replace=False))
+
+
+def _count(gallery: Vectors, shard: int, share: float) -> int:
+    """How many rows of a shard `drawn` takes."""
+    rows = gallery.starts[shard + 1] - gallery.starts[shard]
+    return rows if share >= 1 else max(1, round(rows * share))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.errors import QualityGateFailed
 from zsr.index import engine
 from zsr.index.search import Searcher
@@ -91,6 +91,7 @@ def measure(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> I
     last, after = 0.0, 0
     for nprobe, scanned in _nprobes(searcher, sketches):
         points = _at(searcher, (sketches, own), nprobe, scanned, factors)
+        progress.advance(len(points))
         yield from points
         most = max(point.recall_sketch for point in points)
         after += most >= target

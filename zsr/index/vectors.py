@@ -154,9 +154,9 @@ class Vectors:
         pieces = self.pieces(ordinals)
         out = np.empty((len(ordinals), self.space.dim), np.float32)
         at = 0
-        for piece, found in zip(
-            pieces, stream_pieces("sample", _pick, pieces, fn_kwargs={"source": self}), strict=True
-        ):
+        sizes = [len(piece["rows"]) for piece in pieces]
+        picked = stream_pieces("sample", _pick, pieces, rows=sizes, fn_kwargs={"source": self})
+        for piece, found in zip(pieces, picked, strict=True):
             rows = len(piece["rows"])
             out[at : at + rows] = np.frombuffer(found["vectors"], np.float32).reshape(rows, -1)
             at += rows

@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from zsr import measure
+from zsr import measure, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import gpus, own_device, require_workers, resources, set_data_context
 from zsr.data.rows import home_rank
@@ -221,13 +221,16 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
     _refuse_leaks(run)
     plan = run.plan()
     if done := run.output.made(plan):
+        progress.up_to_date("train", run.output, run.output.versions())
         return done
     if fresh:
         run.output.discard(plan)
     staging = run.output.staging(plan)
     _refuse_combinations(run, "cuda" if gpus() else "cpu")
     if learns_by_gradient(run.model) or run.settings.workers[1] > 1:
-        with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, metrics_path(run, plan.digest).parent):
+        done_steps, output = checkpoint.staged_step(staging), metrics_path(run, plan.digest).parent
+        progress.found_finished("train", done_steps, run.last_step, "steps")
+        with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, done_steps, output):
             (_fit_alone if alone else _fit)(run, staging)
     else:  # closed form needs no worker group: the stream does the reading, one process the sums
         torch.set_num_threads(run.settings.threads)
