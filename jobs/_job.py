@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -23,10 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from zsr import cluster
 from zsr.errors import ConfigError, ZsrError
-from zsr.interrupt import WATCH
+from zsr.interrupt import WATCH, say
 from zsr.storage import local_path, located, url_of
 
 Results = dict[str, Any]
+# Ray Data adds it to the message of whatever a task raises
+RETRY_ADVICE: Final = re.compile(r"\nFailed to [^\n]* attempts \(total backoff .*", re.DOTALL)
 FILE_HELP: Final = "--config FILE.yaml: flags from a file, which those of the command line override."
 PACKAGES: Final = "working_dir_files"  # the folder in which Ray unpacks what is submitted with a job
 
@@ -101,7 +103,7 @@ def main(
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of `error`, which Ray may have wrapped several times."""
     if (shown := ours(error)) is not None:
-        return shown.exit_code, str(shown)
+        return shown.exit_code, RETRY_ADVICE.sub("", str(shown))
     traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {error}"
 
@@ -157,18 +159,21 @@ def parse(config_type: type[Config], argv: Sequence[str], command: str = "") -> 
     spec = sys.modules["__main__"].__spec__ if name == "__main__" else None
     program = f"python -m {spec.name if spec else name} {command}".strip()
     about = (config_type.__doc__ or "").partition("\n")[0]
-    printed = io.StringIO()
     try:
-        with redirect_stderr(printed), _wide(flags):
+        with _captured(flags) as printed:
             return tyro.cli(config_type, args=flags, prog=program, description=f"{about}\n\n{FILE_HELP}")
     except ValidationError as error:
         raise ConfigError(refusals(error)) from error
+    except BrokenPipeError:
+        say("")
+        raise SystemExit(0) from None
     except SystemExit as error:
         if not error.code:
+            say("")  # flushes the help, which `head` may not have read to its end
             raise
         # tyro prints its own account of what a pydantic model refuses
         refused = next((cause for cause in causes(error) if isinstance(cause, ValidationError)), None)
-        message = refusals(refused) if refused else f"{sentence(printed.getvalue())}; see {program} --help"
+        message = refusals(refused) if refused else f"{sentence(printed.getvalue().decode())}; see {program} --help"
         raise ConfigError(message) from error
 
 
@@ -186,14 +191,21 @@ def _refusal(place: tuple[int | str, ...], message: str, found: object) -> str:
 
 
 @contextmanager
-def _wide(flags: Sequence[str]) -> Iterator[None]:
-    """Let tyro break no line of a message, which `sentence` could not tell from its own lines."""
+def _captured(flags: Sequence[str]) -> Iterator[io.BytesIO]:
+    """Keep what tyro prints of a refusal, a line of it in one line; its help it prints as it likes."""
+    printed = io.BytesIO()
+    if {"-h", "--help"} & set(flags):
+        yield printed
+        return
     before = os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(flags):
-        os.environ["COLUMNS"] = "100000"
+    os.environ["COLUMNS"] = "100000"
+    # tyro looks at the encoding of stdout to choose the characters of its boxes
+    text = io.TextIOWrapper(printed, encoding="utf-8", write_through=True)
     try:
-        yield
+        with redirect_stdout(text), redirect_stderr(text):
+            yield printed
     finally:
+        text.detach()
         os.environ.pop("COLUMNS", None)
         if before is not None:
             os.environ["COLUMNS"] = before
@@ -217,7 +229,8 @@ def sentence(box: str) -> str:
             found += "; "
         elif indent < 8:  # deeper is help
             found += f"{'' if not found or found[-2:] == '; ' else ' ' if found[-1] == ':' else ', '}{text}"
-    found = re.sub(r"Missing from [^:]*:", "missing", found).removesuffix("; ")
+    found = re.sub(r"Missing from [^:]*:", "missing", found).removesuffix("; ").removesuffix(".")
+    found = re.sub(r"(invalid literal for int\(\) with base 10|could not convert string to float):", "found", found)
     found = (
         found.replace("Error parsing ", "").replace("Unrecognized options:", "unknown").replace("Perhaps", "perhaps")
     )

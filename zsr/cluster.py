@@ -18,7 +18,7 @@ from typing import Any, Final
 import grpc
 import ray
 from ray._private import ray_constants, services
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
@@ -240,6 +240,7 @@ def _start_local() -> str:
         _local = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
     except Exception as error:  # Ray raises plain exceptions where its processes do not come up in time
         raise _not_started(" ".join(str(error).split())) from error
+    WATCH.install()  # the node has put its own handler of SIGTERM there
     return str(_local.address)
 
 

@@ -68,7 +68,7 @@ class Watch:
             signal.signal(number, signal.SIG_IGN)
         with self._lock:
             if not self._stopping.is_set():
-                print(line, flush=True)
+                say(f"{line}\n")
                 return
         _wait()
 
@@ -125,6 +125,14 @@ class Watch:
             return
         for number in self._caught:
             signal.signal(number, signal.SIG_DFL)
+
+
+def say(text: str) -> None:
+    """Print `text` at once. A reader of stdout that has left before the end, such as `head`, is no error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes when it ends
 
 
 def _wait(*_: object) -> NoReturn:
