@@ -48,7 +48,7 @@ class Config(TrainSettings, JobConfig):
         track: TensorBoard's event files (beside the metrics), mlflow or wandb, in addition to the JSONL.
         log_every: steps from one line of metrics to the next.
         zero_stage: what DeepSpeed shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights;
-            by default as cluster/deepspeed.yaml says.
+            by default as zsr/training/deepspeed.yaml, or the file $ZSR_DEEPSPEED, says.
         precision: of the forward passes, of weights that stay in 32 bits; fp16 on GPUs only. Default as above.
         recompute: an image tower forgets its activations and makes them again for the backward pass: less memory, about
             a third more time, the same bits.

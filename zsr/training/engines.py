@@ -35,7 +35,7 @@ AUTOCAST: Final = "torch_autocast"  # DeepSpeed's section for computing in 16 bi
 
 
 def deepspeed_config(stage: Stage | None = None, precision: Precision | None = None) -> dict[str, Any]:
-    """The content of deepspeed.yaml: $ZSR_DEEPSPEED if set, else cluster/deepspeed.yaml of the checkout.
+    """The DeepSpeed settings: the file $ZSR_DEEPSPEED if set, else deepspeed.yaml of this package.
 
     Args:
         stage, precision: in place of the file's own.
@@ -43,7 +43,7 @@ def deepspeed_config(stage: Stage | None = None, precision: Precision | None = N
     Raises:
         ConfigError: the file is missing, or asks for what the checkpoints do not cover.
     """
-    default = Path(str(resources.files("zsr"))).parent / "cluster" / "deepspeed.yaml"
+    default = Path(str(resources.files("zsr.training"))) / "deepspeed.yaml"
     path = Path(os.environ.get("ZSR_DEEPSPEED", default))
     try:
         config: dict[str, Any] = yaml.safe_load(path.read_text())
