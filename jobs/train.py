@@ -10,6 +10,7 @@ from pydantic import Field, create_model
 from jobs._job import JobConfig, Results, file_values, main
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.data import splits
+from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import MODELS, backbones, configure
@@ -20,7 +21,7 @@ from zsr.training.engines import Precision, Stage, deepspeed_config
 from zsr.training.run import Run, TowerStart, describe, metrics_path, train_model
 
 
-class Config(TrainSettings, JobConfig):
+class Config(TrainSettings, DeviceSettings, JobConfig):
     """Flags of jobs.train, those of the run included.
 
     Attributes:
@@ -129,6 +130,7 @@ def prepare_run(config: Config, options: ModelConfig) -> Run:
         query=config.query,
         deepspeed=deepspeed_config(config.zero_stage, config.precision),
         recompute=config.recompute,
+        device=config.devices,
         tracking=trackers.Tracking(config.track, config.log_every),
     )
 

@@ -80,7 +80,9 @@ def test_an_installed_wheel_trains_outside_of_the_checkout(wheel: Path, tmp_path
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
     environment.pop("ZSR_DEEPSPEED", None)
     command = [sys.executable, "-c", TRAIN, str(raw), str(wheel.parent)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     trained = json.loads(done.stdout.splitlines()[-1])
     assert (trained["exit_code"], trained["steps"]) == (0, 2)

@@ -82,6 +82,7 @@ def _run(
         output=store,
         score=metrics.mean_average_precision,
         query="text" if bench.query_kind == "text" else "sketch",
+        device=bench.devices,
     )
 
 
