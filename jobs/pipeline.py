@@ -52,12 +52,15 @@ class Config(JobConfig):
         seeds: one training run each; gallery and index are of the first.
         features_from: the backbone of jobs.features; the source itself, for parquet and wikipedia; or the tower that
             --train.tower trains along.
+        device: of every stage that runs a model and whose section names none: cuda requests GPUs, which the autoscaler
+            starts if none is up; cpu requests none; auto is cuda where there are some or can be.
     """
 
     output: Path
     report: Path | None = None
     seeds: tuple[int, ...] = (0,)
     features_from: Literal["backbone", "source", "tower"] = "backbone"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def section(stage: str, config: type[BaseModel], **defaults: Any) -> type[BaseModel]:
@@ -151,6 +154,8 @@ class Layout:
         given = getattr(self.config, section)
         # values as they are: a dump would turn nested models into plain mappings
         values = {field: getattr(given, field) for field in type(given).model_fields}
+        if values.get("device") == "auto":
+            values["device"] = self.config.device
         return Stage(name, (kind or job.Config)(**values, **filled_in), job.plan, job.work)
 
     def stages(self) -> Iterator[Stage]:

@@ -23,12 +23,13 @@ from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
 from zsr import measure, noise, progress, worker
-from zsr.errors import ConfigError, Infeasible, ZsrError
+from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH
 from zsr.storage import shared_environment
 
 logger = logging.getLogger("zsr")
 
+FOR_TESTS = ("ZSR_FAULT", "ZSR_FAKE_GPU")  # variables that tests set, for every process of a job
 LOCAL_CPUS = 4  # logical: two training workers plus the data tasks that feed them, also on a laptop with 2 cores
 ANSWER: Final = 5.0  # seconds in which a head must answer; Ray itself would try for over 13 minutes
 # bytes of a folder for Ray's sessions: Ray adds ray/session_TIME_PID/sockets/plasma_store, and a socket's path has 107
@@ -62,7 +63,7 @@ def connect() -> None:
         # Ray Train's own logging set-up would undo the levels of worker.setup
         **{f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")},
         **shared_environment(),
-        **{name: value for name, value in os.environ.items() if name == "ZSR_FAULT"},
+        **{name: value for name, value in os.environ.items() if name in FOR_TESTS},
     }
     runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
     try:
@@ -254,9 +255,9 @@ def set_data_context() -> None:
     worker.setup()  # again: importing ray.data sets its own log levels
 
 
-def gpus() -> int:
-    """GPUs of the cluster, not of this machine: a head often has none."""
-    return int(resources().get("GPU", 0))
+def started_here() -> bool:
+    """Whether this process started the cluster that it is connected to: one node, which no autoscaler adds to."""
+    return _local is not None
 
 
 def resources() -> dict[str, float]:
@@ -264,29 +265,6 @@ def resources() -> dict[str, float]:
     connect()
     offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return offered
-
-
-def own_device() -> str:
-    """The device that Ray gave to the task or actor which asks."""
-    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
-
-
-def require_workers(workers: int) -> None:
-    """Refuse more training workers than a local cluster has room for; they would wait for ever, and say nothing.
-
-    A cluster that was there before may still grow, so there it is a warning.
-
-    Raises:
-        Infeasible: naming the most that fit.
-    """
-    have = resources()
-    most = int(have["GPU"]) if have.get("GPU") else int(have.get("CPU", 0)) - 1  # one CPU reads what the workers eat
-    if workers <= most:
-        return
-    message = f"{workers} workers, and room for {most} in the cluster ({have.get('CPU', 0):.0f} CPUs, {gpus()} GPUs)"
-    if _local is not None:
-        raise Infeasible(f"{message}; use --num-workers {max(1, most)}")
-    logger.warning("%s: they wait until nodes are added", message)
 
 
 def decoders(ranks: int) -> tuple[int, float]:

@@ -188,9 +188,17 @@ class Actor:
 
     def __init__(self, *, stage: str, kind: Callable[..., Any], shared: Mapping[str, Any]) -> None:
         self.stage, self.cpu = stage, time.process_time()
-        self.inner = kind(**shared)
+        self.inner: Callable[..., Any] | None = None
+        try:
+            self.inner = kind(**shared)
+        except Exception as error:
+            self.failed = (
+                error  # raised by the first call: of an actor that fails to start, Ray passes on the text alone
+            )
 
     def __call__(self, piece: dict[str, Any]) -> Any:
+        if self.inner is None:
+            raise self.failed
         results: dict[str, Any] = {}
         with _measured(self.stage, results, self.cpu), reported(piece) as own:
             results |= self.inner(own)

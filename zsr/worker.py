@@ -13,8 +13,8 @@ from collections.abc import Callable
 # Ray looks for an address that other machines can reach, unless it takes itself to be on a laptop's system, which it
 # decides when it is imported
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# Ray Train reports each `report` call at INFO, and a starting node that a signal came; Ray says there, too, that another
-# cluster runs on this machine
+# Ray Train reports each `report` call at INFO, a starting node that a signal came, and Ray that another cluster runs on
+# this machine
 ADVICE = ("ray.train", "ray._private.utils", "DeepSpeed", "ray._private.node")
 # Ray Data prints the stack of each exception that it also raises. Ray Train's placement-group cleaner asks the
 # dashboard each second whether its controller lives, and complains where none runs or where several clusters share a

@@ -15,9 +15,9 @@ import torch
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
-from zsr.cluster import own_device
 from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
+from zsr.devices import AUTO, DeviceSettings, choose, own_device
 from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
 from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast
@@ -51,18 +51,20 @@ def embed(
     output: Store,
     *,
     classes: Classes = "all",
-    actors: int = 2,
+    actors: int | None = None,
     decoders: int | None = None,
+    device: DeviceSettings = AUTO,
 ) -> tuple[Artifact, Tally]:
     """Embed every row of `modality` and publish EMB; see `shards.compute` for what is computed.
 
     Args:
         features: FEATURES, or None for a checkpoint with an image tower, which reads the pictures themselves.
+        actors, device: see `shards.compute`.
         decoders: tasks that decode those ahead of each actor, see `shards.room_to_decode`.
 
     Raises:
         ConfigError: see `source_of`.
-        Infeasible: more decoders than there are CPUs for.
+        Infeasible: more decoders than there are CPUs for; see `devices.choose`.
     """
     source = source_of(data, features, checkpoint, modality)
     work = plan(data, source, checkpoint, modality, classes)
@@ -74,9 +76,9 @@ def embed(
     staging = output.staging(work)
     wanted = {name: fingerprint(work, data.entry(name), there[name]) for name in names}
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
-    decoders = 0 if features else decoders
+    ahead = 0 if features else decoders
     rows = {name: _rows(data.entry(name), chosen_classes(checkpoint, classes)) for name in names}
-    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, decoders, rows)
+    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, ahead, device, rows)
     return _seal(staging, output, checkpoint, modality, names), tally
 
 
@@ -94,14 +96,15 @@ def predict(
     modality: str,
     *,
     classes: Classes,
-    actors: int,
+    actors: int | None,
     prices: Prices,
+    device: DeviceSettings = AUTO,
 ) -> dict[str, Any]:
-    """What `embed` would take, see `shards.forecast`. Raises ConfigError, see `source_of`."""
+    """What `embed` would take, see `shards.forecast`. Raises ConfigError, see `source_of` and `devices.choose`."""
     source = source_of(data, features, checkpoint, modality)
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
     rows = {data.shards(modality)[0].path: int((features or data).facts["rows"][modality])}
-    return forecast(Encoder, rows, shared, actors, prices)
+    return forecast(Encoder, rows, shared, actors, prices, choose(device))
 
 
 def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, modality: str) -> Source:

@@ -20,6 +20,7 @@ from zsr import progress
 from zsr.artifact import Artifact
 from zsr.data.shards import Source, collect
 from zsr.data.splits import Split
+from zsr.devices import AUTO, DeviceSettings
 from zsr.embedding.encode import vectors_of
 from zsr.embedding.gallery import source_of
 from zsr.errors import ConfigError, Leakage
@@ -97,6 +98,7 @@ class Bench:
         features: of that data; None where every checkpoint has an image tower.
         semantics: for the ridge floor; None leaves it out.
         support: ids of unseen items that were trained on, in the few-shot setting.
+        devices: what models run on, and are trained again on.
     """
 
     data: Artifact
@@ -105,6 +107,7 @@ class Bench:
     checkpoints: tuple[Artifact, ...]
     task: Task = Task()
     support: tuple[int, ...] = ()
+    devices: DeviceSettings = AUTO
     _held: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -150,8 +153,8 @@ class Bench:
 
     @property
     def device(self) -> str | None:
-        """Where models run and scores are ranked: a GPU if there is one; None is the CPU."""
-        return "cuda" if torch.cuda.is_available() else None
+        """Where models run and scores are ranked: this machine's GPU, unless CPUs are requested; None is the CPU."""
+        return "cuda" if torch.cuda.is_available() and self.devices.device != "cpu" else None
 
     @property
     def query_kind(self) -> str:

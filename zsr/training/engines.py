@@ -41,7 +41,7 @@ SECTIONS: Final[Mapping[str, str]] = {  # that are read here, and an example of 
 
 
 def deepspeed_config(stage: Stage | None = None, precision: Precision | None = None) -> dict[str, Any]:
-    """The content of deepspeed.yaml: $ZSR_DEEPSPEED if set, else cluster/deepspeed.yaml of the checkout.
+    """The DeepSpeed settings: the file $ZSR_DEEPSPEED if set, else deepspeed.yaml of this package.
 
     Args:
         stage, precision: in place of the file's own.
@@ -49,7 +49,7 @@ def deepspeed_config(stage: Stage | None = None, precision: Precision | None = N
     Raises:
         ConfigError: the file is missing, of another shape, or asks for what the checkpoints do not cover.
     """
-    default = Path(str(resources.files("zsr"))).parent / "cluster" / "deepspeed.yaml"
+    default = Path(str(resources.files("zsr.training"))) / "deepspeed.yaml"
     path = Path(os.environ.get("ZSR_DEEPSPEED") or default)
     config = _read_config(path)
     if wrapped := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]:
