@@ -21,6 +21,18 @@ from PIL import Image
 VERSION: Final = 2  # of the pixels that `decode` makes; FEATURES are keyed by it
 Interpolation = Literal["bilinear", "bicubic"]
 FORMATS: Final = ("JPEG", "PNG", "WEBP")
+# endings (lower case) of everything that is called an image, readable here or not: what is found under one of them is
+# used or quarantined, never overlooked
+IMAGE_SUFFIXES: Final = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif"),
+        *(".bmp", ".dib", ".tif", ".tiff", ".heic", ".heif", ".hif", ".heics", ".heifs", ".avif", ".avifs"),
+        *(".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jpc", ".jxl", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm"),
+        *(".svg", ".svgz", ".ico", ".icns", ".cur", ".psd", ".psb", ".xcf", ".kra", ".tga", ".exr", ".hdr", ".dds"),
+        *(".pcx", ".eps", ".ai", ".wmf", ".emf"),
+        *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    )
+)
 # Pillow's bicubic is Catmull-Rom
 FILTERS: Final = {"bilinear": FilterType.bilinear, "bicubic": FilterType.catmull_rom}
 
@@ -79,6 +91,15 @@ def check_header(data: bytes, limits: Limits) -> tuple[int, int]:
     if frames > 1:
         raise BadImage("animated", f"{frames} frames, expected one")
     return width, height
+
+
+def unreadable_reason(data: bytes) -> str | None:
+    """Why the encoded image `data` (or its first 4 KiB) is of no kind that is read here; None where it is of one."""
+    try:
+        sniff(data)
+    except BadImage as error:
+        return str(error)
+    return None
 
 
 def _plain(error: Exception) -> str:
