@@ -53,9 +53,10 @@ class Exported:
         """Embeddings (N, D) float32 of N sketches, dark strokes on white; (N, P, D) of models with P parts an item.
 
         Args:
-            images: paths, PIL pictures or arrays (H, W, 3) or (H, W) uint8; or one array (N, H, W, 3) uint8. A path
-                goes through the decoding of jobs.features and jobs.embed, and gives what they give. A picture that is
-                open already is resized as it is, which for one from a large JPEG gives slightly other pixels.
+            images: paths, PIL images or arrays (H, W, 3) or (H, W) uint8; or one array (N, H, W, 3) uint8. A path
+                goes through the decoding of jobs.features and jobs.embed, and gives what they give. So does a PIL image
+                of any mode: it is turned as its Exif says, gray of more than 8 bits is scaled, and transparency becomes
+                white. Of a large JPEG it has slightly other pixels, since a path is read at a reduced scale.
 
         Raises:
             ConfigError: the model's queries are texts; it learned from imported features; or a picture is none.

@@ -18,7 +18,7 @@ def encoded(kind: str, size: tuple[int, int] = (40, 30), mode: str = "RGB", colo
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_the_three_formats_decode_to_the_wanted_size(kind: str) -> None:
+def test_images_decode_to_the_requested_size(kind: str) -> None:
     pixels = decode(encoded(kind), 16, Limits())
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
@@ -109,7 +109,7 @@ def test_a_bomb_is_refused_by_its_header(side: int, monkeypatch: pytest.MonkeyPa
     ("data", "kind"),
     [
         (b"", "empty"),
-        (b"GIF89a" + bytes(30), "wrong_type"),
+        (b"GIF89a" + bytes(30), "undecodable"),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "undecodable"),
         (b"x" * 40, "wrong_type"),
     ],
@@ -121,7 +121,7 @@ def test_what_is_no_picture_is_named(data: bytes, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_truncated_body_is_undecodable(kind: str) -> None:
+def test_half_a_body_is_refused(kind: str) -> None:
     rng = np.random.default_rng(0)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, kind)
@@ -135,30 +135,12 @@ def test_too_many_bytes_are_refused_unread() -> None:
         check_header(encoded("PNG"), Limits(encoded=10))
 
 
-def test_an_animation_is_refused() -> None:
-    buffer = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (0, 255)]
-    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
-    with pytest.raises(BadImage) as error:
-        check_header(buffer.getvalue(), Limits())
-    assert error.value.kind == "animated"
-
-
 def test_a_jpeg_with_a_second_view_behind_it_is_no_animation() -> None:
     buffer = io.BytesIO()
     views = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (200, 0)]
     views[0].save(buffer, "MPO", save_all=True, append_images=views[1:])
     assert Image.open(io.BytesIO(buffer.getvalue())).n_frames == 2  # type: ignore[attr-defined]
     assert abs(int(decode(buffer.getvalue(), 8, Limits())[4, 4, 0]) - 200) < 6
-
-
-def test_an_animated_png_is_refused() -> None:
-    buffer = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in (0, 255)]
-    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
-    with pytest.raises(BadImage) as error:
-        decode(buffer.getvalue(), 8, Limits())
-    assert error.value.kind == "animated"
 
 
 def test_cmyk_keeps_its_colours_roughly() -> None:
@@ -172,4 +154,4 @@ def test_what_is_wrong_is_said_alike_in_every_run() -> None:
         with pytest.raises(BadImage) as error:
             check_header(b"\xff\xd8\xff" + bytes(99), Limits())
         said.add(str(error.value))
-    assert said == {"JPEG header: cannot identify image file"}
+    assert said == {"the JPEG header does not decode: cannot identify image file"}

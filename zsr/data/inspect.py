@@ -8,16 +8,17 @@ import io
 import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from zsr.artifact import Artifact, FileEntry
-from zsr.data.decode import BadImage, Limits, Resize, check_header, decode
+from zsr.data.decode import BadImage, Limits, check_header, upright
 from zsr.data.rows import MODALITIES
 
 THUMB: Final = 72  # pixels a side
@@ -70,9 +71,10 @@ def _take(seen: Sample, batch: pa.RecordBatch, each: int, wanted: Collection[str
         seen.rows += 1
         seen.unpaired += row["pair"] is None
         if row["image"] is not None:
-            width, height = check_header(row["image"], Limits())
             seen.bytes.append(len(row["image"]))
-            seen.pixels.append(width * height)
+            with suppress(BadImage):  # such as HEIC, on a machine that does not read it
+                header = check_header(row["image"], Limits())
+                seen.pixels.append(header.width * header.height)
         if row["text"] is not None:
             seen.characters.append(len(row["text"]))
         shown = seen.shown.setdefault(row["label"] or "", [])
@@ -155,14 +157,10 @@ def _thumb(row: Row) -> Image.Image:
 
 
 def _fitted(image: bytes, side: int) -> Image.Image:
-    """The picture within `side` pixels, its aspect kept, on white; a cross where it does not decode at this size."""
+    """The image within `side` pixels, its aspect kept, on white; a cross where it does not decode here."""
     paper = Image.new("RGB", (side, side), "white")
     try:
-        width, height = check_header(image, Limits())
-        scale = side / max(width, height)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        whole = Image.fromarray(decode(image, Resize(side), Limits())).resize(size)
-        paper.paste(whole, ((side - size[0]) // 2, (side - size[1]) // 2))
+        paper = ImageOps.pad(Image.fromarray(upright(image, Limits(), 2 * side)), paper.size, color="white")
     except BadImage:
         ImageDraw.Draw(paper).line((0, 0, side, side), fill="red")
     return paper

@@ -17,6 +17,7 @@ from typing import Final
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
+from zsr.data.decode import reads
 from zsr.data.inspect import class_counts
 from zsr.data.listing import Bad, Listing, listing
 from zsr.data.sources import Source, differences
@@ -75,7 +76,8 @@ def plan(source: Source, rows: Listing, settings: Prepare) -> Plan:
         "seed": settings.seed,
         "rows_digest": rows.digest,
     }
-    return Plan("data", config, guard={"files": rows.guards, "max_bad_rows": settings.max_bad_rows})
+    # with another decoder, other rows may be good ones
+    return Plan("data", config, guard={"files": rows.guards, "max_bad_rows": settings.max_bad_rows, **reads()})
 
 
 def prepare(source: Source, output: Store, settings: Prepare, listed: Listing | None = None) -> Artifact:

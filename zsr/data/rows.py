@@ -6,7 +6,7 @@
 | key | string | the user's own name of the item, unique in its modality |
 | label | string, nullable | class name in its canonical spelling; null in an unlabelled gallery |
 | pair | string, nullable | key of the item that it was drawn from or belongs to |
-| image | binary, nullable | encoded JPEG, PNG or WebP as received |
+| image | binary, nullable | encoded image as received, of any format that zsr.data.decode reads |
 | text | string, nullable | |
 """
 

@@ -115,7 +115,9 @@ def _checked(source: Source, item: Item) -> bytes:
     except OSError as error:
         raise BadImage("unreadable", f"The file cannot be read: {error.strerror or error}.") from error
     if data:
-        decode(data, PROBE, Limits())
+        pixels = decode(data, PROBE, Limits())
+        if item.modality == "sketch" and pixels.min() == 255:
+            raise BadImage("blank", "nothing but white; light strokes on a transparent ground vanish: make them dark")
     elif item.where and item.text is None and feature is None:
         raise BadImage("empty", "The file or cell holds 0 bytes; expected an encoded image.")
     if item.text is not None and (not item.text.strip() or len(item.text) > TEXT_CAP or "\0" in item.text):

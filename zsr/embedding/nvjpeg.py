@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.dlpack import from_dlpack
 
-from zsr.data.decode import BadImage, Limits, Pictures, Resize, check_header, sniff
+from zsr.data.decode import BadImage, Header, Limits, Pictures, Resize, check_header, turned
 from zsr.data.pictures import Decoded, pixels
 from zsr.embedding.ahead import BLOCK, NOBODY, Images
 from zsr.errors import ConfigError
@@ -38,7 +38,7 @@ class DeviceDecoders:
             backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
             place = {"device_id": nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, "backends": backends}
         self.decoder = nvimgcodec.Decoder(max_num_cpu_threads=1, **place)
-        # the CPU's decoders leave a turned picture as it lies, too
+        # images are turned after they are resized, by the Exif that the CPU's decoders go by
         self.how = nvimgcodec.DecodeParams(color_spec=nvimgcodec.ColorSpec.SRGB, apply_exif_orientation=False)
 
     def at_once(self, batch: int) -> int:
@@ -58,35 +58,40 @@ class DeviceDecoders:
         return NOBODY
 
     def _decoded(self, images: Images, modality: str) -> Decoded:
-        jpegs = [row for row, image in enumerate(images) if image is not None and _is_jpeg(image)]
-        found = dict(zip(jpegs, self.decoder.decode([images[row] for row in jpegs], params=self.how), strict=True))
+        headers = {row: header for row, image in enumerate(images) if image and (header := _whole_jpeg(image))}
+        decoded = self.decoder.decode([images[row] for row in headers], params=self.how)
+        found = dict(zip(headers, decoded, strict=True))
         rows: list[int] = []
         kept: list[np.ndarray] = []
         bad: list[tuple[int, str, str]] = []
         for row, image in enumerate(images):
             try:
-                kept.append(self._pixels(found.get(row), image, modality))
+                kept.append(self._pixels(found.get(row), headers.get(row), image, modality))
                 rows.append(row)
             except BadImage as error:
                 bad.append((row, error.kind, str(error)))
         side = self.pictures.resize.size
         return Decoded(rows, np.stack(kept) if kept else np.zeros((0, side, side, 3), np.uint8), bad)
 
-    def _pixels(self, found: Any, image: bytes | None, modality: str) -> np.ndarray:
-        """(S, S, 3) uint8 of what the library has found, or of the picture itself. Raises BadImage."""
-        if found is None or found.shape[2] != 3:
+    def _pixels(self, found: Any, header: Header | None, image: bytes | None, modality: str) -> np.ndarray:
+        """(S, S, 3) uint8 of what the library has found, or of the image itself. Raises BadImage."""
+        if found is None or header is None or found.shape[2] != 3:
             return pixels(image, self.pictures, modality)
         whole = torch.from_numpy(np.asarray(found)) if self.device == "cpu" else from_dlpack(found)
-        return self.pictures.look(modality, resized(whole, self.pictures.resize).cpu().numpy())
+        upright = turned(resized(whole, self.pictures.resize).cpu().numpy(), header.orientation)
+        return self.pictures.look(modality, upright)
 
 
-def _is_jpeg(image: bytes) -> bool:
-    """Whether a picture's header may be given to the library; one that may not is refused again, on the CPU."""
+def _whole_jpeg(image: bytes) -> Header | None:
+    """The header of a JPEG that may be given to the library. One that ends early may not: the CPU judges it.
+
+    None for anything else; what is refused here is refused again, on the CPU.
+    """
     try:
-        check_header(image, Limits())
+        header = check_header(image, Limits())
     except BadImage:
-        return False
-    return sniff(image) == "JPEG"
+        return None
+    return header if header.kind == "JPEG" and image.rstrip(b"\0").endswith(b"\xff\xd9") else None
 
 
 def resized(pixels: Tensor, wanted: Resize) -> Tensor:

@@ -10,7 +10,6 @@ takes the page's colours) and thumbnails are inlined; there is no script and not
 import base64
 import io
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zsr.artifact import write_atomically
+from zsr.data.decode import BadImage, Limits, upright
 from zsr.errors import ConfigError
 from zsr.evaluation import plots
 from zsr.evaluation.metrics import interval
@@ -174,7 +174,7 @@ def write(output: Path, report: Report, pictures: Pictures) -> None:
     """Write `output`/report.json and `output`/report.html.
 
     Args:
-        pictures: (modality, id) to the bytes of a JPEG, PNG or WebP, or None: a tile with key and class stands then.
+        pictures: (modality, id) to the bytes of an encoded image, or None: a tile with key and class stands then.
 
     Raises:
         ConfigError: no row, or `shown` names none.
@@ -341,31 +341,21 @@ def _strip(example: Json, values: Json, pictures: Pictures) -> Json:
 
 
 def _thumbnail(data: bytes | None, *, whole: bool) -> str | None:
-    """A small square WebP as a data URI, or None where there is no picture that decodes.
+    """A small square WebP, which browsers show, as a data URI; None where there is no image that decodes.
 
     `whole` keeps everything but a white margin (a cropped sketch loses strokes); else the middle square is cut out.
     """
     if data is None:
         return None
     try:
-        flat = _decode(data)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        flat = Image.fromarray(upright(data, Limits()))  # just what was embedded
+    except BadImage:
         return None
     square = (THUMBNAIL, THUMBNAIL)
     small = ImageOps.pad(_without_margin(flat), square, color="white") if whole else ImageOps.fit(flat, square)
     encoded = io.BytesIO()
     small.save(encoded, "WEBP", quality=55, method=6)
     return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
-
-
-def _decode(data: bytes) -> Image.Image:
-    """The picture upright, on white where it is transparent."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    paper = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(paper, picture).convert("RGB")
 
 
 def _without_margin(picture: Image.Image) -> Image.Image:
