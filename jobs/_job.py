@@ -10,16 +10,18 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from zsr import cluster
 from zsr.errors import ConfigError, ZsrError
+from zsr.storage import local_path, located, url_of
 
 Results = dict[str, Any]
+PACKAGES: Final = "working_dir_files"  # the folder in which Ray unpacks what is submitted with a job
 
 
 class JobConfig(BaseModel):
@@ -32,6 +34,22 @@ class JobConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plan: bool = False
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _located(cls, value: Any) -> Any:
+        """Resolve paths where the command was called: workers and other nodes have other working directories.
+
+        A submitted job has a working directory of its own, which is removed with the job: what its package holds may be
+        named relative to that, and nothing else.
+        """
+        lost = isinstance(value, Path) and not url_of(value) and not local_path(value).exists()
+        if lost and not value.expanduser().is_absolute() and PACKAGES in Path.cwd().parts:
+            raise ValueError(
+                "a submitted job runs in a folder that is removed with it; give an absolute path that all nodes share, "
+                "or a URL"
+            )
+        return located(value)
 
 
 Config = TypeVar("Config", bound=JobConfig)

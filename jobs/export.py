@@ -7,6 +7,7 @@ from pathlib import Path
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import open_artifact
 from zsr.export import WEIGHTS, export
+from zsr.storage import read_file
 
 
 class Config(JobConfig):
@@ -50,7 +51,7 @@ def work(config: Config) -> Results:
         "export": str(config.output),
         "model": description.model,
         "checkpoint": description.checkpoint,
-        "bytes": (config.output / WEIGHTS).stat().st_size,
+        "bytes": len(read_file(config.output / WEIGHTS)),
         "sha256": description.weights,
     }
 

@@ -17,6 +17,7 @@ from zsr.data.sources.parquet import Columns
 from zsr.data.sources.quickdraw import QuickDrawOptions
 from zsr.data.sources.sketchy import SketchyOptions
 from zsr.errors import ConfigError
+from zsr.storage import local_path
 
 
 class Config(JobConfig):
@@ -46,7 +47,7 @@ class Config(JobConfig):
     output: Path | None = None
     input: Path | None = None
     inspect: Path | None = None
-    sheet: Path = Path("contact_sheet.png")
+    sheet: Path | None = None
     sheet_rows: int = Field(4, ge=1, le=50)
     features_output: Path | None = None
     classes: str = ""
@@ -107,8 +108,9 @@ def work(config: Config) -> Results:
 def look(data: Path, config: Config) -> Results:
     """`--inspect`: the report as results, and the contact sheet beside the caller."""
     results, page = inspect.look(open_artifact(data, "data"), config.sheet_rows)
-    write_atomically(config.sheet, page)
-    return results | {"sheet": str(config.sheet)}
+    sheet = config.sheet or local_path("contact_sheet.png")
+    write_atomically(sheet, page)
+    return results | {"sheet": str(sheet)}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

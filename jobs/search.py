@@ -1,27 +1,35 @@
 """Neighbours of sketches: `python -m jobs.search --index-dir I --queries EMB --output neighbours.json`.
 
-For a file or a folder of pictures, give `--sketch PATH --checkpoint C` instead of `--queries`. For millions of queries,
+For a drawing, or a folder of drawings, give `--sketch PATH --checkpoint C` instead of `--queries`; for photos, `--photo
+PATH`. For millions of queries,
 give a directory: `--output ROOT` becomes an artifact with a shard of answers beside each shard of queries, made by many
 workers, and the job goes on where a killed one stopped.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Store, open_artifact
+from zsr.data.decode import IMAGE_SUFFIXES
+from zsr.data.drawing import looks_like_a_photo
 from zsr.embedding.shards import Prices
 from zsr.errors import ConfigError
+from zsr.exported import of_checkpoint
 from zsr.index.answers import Answers, Asked, answer, require_suffix, write_answers
 from zsr.index.by_list import require
 from zsr.index.offline import predict, search_all
 from zsr.index.picture import draw, pictures_in
 from zsr.index.search import Searcher
-from zsr.index.sketches import embed_files, sketch_files
+from zsr.storage import files_below, is_file, read_file
+
+logger = logging.getLogger("zsr")
 
 
 class Search(JobConfig):
@@ -31,7 +39,8 @@ class Search(JobConfig):
         index_dir: ROOT of the index, or one object in it.
         output: .json or .parquet, one row a neighbour; or, for `queries`, ROOT of a NEIGHBOURS artifact.
         queries: EMB of the queries, from the checkpoint that embedded the gallery.
-        sketch: a picture, or a folder of pictures, instead of `queries`; wants `checkpoint`.
+        sketch: a drawing, or a folder of drawings, instead of `queries`; requires `checkpoint`.
+        photo: a photo, or a folder of photos, instead of `queries`; requires `checkpoint`.
         checkpoint: the one that embedded the gallery.
         weights: of the checkpoint's backbone, where its package has none.
         k: neighbours a query.
@@ -53,6 +62,7 @@ class Search(JobConfig):
     output: Path
     queries: Path | None = None
     sketch: Path | None = None
+    photo: Path | None = None
     checkpoint: Path | None = None
     weights: Path | None = None
     k: int = Field(default=10, ge=1)
@@ -70,10 +80,10 @@ class Search(JobConfig):
         """Raise ConfigError for flags that do not go together."""
         if not self.offline:
             require_suffix(self.output)
-        if (self.queries is None) == (self.sketch is None):
-            raise ConfigError("give either --queries (embeddings) or --sketch (pictures)")
-        if self.sketch is not None and self.checkpoint is None:
-            raise ConfigError("--sketch wants --checkpoint, the one that embedded the gallery")
+        if sum(given is not None for given in (self.queries, self.sketch, self.photo)) != 1:
+            raise ConfigError("give one of --queries (embeddings), --sketch (drawings) and --photo (photos)")
+        if self.queries is None and self.checkpoint is None:
+            raise ConfigError("--sketch and --photo require --checkpoint, the one that embedded the gallery")
         if self.picture is not None and self.data is None:
             raise ConfigError("--picture wants --data, which holds the gallery's pictures")
         if self.offline and (self.queries is None or self.picture is not None):
@@ -87,6 +97,11 @@ class Search(JobConfig):
     def offline(self) -> bool:
         """Whether the answers become an artifact."""
         return not self.output.suffix
+
+    @property
+    def images(self) -> tuple[Literal["sketch", "photo"], Path]:
+        """Modality and place of queries that are image files."""
+        return ("photo", self.photo) if self.photo is not None else ("sketch", self.sketch or Path())
 
     @property
     def asked(self) -> Asked:
@@ -107,7 +122,7 @@ def plan(config: Search) -> Results:
             prices = Prices(config.cpu_price)
             cost = {"cost": predict(index, queries, config.asked, workers=config.num_workers, prices=prices)}
     else:
-        count = len(sketch_files(config.sketch or Path()))
+        count = len(image_files(config.images[1]))
     return {
         "index": index.digest,
         "queries": count,
@@ -118,19 +133,50 @@ def plan(config: Search) -> Results:
     }
 
 
+def image_files(place: Path) -> list[Path]:
+    """`place` itself, or the images in the folder `place` and below, in name order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if is_file(place):
+        return [place]
+    found = [path for path in files_below(place) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise ConfigError(f"{place}: no image there; expected an image file, or a folder with some in it")
+    return found
+
+
 def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
-    """Answers to sketch files, and the files' bytes."""
-    files = sketch_files(config.sketch or Path())
+    """Answers to image files, and the files' bytes."""
+    modality, place = config.images
+    files = image_files(place)
     checkpoint = open_artifact(config.checkpoint or Path(), "checkpoint")
     if checkpoint.digest != searcher.space.checkpoint:
         raise ConfigError(
-            f"checkpoint {checkpoint.digest[:12]} did not embed the gallery; "
-            f"give {searcher.space.checkpoint[:12]}, which did"
+            f"--checkpoint {config.checkpoint}: {checkpoint.digest[:12]} did not embed the gallery; give "
+            f"{searcher.space.checkpoint[:12]}, which did"
         )
-    vectors = embed_files(files, checkpoint, config.weights)
+    model = of_checkpoint(checkpoint, config.weights)
+    images = [read_file(path) for path in files]
+    vectors = model.embed_sketch(files) if modality == "sketch" else model.embed_photo(files)
+    if modality == "sketch":
+        warn_of_photos(files, images)
     hits = config.asked.of(searcher, vectors)
     keys = np.array([str(path) for path in files], object)
-    return Answers(np.arange(len(files)), keys, np.full(len(files), None), hits), [p.read_bytes() for p in files]
+    return Answers(np.arange(len(files)), keys, np.full(len(files), None), hits), list(images)
+
+
+def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
+    """Say which of the drawings look like photos: their answers are those to a drawing that is none."""
+    if photos := [path for path, image in zip(files, images, strict=True) if looks_like_a_photo(image)]:
+        logger.warning(
+            "%d of %d drawings look like photos, such as %s: they have no even background; to search by a photo, "
+            "give --photo instead of --sketch",
+            len(photos),
+            len(files),
+            photos[0],
+        )
 
 
 def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
@@ -166,7 +212,7 @@ def work(config: Search) -> Results:
     if config.offline:
         return to_artifact(config)
     searcher = Searcher.open(config.index_dir)
-    answers, queries = (from_files if config.sketch is not None else from_embeddings)(config, searcher)
+    answers, queries = (from_files if config.queries is None else from_embeddings)(config, searcher)
     write_answers(answers, config.output)
     if config.picture is not None:
         ids = set(answers.hits.ids.ravel().tolist())

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from zsr.artifact import Artifact, Store
+
 
 def job(name: str, *flags: object) -> dict[str, Any]:
     """Run `python -m jobs.NAME FLAGS` in this process; the results, exit code included."""
@@ -23,6 +25,23 @@ def ok(name: str, *flags: object) -> dict[str, Any]:
     results = job(name, *flags)
     assert results["exit_code"] == 0, results
     return results
+
+
+def every_version(root: Path) -> list[Artifact]:
+    """The artifacts of all versions below `root`, oldest first."""
+    store = Store.at(root)
+    return [store.open(store.digest_of(number)) for number in store.versions()]
+
+
+def read_all(artifact: Artifact) -> int:
+    """Read every file of `artifact` as its readers do; rows in its shards."""
+    rows = 0
+    for entry in artifact.files:
+        artifact.read(entry.path)
+        artifact.local(entry.path)
+        if entry.path.startswith("modality="):
+            rows += artifact.read_table(entry.path).num_rows
+    return rows
 
 
 def features_only(root: Path, raw: Path) -> list[object]:

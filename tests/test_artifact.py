@@ -14,7 +14,17 @@ import pytest
 
 from tests.faults.counts import count
 from zsr import fault
-from zsr.artifact import Artifact, Plan, Store, canonical, open_artifact, refuse_extension_types, safe_name
+from zsr.artifact import (
+    SCHEMA_VERSION,
+    Artifact,
+    Plan,
+    Store,
+    canonical,
+    open_artifact,
+    refuse_extension_types,
+    safe_name,
+    sha256,
+)
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, DiskFull, StorageError
 
 PLAN = Plan("data", {"rows": 3})
@@ -142,7 +152,7 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     made = make(tmp_path)
     manifest = made.directory / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"rows":3', b'"rows":4'))
-    with pytest.raises(DamagedArtifact, match="none of the versions"):
+    with pytest.raises(DamagedArtifact, match=r"no version can be read: version 1: .*filed under"):
         open_artifact(tmp_path, "data")
 
 
@@ -153,14 +163,122 @@ def test_readers_fall_back_to_the_highest_version_that_verifies(tmp_path: Path) 
     assert open_artifact(tmp_path, "data").digest == first.digest
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["-al", "-as"])
+def test_a_snapshot_of_links_and_what_it_was_made_of_are_read(tmp_path: Path, how: str) -> None:
+    made = make(tmp_path / "root")
+    subprocess.run(["cp", how, str(tmp_path / "root"), str(tmp_path / "snapshot")], check=True)
+    for place in ("root", "snapshot"):
+        opened = open_artifact(tmp_path / place, "data")
+        assert opened.digest == made.digest
+        assert opened.complete()
+        opened.verify()
+        assert opened.read("modality=photo/part-00000.parquet") == made.read("modality=photo/part-00000.parquet")
+
+
+def test_a_link_brings_no_other_content_in(tmp_path: Path) -> None:
     made = make(tmp_path / "root")
     path = made.directory / "modality=photo/part-00000.parquet"
-    (tmp_path / "elsewhere").write_bytes(b"hello")
+    size = path.stat().st_size
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DamagedArtifact, match="link or device"):
+    with pytest.raises(DamagedArtifact, match="link to nowhere"):
         made.read("modality=photo/part-00000.parquet")
+    for content in (b"short", b"x" * size):
+        (tmp_path / "elsewhere").write_bytes(content)
+        with pytest.raises(DamagedArtifact, match="but the manifest says"):
+            made.read("modality=photo/part-00000.parquet")
+
+
+def test_a_file_that_is_changed_through_another_name_is_hashed_again(tmp_path: Path) -> None:
+    made = make(tmp_path / "root")
+    path = made.local("modality=photo/part-00000.parquet")
+    before, other = path.stat(), tmp_path / "other name"
+    os.link(path, other)
+    other.write_bytes(b"x" * before.st_size)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been written
+    with pytest.raises(DamagedArtifact, match="but the manifest says"):
+        made.local("modality=photo/part-00000.parquet")
+
+
+def test_why_no_version_can_be_read_is_said(tmp_path: Path) -> None:
+    first = make(tmp_path)
+    (first.directory / "manifest.json").unlink()
+    with pytest.raises(DamagedArtifact, match=r"no version can be read: version 1: .*manifest.json: missing"):
+        open_artifact(tmp_path, "data")
+
+
+def test_an_earlier_version_is_read_with_a_warning_that_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make(tmp_path)
+    second = make(tmp_path, Plan("data", {"rows": 9}))
+    (second.directory / "manifest.json").write_bytes(b"{}")
+    assert open_artifact(tmp_path, "data").digest == first.digest
+    assert "version 1 is read, since version 2:" in caplog.text
+
+
+def test_an_artifact_of_a_newer_zsr_asks_for_an_upgrade_and_is_not_passed_over(tmp_path: Path) -> None:
+    make(tmp_path)
+    data = canonical({**make(tmp_path, Plan("data", {"rows": 9})).manifest, "schema": SCHEMA_VERSION + 1})
+    folder = tmp_path / "objects" / sha256(data)
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes(data)
+    (tmp_path / "versions" / "3").write_bytes(canonical({"digest": sha256(data), "plan": ""}))
+    for place in (tmp_path, folder):
+        with pytest.raises(ConfigError, match=r"by a newer zsr.*upgrade zsr"):
+            open_artifact(place, "data")
+    with pytest.raises(ConfigError, match="upgrade zsr"):
+        Store.at(tmp_path).publish(_sealed(Store.at(tmp_path), PLAN))
+
+
+def test_what_was_made_from_a_version_is_published_right_after_it_or_not_at_all(tmp_path: Path) -> None:
+    store = Store.at(tmp_path)
+    base = store.publish(_sealed(store, Plan("data", {"who": "base"})))
+    changes = [_sealed(store, Plan("data", {"who": who})) for who in "ab"]
+    assert store.publish(changes[0], after=base) == base + 1
+    with pytest.raises(AlreadyPublished, match="version 2 was published while a change of version 1 was made"):
+        store.publish(changes[1], after=base)
+    assert store.versions() == (1, 2)
+
+
+def test_a_second_run_of_the_same_plan_waits_and_finds_it_made(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from tests.test_artifact import PLAN; from zsr.artifact import Store\n"
+        "print(Store.at(Path(sys.argv[1])).made(PLAN).digest)"
+    )
+    store = Store.at(tmp_path)
+    assert store.made(PLAN) is None
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second:
+        assert second.stderr is not None
+        told = second.stderr.readline()
+        assert f"another run of this very command is at work (process {os.getpid()} on " in told
+        made = make(tmp_path)
+        output, _ = second.communicate(timeout=60)
+    assert output.strip() == made.digest
+    assert not any((tmp_path / "staging").iterdir())
+    assert store.versions() == (1,)
+
+
+def test_a_run_goes_on_where_one_that_was_killed_held_the_lock(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from tests.test_artifact import PLAN; from zsr.artifact import Store\n"
+        "store = Store.at(Path(sys.argv[1])); store.made(PLAN); store.staging(PLAN).write('x', b'kept')\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert killed.returncode == -9
+    store = Store.at(tmp_path)
+    assert store.made(PLAN) is None
+    assert store.staging(PLAN).read("x") == b"kept"
+
+
+def test_a_manifest_that_no_reader_would_open_is_not_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zsr.artifact.staging.MANIFEST_CAP", 500)
+    with pytest.raises(ConfigError, match="at most 500 are read; use fewer and larger shards"):
+        _sealed(Store.at(tmp_path), Plan("data", {"about": "x" * 500}))
 
 
 def test_a_fifo_is_refused_and_does_not_hang(tmp_path: Path) -> None:

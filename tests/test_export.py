@@ -21,8 +21,10 @@ from zsr.data.sources.emoji import Emoji
 from zsr.embedding.encode import vectors_of
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.export import CONFIG, WEIGHTS, export
+from zsr.exported import of_checkpoint
 from zsr.models import backbones, build, configure
 from zsr.models.protocol import Inputs, Tower
+from zsr.storage import filesystem, read_file
 from zsr.training.checkpoint import canonical_options, tensors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -214,3 +216,151 @@ def test_a_backbone_with_other_weights_is_refused(on_features: Path, tmp_path: P
     model = zsr.load(tmp_path / "out", weights=tmp_path / "other.safetensors")
     with pytest.raises(DamagedArtifact, match="expected"):
         model.embed_photo([np.zeros((9, 9, 3), np.uint8)])
+
+
+@pytest.fixture(scope="module")
+def searched(
+    data: Path, features: Path, on_features: Path, with_tower: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """NAME/index and NAME/sketch, NAME/photo (EMB) below a folder, for both checkpoints; the images in raw/."""
+    root = tmp_path_factory.mktemp("searched")
+    for name, made in (("on_features", on_features), ("with_tower", with_tower)):
+        source = ("--features", features) if made == on_features else ()
+        for modality in ("sketch", "photo"):
+            output = root / name / modality
+            ok("embed", "--data", data, *source, "--checkpoint", made, "--modality", modality, "--output", output)
+        at = root / name
+        ok("index", "build", "--embeddings", at / "photo", "--queries", at / "sketch", "--index-dir", at / "index")
+    for modality in ("sketch", "photo"):
+        (root / "raw" / modality / "deeper").mkdir(parents=True)
+        table = open_artifact(data, "data").read_table(f"modality={modality}/part-00000.parquet")
+        for key, image in zip(table.column("key").to_pylist(), table.column("image").to_pylist(), strict=True):
+            (root / "raw" / modality / "deeper" / key.replace("/", "+")).with_suffix(".PNG").write_bytes(image)
+    return root
+
+
+def neighbors(index: Path, output: Path, *flags: object) -> dict[str, list[str]]:
+    """Keys that are found for each query of `jobs.search`, by the query's key without folders."""
+    ok("search", "--index-dir", index, "--output", output, "--k", 4, *flags)
+    found: dict[str, list[str]] = {}
+    for row in json.loads(output.read_text()):
+        name = Path(row["query_key"]).stem.split("+")[-1].split("/")[-1]
+        found.setdefault(name, []).append(row["key"])
+    return found
+
+
+@pytest.mark.parametrize("modality", ["sketch", "photo"])
+@pytest.mark.parametrize("name", ["on_features", "with_tower"])
+def test_image_files_find_what_their_embeddings_find(
+    searched: Path, tmp_path: Path, request: pytest.FixtureRequest, data: Path, name: str, modality: str
+) -> None:
+    at, threads = searched / name, torch.get_num_threads()
+    picture = ("--data", data, "--picture", tmp_path / "found.png")
+    flags = (f"--{modality}", searched / "raw" / modality, "--checkpoint", request.getfixturevalue(name), *picture)
+    found = neighbors(at / "index", tmp_path / "files.json", *flags)
+    assert found == neighbors(at / "index", tmp_path / "embedded.json", "--queries", at / modality)
+    assert len(found) == 12
+    assert torch.get_num_threads() == threads
+    with Image.open(tmp_path / "found.png") as sheet:
+        assert sheet.width > 5 * 112
+        assert sheet.height > 12 * 112
+    if modality == "photo":  # a photo of the gallery finds itself
+        assert all(Path(keys[0]).stem == query for query, keys in found.items())
+
+
+def test_a_photo_that_is_given_as_a_drawing_is_said(
+    searched: Path, on_features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "holiday.jpg")
+    index = searched / "on_features" / "index"
+    flags = ("--checkpoint", on_features)
+    neighbors(index, tmp_path / "drawings.json", "--sketch", searched / "raw" / "sketch", *flags)
+    assert "look like photos" not in caplog.text
+    neighbors(index, tmp_path / "photo.json", "--sketch", tmp_path / "holiday.jpg", *flags)
+    assert "1 of 1 drawings look like photos" in caplog.text
+    assert "give --photo" in caplog.text
+
+
+def test_a_checkpoint_whose_queries_are_texts_says_so(searched: Path, tmp_path: Path) -> None:
+    inputs = Inputs(sketch_dim=384, photo_dim=64, semantic_dim=0, classes=LABELS[:1], query="text")
+    made = checkpoint(tmp_path / "texts", "contrastive", inputs, None, {"data": "d" * 64})
+    drawing = next((searched / "raw" / "sketch").rglob("*.PNG"))
+    with pytest.raises(ConfigError, match="embeds text and photo, not sketch"):
+        of_checkpoint(made).embed_sketch([drawing])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--sketch", "nowhere.png"), "no image there"),
+        ((), "give one of"),
+        (("--sketch", "a.png", "--photo", "b.jpg"), "give one of"),
+    ],
+)
+def test_queries_that_are_not_there_are_said(
+    searched: Path, on_features: Path, tmp_path: Path, flags: tuple[object, ...], said: str
+) -> None:
+    index = searched / "on_features" / "index"
+    results = job("search", "--index-dir", index, "--output", tmp_path / "o.json", "--checkpoint", on_features, *flags)
+    assert results["exit_code"] == 2
+    assert said in results["error"]
+
+
+@pytest.mark.parametrize("how", ["file:", "file://", "file://localhost", "~", "relative"])
+def test_outputs_are_written_where_they_are_said_to_be(
+    searched: Path,
+    on_features: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    home, here = tmp_path / "home of a user", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    start, base = {"~": ("~", home), "relative": ("out", here / "out")}.get(how, (f"{how}{home}", home))
+    drawing = next((searched / "raw" / "sketch").rglob("*.PNG"))
+    index = searched / "on_features" / "index"
+    ok("search", "--index-dir", index, "--sketch", drawing, "--checkpoint", on_features, "--output",
+       f"{start}/found.json", "--data", data, "--picture", f"{start}/found.png")  # fmt: skip
+    ok("export", "--checkpoint", on_features, "--output", f"{start}/model")
+    ok("prepare", "--inspect", data, "--sheet", f"{start}/sheet.png")
+    assert json.loads((base / "found.json").read_text())
+    assert zsr.load(f"{start}/model").dim == zsr.load(base / "model").dim
+    for name in ("found.png", "sheet.png"):
+        with Image.open(base / name) as image:
+            assert image.width > 0
+    expected = {"home of a user", "here"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert {path.name for path in here.iterdir()} == ({"out"} if how == "relative" else set())
+
+
+def test_outputs_in_a_bucket_are_in_the_bucket(
+    searched: Path, on_features: Path, data: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawing = next((searched / "raw" / "sketch").rglob("*.PNG"))
+    index = searched / "on_features" / "index"
+    upload(drawing, f"{bucket}/queries/one.png")
+    flags = ("--checkpoint", on_features, "--data", data, "--picture", f"{bucket}/found.png")
+    ok("search", "--index-dir", index, "--sketch", f"{bucket}/queries", "--output", f"{bucket}/found.json", *flags)
+    ok("search", "--index-dir", index, "--sketch", drawing, "--output", tmp_path / "found.json", *flags[:2])
+    found, here = (json.loads(read_file(place)) for place in (f"{bucket}/found.json", tmp_path / "found.json"))
+    assert [row["key"] for row in found] == [row["key"] for row in here]
+    assert found[0]["query_key"].startswith("s3:/")
+    ok("export", "--checkpoint", on_features, "--output", f"{bucket}/model")
+    ok("export", "--checkpoint", on_features, "--output", f"{bucket}/model")  # the same again is no error
+    assert zsr.load(f"{bucket}/model").embed_sketch([drawing]).shape[0] == 1
+    ok("prepare", "--inspect", data, "--sheet", f"{bucket}/sheet.png")
+    for name in ("found.png", "sheet.png"):
+        with Image.open(io.BytesIO(read_file(f"{bucket}/{name}"))) as image:
+            assert image.width > 0
+    assert {path.name for path in tmp_path.iterdir()} <= {"aws", "cache", "found.json"}
+
+
+def upload(source: Path, url: str) -> None:
+    store, path = filesystem(url)
+    store.pipe_file(path, source.read_bytes())

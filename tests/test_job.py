@@ -7,6 +7,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from jobs._job import JobConfig, Results, causes, main
+from tests.pipeline import job
 from zsr.errors import ConfigError, DamagedArtifact, ZsrError
 
 
@@ -40,12 +41,29 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> Results:
     return results
 
 
+def test_a_submitted_job_does_not_write_where_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    here.mkdir(parents=True)
+    (here / "in package").mkdir()
+    monkeypatch.chdir(here)
+    refused = job("prepare", "--source", "folders", "--input", "in package", "--output", "runs/data")
+    assert refused["exit_code"] == 2
+    assert "a submitted job runs in a folder that is removed with it; give an absolute path" in refused["error"]
+    passed = job("prepare", "--source", "folders", "--input", "in package", "--output", tmp_path / "data")
+    assert "removed with it" not in passed["error"]
+
+
 def test_the_command_line_wins_over_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("output: here\nlabels: [a, b]\noptions: {lr: 0.5, fast: false}\n")
     assert main(Config, show, show, ["--config", str(file), "--labels", "c"]) == 0
     config = last_line(capsys)["config"]
-    assert config == {"plan": False, "output": "here", "labels": ["c"], "options": {"lr": 0.5, "fast": False}}
+    assert config == {
+        "plan": False,
+        "output": str(Path.cwd() / "here"),
+        "labels": ["c"],
+        "options": {"lr": 0.5, "fast": False},
+    }
 
 
 def test_an_unknown_key_of_the_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from zsr.embedding.encode import BackboneSettings, Featurizer, featurizer
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import backbones
 from zsr.models.protocol import Inputs
+from zsr.storage import files_below, is_file, read_file
 from zsr.training.checkpoint import describe, open_model, tensors
 
 WEIGHTS: Final = "model.safetensors"
@@ -82,26 +83,36 @@ def export(
     """
     if data is not None and data.digest != checkpoint.parents["data"]:
         raise ConfigError(f"--data {data.digest[:12]}: trained on data {checkpoint.parents['data'][:12]}; give those")
-    config = checkpoint.config
     model = open_model(checkpoint)
-    found = featurizer_of(config["features"], weights) if include_backbone else None
+    found = featurizer_of(checkpoint.config["features"], weights) if include_backbone else None
     content = save({**tensors(model), **_backbone_tensors(found)})
-    description = Description(
-        **{name: config[name] for name in ("model", "options", "inputs", "features", "settings", "split")},
-        backbones={} if found is None else _architectures(found),
-        facts=dict(checkpoint.facts),
-        parents=dict(checkpoint.parents),
-        checkpoint=checkpoint.digest,
-        weights=sha256(content),
-    )
+    description = description_of(checkpoint, sha256(content), {} if found is None else _architectures(found))
     text = canonical(description.model_dump(mode="json"))
     _refuse_other(output, text)
-    output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / WEIGHTS, content)
     source = {} if data is None else dict(data.config["source"])
     write_atomically(output / CARD, card(description, describe(model), source).encode())
     write_atomically(output / CONFIG, text)
     return description
+
+
+def description_of(
+    checkpoint: Artifact, weights: str, included: Mapping[str, dict[str, Any]] | None = None
+) -> Description:
+    """What an export of `checkpoint` says of itself.
+
+    Args:
+        weights: digest of the file or artifact that holds them.
+        included: architectures of the backbones that the export holds, by side.
+    """
+    return Description(
+        **{name: checkpoint.config[name] for name in ("model", "options", "inputs", "features", "settings", "split")},
+        backbones=dict(included or {}),
+        facts=dict(checkpoint.facts),
+        parents=dict(checkpoint.parents),
+        checkpoint=checkpoint.digest,
+        weights=weights,
+    )
 
 
 def read_description(directory: Path) -> Description:
@@ -112,12 +123,14 @@ def read_description(directory: Path) -> Description:
         DamagedArtifact: it is not what `export` writes.
     """
     path = directory / CONFIG
-    if not path.is_file():
-        raise ConfigError(f"{directory}: no {CONFIG}; expected a directory that jobs.export has written")
-    if (size := path.stat().st_size) > LARGEST:
-        raise DamagedArtifact(f"{path}: {size} bytes, at most {LARGEST} are read; export again")
     try:
-        return Description.model_validate_json(path.read_bytes())
+        data = read_file(path, LARGEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{directory}: no {CONFIG}; expected a directory that jobs.export has written") from None
+    if len(data) > LARGEST:
+        raise DamagedArtifact(f"{path}: more than {LARGEST} bytes; export again")
+    try:
+        return Description.model_validate_json(data)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
         raise DamagedArtifact(f"{path}: {wrong}; export again with this version") from error
@@ -175,10 +188,10 @@ def _architectures(found: Featurizer) -> dict[str, dict[str, Any]]:
 
 def _refuse_other(output: Path, text: bytes) -> None:
     """Raise ConfigError where `output` holds anything but an earlier attempt at the very same export."""
-    if output.is_file():
+    if is_file(output):
         raise ConfigError(f"--output {output}: is a file; expected a directory to make")
-    there = {path.name for path in output.iterdir() if path.name[0] != "."} if output.is_dir() else set()
-    same = (output / CONFIG).is_file() and (output / CONFIG).read_bytes() == text
+    there = {path.relative_to(output).parts[0] for path in files_below(output) if path.name[0] != "."}
+    same = CONFIG in there and read_file(output / CONFIG) == text
     if CONFIG in there and not same:
         raise ConfigError(f"--output {output}: holds another export; give a new directory")
     if strange := sorted(there - {WEIGHTS, CONFIG, CARD}):

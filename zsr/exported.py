@@ -14,15 +14,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zsr.artifact import sha256
+from zsr.artifact import Artifact, sha256
 from zsr.data.decode import BadImage, Limits, Pictures, decode, square
 from zsr.data.semantics.sentences import SentenceEncoder, encoder_folder
 from zsr.embedding.encode import SIDES, Featurizer, ready, vectors_of
 from zsr.errors import ConfigError, DamagedArtifact
-from zsr.export import BACKBONE, CONFIG, WEIGHTS, Description, featurizer_of, read_description, settings_of
+from zsr.export import (
+    BACKBONE,
+    CONFIG,
+    WEIGHTS,
+    Description,
+    description_of,
+    featurizer_of,
+    read_description,
+    settings_of,
+)
 from zsr.models import backbones, build
 from zsr.models.protocol import Embedder, Metric
-from zsr.training.checkpoint import parse
+from zsr.storage import local_path, located, read_file
+from zsr.training.checkpoint import open_model, parse
 from zsr.training.source import pictures_of, resize_of
 
 Picture = Image.Image | str | Path | np.ndarray
@@ -41,13 +51,18 @@ class Exported:
     """
 
     def __init__(
-        self, description: Description, model: Embedder, included: Featurizer | None, weights: Path | None, device: str
+        self,
+        description: Description,
+        model: Embedder,
+        included: Featurizer | None,
+        weights: str | Path | None,
+        device: str,
     ) -> None:
         self.description, self.device = description, device
         self.model = ready(model, device)
         self.metric: Metric = model.metric
         self.dim = model.dim
-        self._included, self._weights = included, weights
+        self._included, self._weights = included, None if weights is None else local_path(weights)
 
     def embed_sketch(self, images: Sequence[Picture] | np.ndarray) -> np.ndarray:
         """Embeddings (N, D) float32 of N sketches, dark strokes on white; (N, P, D) of models with P parts an item.
@@ -135,6 +150,16 @@ class Exported:
         return SentenceEncoder(encoder_folder(None), sha256, self.device)
 
 
+def of_checkpoint(checkpoint: Artifact, weights: str | Path | None = None, device: str = "cpu") -> Exported:
+    """A checkpoint in use as its export would be. Arguments as of `load`.
+
+    Raises:
+        DamagedArtifact: it does not verify.
+    """
+    description = description_of(checkpoint, checkpoint.entry(WEIGHTS).sha256)
+    return Exported(description, open_model(checkpoint).eval(), None, weights, device)
+
+
 def load(path: str | Path, *, weights: str | Path | None = None, device: str = "cpu") -> Exported:
     """Open what jobs.export has written.
 
@@ -148,19 +173,19 @@ def load(path: str | Path, *, weights: str | Path | None = None, device: str = "
         ConfigError: not an export, or of a model or option that this version does not know.
         DamagedArtifact: the configuration or the weights are not what was written.
     """
-    directory = Path(path)
+    directory: Path = located(Path(path))
     description = read_description(directory)
     try:
-        data = (directory / WEIGHTS).read_bytes()
+        data = read_file(directory / WEIGHTS)
     except OSError as error:
-        raise DamagedArtifact(f"{directory / WEIGHTS}: {error.strerror}; export again") from error
+        raise DamagedArtifact(f"{directory / WEIGHTS}: {error.strerror or error}; export again") from error
     if (found := sha256(data)) != description.weights:
         raise DamagedArtifact(f"{directory / WEIGHTS}: sha256 {found[:12]}, {CONFIG} says {description.weights[:12]}")
     state = parse(data, str(directory / WEIGHTS))
     model = build(description.model, description.options, description.inputs)
     _fill(model, {name: v for name, v in state.items() if not name.startswith(BACKBONE)}, directory)
     included = _included(description, state, directory) if description.backbones else None
-    return Exported(description, model.eval(), included, None if weights is None else Path(weights), device)
+    return Exported(description, model.eval(), included, weights, device)
 
 
 def _included(description: Description, state: Mapping[str, Tensor], directory: Path) -> Featurizer:
@@ -198,7 +223,7 @@ def _blocks(
 def _pixels(picture: Picture, pictures: Pictures, number: int) -> np.ndarray:
     try:
         if isinstance(picture, str | Path):
-            return decode(Path(picture).read_bytes(), pictures.resize, Limits())
+            return decode(read_file(picture), pictures.resize, Limits())
         if isinstance(picture, np.ndarray):
             if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] != 3):
                 raise BadImage("wrong_type", f"{picture.dtype} of shape {picture.shape}, expected uint8 (H, W, 3)")

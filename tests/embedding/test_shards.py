@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests import toy
-from tests.pipeline import ok
+from tests.pipeline import every_version, ok, read_all
 from zsr.artifact import open_artifact
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -50,6 +50,7 @@ def test_only_changed_shards_are_computed_and_nobody_can_tell(before: Path, afte
     assert first["cost"]["shards"] == {"computed": 6, "reused": 0, "finished_before": 0}
     assert again["cost"]["shards"] == {"computed": 1, "reused": 5, "finished_before": 0}
     assert again["features"] == fresh["features"] != first["features"]
+    assert [read_all(artifact) for artifact in every_version(tmp_path / "kept")] == [24, 24]
     assert features(after / "data", tmp_path / "kept")["cost"] == {
         "shards": {"computed": 0, "reused": 0, "finished_before": 6}
     }

@@ -2,13 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.index.helpers import KEY, World, clustered, embeddings
 from zsr.artifact import Store, open_artifact
-from zsr.errors import ConfigError, DamagedArtifact
+from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact
 from zsr.index import drift, edit, purge
 from zsr.index.build import Job, build
 from zsr.index.plan import IndexConfig
@@ -179,3 +180,71 @@ def test_a_filter_widens_the_search_of_those_queries_alone_that_it_leaves_short(
     assert (together >= 0).all()
     alone = [searcher.search(one[None], K, 1, labels=labels).ids for one in world.sketches]
     assert np.array_equal(together, np.concatenate(alone))
+
+
+@pytest.mark.parametrize("other", ["delete", "compact", "add"])
+def test_a_change_that_was_published_meanwhile_is_not_lost(
+    store: Store, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    ids = Searcher.open(store.root).ids
+    more = embeddings(tmp_path / "more", clustered(60, 11), "photo", keys=[f"new-{row}" for row in range(60)], shards=1)
+    measured, pending = edit._measured, [True]
+
+    def meanwhile(*arguments: Any) -> Any:
+        """Publish a deletion while another change, which has opened the live version already, is being measured."""
+        if pending:
+            pending.clear()
+            edit.delete(store, [int(ids[0])])
+        return measured(*arguments)
+
+    monkeypatch.setattr(edit, "_measured", meanwhile)
+    if other == "delete":
+        edit.delete(store, [int(ids[1])])
+    else:
+        _ = edit.compact(store) if other == "compact" else edit.add(store, more)
+    live = Searcher.open(store.root).live_ids
+    assert int(ids[0]) not in live
+    assert (int(ids[1]) in live) == (other != "delete")
+    assert store.versions() == (1, 2, 3)
+    assert not list((store.root / "staging").iterdir())
+
+
+def test_a_change_that_is_overtaken_again_and_again_ends_with_the_exit_code_of_a_lost_race(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [int(i) for i in Searcher.open(store.root).ids]
+    measured, others = edit._measured, iter(ids[1:])
+    inner: list[bool] = []
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not inner:
+            inner.append(True)
+            edit.delete(store, [next(others)])
+            inner.clear()
+        return measured(*arguments)
+
+    monkeypatch.setattr(edit, "_measured", meanwhile)
+    with pytest.raises(AlreadyPublished, match="run it again") as lost:
+        edit.delete(store, ids[:1])
+    assert lost.value.exit_code == 8
+    assert ids[0] in Searcher.open(store.root).live_ids
+
+
+def test_a_purge_does_not_take_a_change_away_that_comes_in_between(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = Searcher.open(store.root).ids
+    edit.delete(store, [int(ids[0])])
+    gone = purge._gone
+
+    def meanwhile(*arguments: Any) -> Any:
+        edit.delete(store, [int(ids[1])])
+        return gone(*arguments)
+
+    monkeypatch.setattr(purge, "_gone", meanwhile)
+    with pytest.raises(AlreadyPublished, match="run the purge again"):
+        purge.purge(store)
+    monkeypatch.undo()
+    assert not np.isin(ids[:2], Searcher.open(store.root).live_ids).any()
+    purge.purge(store)
+    assert not np.isin(ids[:2], Searcher.open(store.root).live_ids).any()

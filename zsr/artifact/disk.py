@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from zsr.artifact.format import CHUNK, FileEntry
 from zsr.errors import DamagedArtifact, DiskFull, StorageError
+from zsr.storage import filesystem, local_path, remote_errors, url_of
 
 
 def check_size(path: Path, found: int, entry: FileEntry) -> None:
@@ -35,18 +36,31 @@ def check_hash(path: Path, found: str, entry: FileEntry) -> None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[Any]:
-    """Open without following a link; refuse what is not a plain file with one name."""
+    """Open a regular file, whatever links lead to it; a device, pipe or directory is never opened.
+
+    Snapshots (`cp -al`, rsnapshot) and content stores (DVC, git-annex) lay an artifact out as hard or symbolic links,
+    and a reused shard is a hard link itself. A link cannot bring other content in, since every byte is compared with
+    the SHA-256 of the manifest before it is parsed.
+
+    Raises:
+        DamagedArtifact: missing, a dangling link, or no regular file.
+        StorageError: not readable, for example for its permissions.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        _regular(path, os.stat(path))  # before it is opened: opening a device may already do something
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
-            raise DamagedArtifact(f"{path}: missing, or a link or device ({error.strerror}); restore it") from error
+            raise DamagedArtifact(f"{path}: missing, or a link to nowhere ({error.strerror}); restore it") from error
         raise StorageError(f"{path}: {error.strerror}") from error
     with os.fdopen(descriptor, "rb") as handle:
-        info = os.fstat(handle.fileno())
-        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
-            raise DamagedArtifact(f"{path}: not a plain file with a single name; artifacts hold nothing else")
+        _regular(path, os.fstat(handle.fileno()))
         yield handle
+
+
+def _regular(path: Path, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise DamagedArtifact(f"{path}: not a regular file but a device, pipe or directory; restore it from a copy")
 
 
 def mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
@@ -87,7 +101,17 @@ def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync and rename into place: a reader sees the whole file or none."""
+    """Write, fsync and rename into place, or put at a URL in one request: a reader sees the whole file or none.
+
+    Raises:
+        StorageError, DiskFull: it cannot be written; nothing of it is left.
+    """
+    if url := url_of(path):
+        store, name = filesystem(url)
+        with remote_errors(url):
+            store.pipe_file(name, data)
+        return
+    path = local_path(path)
     temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")
     with disk_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)

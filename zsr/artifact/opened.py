@@ -138,7 +138,10 @@ class Artifact:
         path = self._here(entry)
         with open_regular(path) as handle:
             info = os.fstat(handle.fileno())
-            inode = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, entry.sha256)
+            # ctime changes with every write through any name of the file, and no program can set it back; in the mirror
+            # of a bucket it changes with each fetch, and nobody else has a name of those files
+            changed = info.st_ctime_ns if self.bucket is None else info.st_mtime_ns
+            inode = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, changed, entry.sha256)
             if inode not in _verified:
                 check_size(path, info.st_size, entry)
                 check_hash(path, hash_handle(handle), entry)
@@ -151,7 +154,7 @@ class Artifact:
             if self.bucket is not None:
                 sizes = self.bucket.sizes(f"objects/{self.digest}")
                 return all(sizes.get(e.path) == e.bytes for e in self.files)
-            return all((self.directory / safe_name(e.path)).lstat().st_size == e.bytes for e in self.files)
+            return all((self.directory / safe_name(e.path)).stat().st_size == e.bytes for e in self.files)
         except OSError:
             return False
 
@@ -161,4 +164,4 @@ class Artifact:
             self.local(entry.path)
 
 
-_verified: set[tuple[int, int, int, int, str]] = set()
+_verified: set[tuple[int, int, int, int, int, str]] = set()

@@ -17,6 +17,7 @@ from zsr.artifact.bucket import Bucket
 from zsr.artifact.disk import check_hash, disk_errors, fsync_directory, hash_handle, write_atomically
 from zsr.artifact.format import (
     MANIFEST,
+    MANIFEST_CAP,
     SCHEMA_VERSION,
     FileEntry,
     Json,
@@ -27,7 +28,7 @@ from zsr.artifact.format import (
     sha256,
 )
 from zsr.artifact.opened import Artifact
-from zsr.errors import DamagedArtifact, StorageError
+from zsr.errors import ConfigError, DamagedArtifact, StorageError
 
 RECEIPT_CAP: Final = 16 << 20  # bytes; facts may count many classes
 
@@ -209,6 +210,11 @@ class Staging:
             "files": [entry.as_json() for entry in entries],
         }
         data = canonical(manifest)
+        if len(data) > MANIFEST_CAP:  # no reader would open it
+            raise ConfigError(
+                f"{self.where}: {len(entries)} files make a manifest of {len(data)} bytes, at most {MANIFEST_CAP} are "
+                "read; use fewer and larger shards (--rows-per-shard)"
+            )
         digest = sha256(data)
         fault.here("artifact.manifest")
         self._note(f"{self._folder}/sealed.json", canonical({"digest": digest}))

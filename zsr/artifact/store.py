@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zsr import fault
+from zsr.artifact import lock
 from zsr.artifact.bucket import Bucket, cache_directory
 from zsr.artifact.disk import disk_errors, fsync_directory, open_regular, write_atomically
 from zsr.artifact.format import MANIFEST, MANIFEST_CAP, SCHEMA_VERSION, Plan, canonical, safe_name, sha256
@@ -18,6 +20,8 @@ from zsr.artifact.opened import Artifact
 from zsr.artifact.staging import Staging
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, StorageError
 from zsr.storage import local_path, url_of
+
+logger = logging.getLogger("zsr")
 
 POINTER_CAP = 4096  # bytes of a version's file
 
@@ -43,6 +47,11 @@ class Store:
         return self.url or str(self.root)
 
     @property
+    def place(self) -> Path:
+        """The ROOT as a path or URL below which files that are no artifacts are written."""
+        return Path(self.url) if self.url else self.root
+
+    @property
     def bucket(self) -> Bucket | None:
         """The object store; None for a directory."""
         return Bucket(self.url, self.root) if self.url else None
@@ -51,24 +60,44 @@ class Store:
         """Where `plan` is worked on; finished pieces of a killed run are found there."""
         return Staging(self.root, plan, self.url)
 
-    def made(self, plan: Plan, check: Callable[[Artifact], None] | None = None) -> Artifact | None:
+    def made(
+        self, plan: Plan, check: Callable[[Artifact], None] | None = None, after: int | None = None
+    ) -> Artifact | None:
         """The artifact that this very plan already made, published now if a kill came after sealing.
+
+        If there is none, this process is the one that may make it, until it publishes or discards it: another run of
+        the same plan waits here until then, and finds it made.
 
         Args:
             check: called before such a late publication, where sealing alone does not make an artifact fit to publish;
                 what it raises is passed on, and nothing is published.
+            after: see `publish`.
 
         Raises:
             StorageError: an object store without conditional put, which is found out before anything is made.
+            AlreadyPublished: see `publish`.
+            ConfigError: a newer zsr has published here.
         """
         if self.bucket is not None:
             self.bucket.require_conditional_put()
+        if artifact := self._published_by(plan, after):
+            return artifact
+        lock.acquire(self._lock(plan.digest))
+        artifact = self._published_by(plan, after) or self._sealed_by(plan, check, after)
+        if artifact is not None:
+            lock.release(self._lock(plan.digest))
+        return artifact
+
+    def _published_by(self, plan: Plan, after: int | None) -> Artifact | None:
         for number in reversed(self.versions()):
             artifact = self._at_version(number)
             if artifact is not None and artifact.plan == plan.digest and artifact.complete():
                 if number != self.versions()[-1]:
-                    self.publish(artifact)  # who asks for this plan again wants the next job to read it
+                    self.publish(artifact, after)  # who asks for this plan again wants the next job to read it
                 return artifact
+        return None
+
+    def _sealed_by(self, plan: Plan, check: Callable[[Artifact], None] | None, after: int | None) -> Artifact | None:
         try:
             sealed = json.loads(self._read(f"staging/{plan.digest}/sealed.json"))
             artifact = self.open(str(sealed["digest"]), plan.digest)
@@ -76,12 +105,32 @@ class Store:
             return None
         if check is not None:
             check(artifact)
-        self.publish(artifact)
+        self.publish(artifact, after)
         return artifact
 
     def discard(self, plan: Plan) -> None:
-        """Forget what a killed run of `plan` had finished. Published versions stay."""
+        """Forget what a killed run of `plan` had finished, to work on it from scratch. Published versions stay."""
         self._remove(f"staging/{plan.digest}")
+
+    def abandon(self, plan: Plan) -> None:
+        """Forget what was finished of `plan`, which nobody will go on with."""
+        self._clear(plan.digest)
+
+    def remove_staging(self) -> None:
+        """Remove everything unfinished.
+
+        Raises:
+            AlreadyPublished: another process is at work on some of it.
+        """
+        folder = self.root / "staging"
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            plan = path.name.removesuffix(lock.SUFFIX)
+            if not lock.try_acquire(self._lock(plan)):
+                raise AlreadyPublished(f"{path}: another run is at work here; run this again when it has ended")
+            self._clear(plan)
+
+    def _lock(self, plan: str) -> Path:
+        return self.root / "staging" / f"{plan}{lock.SUFFIX}"
 
     def versions(self) -> tuple[int, ...]:
         """Published version numbers, ascending."""
@@ -112,21 +161,37 @@ class Store:
         else:
             shutil.rmtree(self.root / folder, ignore_errors=True)
 
-    def publish(self, artifact: Artifact) -> int:
+    def publish(self, artifact: Artifact, after: int | None = None) -> int:
         """Make a freshly sealed `artifact` the next version and clear its staging.
 
         Publishing what the current version holds already, from the same plan, is a no-op.
 
+        Args:
+            after: the newest version when the work began, for an artifact that was made from it: it is published as
+                the next one, or not at all, so that no change in between is lost.
+
         Raises:
-            AlreadyPublished: another publisher created the same version number first.
+            AlreadyPublished: another publisher created the version first.
+            ConfigError: the newest version is of a newer zsr.
         """
         numbers = self.versions()
-        current = self._at_version(numbers[-1]) if numbers else None
+        newest = numbers[-1] if numbers else 0
+        current = self._at_version(newest) if numbers else None
         if current and (current.digest, current.plan) == (artifact.digest, artifact.plan):
-            self._clear(artifact)
-            return numbers[-1]
-        number = self._link(artifact, (numbers[-1] if numbers else 0) + 1)
-        self._clear(artifact)
+            self._clear(artifact.plan)
+            return newest
+        if after not in (None, newest):
+            raise AlreadyPublished(
+                f"{self}: version {newest} was published while a change of version {after} was made; run it again, "
+                f"so that it is made from version {newest}"
+            )
+        if current and artifact.plan and current.plan == artifact.plan:
+            raise AlreadyPublished(
+                f"{self}: another run of the same command has published version {newest} meanwhile; run it again to "
+                "find it finished"
+            )
+        number = self._link(artifact, newest + 1)
+        self._clear(artifact.plan)
         return number
 
     def _link(self, artifact: Artifact, number: int) -> int:
@@ -165,38 +230,62 @@ class Store:
             temporary.unlink(missing_ok=True)
         return True
 
-    def _clear(self, artifact: Artifact) -> None:
-        if artifact.plan:
-            self._remove(f"staging/{artifact.plan}")
+    def _clear(self, plan: str) -> None:
+        """Remove the staging area of the plan with this digest, and let other runs of it go on."""
+        if plan:
+            self._remove(f"staging/{plan}")
+            lock.release(self._lock(plan))
 
     def latest(self) -> Artifact:
-        """The highest version whose manifest verifies.
+        """The highest version whose manifest verifies; a warning says why a higher one does not.
 
         Raises:
-            StorageError: nothing is published here.
+            StorageError: nothing is published here, or a file is not readable for another reason than damage.
             DamagedArtifact: versions exist, and none verifies.
+            ConfigError: the newest was written by a newer zsr.
         """
         numbers = self.versions()
         if not numbers:
             raise StorageError(f"{self}: no published version; has the job that writes it finished?")
+        reasons = []
         for number in reversed(numbers):
-            artifact = self._at_version(number)
-            if artifact is not None:
-                return artifact
-        raise DamagedArtifact(f"{self}: none of the versions {numbers} verifies; restore objects/ from a copy")
+            try:
+                artifact = self._opened(number)
+            except DamagedArtifact as error:
+                reasons.append(f"version {number}: {error}")
+                continue
+            if reasons:
+                logger.warning("%s: version %d is read, since %s", self, number, "; ".join(reasons[:3]))
+            return artifact
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        raise DamagedArtifact(f"{self}: no version can be read: {'; '.join(reasons[:3])}{more}")
 
     def _at_version(self, number: int) -> Artifact | None:
+        """The artifact of version `number`; None if it is damaged. Raises StorageError, ConfigError as `latest`."""
         try:
-            pointer = json.loads(self._read(f"versions/{number}"))
-            return self.open(str(pointer["digest"]), str(pointer["plan"]))
-        except (OSError, ValueError, KeyError, TypeError, DamagedArtifact):
+            return self._opened(number)
+        except DamagedArtifact:
             return None
+
+    def _opened(self, number: int) -> Artifact:
+        try:
+            with disk_errors(self.root / "versions" / str(number)):
+                pointer = json.loads(self._read(f"versions/{number}"))
+            digest, plan = str(pointer["digest"]), str(pointer["plan"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedArtifact(f"{self}/versions/{number}: does not name an object: {error!r}") from error
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # removed since it was listed, or a dangling link
+                raise DamagedArtifact(f"{self}/versions/{number}: missing") from error
+            raise
+        return self.open(digest, plan)
 
     def open(self, digest: str, plan: str = "") -> Artifact:
         """The object `digest`, published or not; `plan` is the digest of the plan that made it, where it is known.
 
         Raises:
             DamagedArtifact: missing, or its manifest does not verify.
+            ConfigError: written by a newer zsr.
         """
         if not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise DamagedArtifact(f"{self}: {digest!r} is not a digest")
@@ -211,7 +300,10 @@ class Store:
         try:
             manifest = json.loads(data)
             if manifest["schema"] != SCHEMA_VERSION:
-                raise DamagedArtifact(f"{path}: schema {manifest['schema']}, this version reads {SCHEMA_VERSION}")
+                raise ConfigError(
+                    f"{path}: written in schema {manifest['schema']} by a newer zsr, and this one reads schema "
+                    f"{SCHEMA_VERSION}; upgrade zsr"
+                )
             for entry in manifest["files"]:
                 safe_name(entry["path"])
         except (ValueError, KeyError, TypeError) as error:

@@ -123,7 +123,7 @@ def few_shot(bench: Bench, store: Store) -> Shots:
     if bench.features is None:
         raise ConfigError("few-shot models are trained again on features; give --features")
     support = support_of(bench, bench.features)
-    features = _only(bench.features, bench.data, bench.tested, support, Store(store.root / "features"))
+    features = _only(bench.features, bench.data, bench.tested, support, Store.at(store.place / "features"))
     training = tuple(sorted(set(bench.split.training) | set(bench.tested)))
     validation = tuple(sorted(set(bench.split.validation) - set(bench.tested)))
     return Shots(support, features, Split((), validation, bench.split.source, training))

@@ -4,7 +4,8 @@ Every change is a new version. Deletes and additions write only what is new and 
 `compact` writes one whole object, without what was deleted. All segments share the template, so that codes compare.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, sha256
-from zsr.errors import ConfigError, QualityGateFailed
+from zsr.errors import AlreadyPublished, ConfigError, QualityGateFailed
 from zsr.index import build, drift, engine, lists
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
@@ -22,6 +23,9 @@ from zsr.index.truth import K, Truth, exact
 from zsr.index.tune import Point, at_point, tune
 from zsr.index.vectors import Vectors
 
+logger = logging.getLogger("zsr")
+
+ATTEMPTS: Final = 5  # at one change, while others publish theirs in between
 AGREEMENT: Final = 0.95  # of what the live version finds for its golden queries, where it is still there
 DRIFT_ROWS: Final = 8192
 FEWEST_GOLDEN: Final = 30  # queries whose neighbours are still known; with fewer, recall is anybody's guess
@@ -29,17 +33,23 @@ FEWEST_GOLDEN: Final = 30  # queries whose neighbours are still known; with fewe
 
 @dataclass(frozen=True)
 class Live:
-    """The version that readers see, opened for a change."""
+    """The version that readers see, opened for a change.
+
+    Attributes:
+        newest: the highest version number when it was opened; the change is published as the next one, or not at all.
+    """
 
     store: Store
     artifact: Artifact
     searcher: Searcher
+    newest: int
 
     @classmethod
     def of(cls, store: Store) -> "Live":
-        """The latest version of `store`. Raises StorageError, DamagedArtifact."""
+        """The latest version of `store`. Raises StorageError, DamagedArtifact, ConfigError."""
+        newest = max(store.versions(), default=0)  # first: what is published from now on is noticed at the end
         artifact = store.latest()
-        return cls(store, artifact, Searcher.of(artifact))
+        return cls(store, artifact, Searcher.of(artifact), newest)
 
     @property
     def rows(self) -> int:
@@ -57,13 +67,12 @@ class Change:
 
     Attributes:
         specs: segments of the new version, `dead` their deleted ordinals, `truth` the golden queries' new neighbours.
-        told: what the job prints beside. seen: how vectors that are new lie under the template.
+        seen: how vectors that are new lie under the template.
     """
 
     specs: Sequence[Spec]
     dead: np.ndarray
     truth: Truth
-    told: Mapping[str, Any]
     seen: drift.Spread | None = None
 
 
@@ -79,6 +88,20 @@ class Changed:
         return {**self.published.as_json(), **self.told}
 
 
+def _from_newest(store: Store, change: Callable[[Live], Changed]) -> Changed:
+    """Make `change` of the newest version; again, if another one was published before it was ready.
+
+    Raises:
+        AlreadyPublished: each of ATTEMPTS times.
+    """
+    for _ in range(1, ATTEMPTS):
+        try:
+            return change(Live.of(store))
+        except AlreadyPublished as error:
+            logger.warning("%s; doing so now", error)
+    return change(Live.of(store))
+
+
 def _plan(live: Live, what: str, **inputs: str) -> Plan:
     return Plan("index", {"change": what}, {"index": live.artifact.digest, **inputs})
 
@@ -89,8 +112,12 @@ def delete(store: Store, ids: Collection[int]) -> Changed:
     Raises:
         ConfigError: an id that the index does not hold.
         QualityGateFailed: the recall target cannot be met any more.
+        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
     """
-    live = Live.of(store)
+    return _from_newest(store, lambda live: _delete(live, ids))
+
+
+def _delete(live: Live, ids: Collection[int]) -> Changed:
     wanted = np.unique(np.fromiter(ids, np.int64, len(ids)))
     if missing := sorted(set(wanted.tolist()) - set(live.searcher.live_ids.tolist())):
         raise ConfigError(
@@ -99,8 +126,8 @@ def delete(store: Store, ids: Collection[int]) -> Changed:
         )
     dead = np.flatnonzero(np.isin(live.searcher.ids, wanted) | ~live.searcher.alive)
     work = _plan(live, "delete", ids=sha256(wanted.tobytes()))
-    truth = live.searcher.golden.without(dead)
-    return _publish(live, work, Change(live.specs(), dead, truth, {"deleted": len(wanted)}))
+    change = Change(live.specs(), dead, live.searcher.golden.without(dead))
+    return _made(live, work, {"deleted": len(wanted)}, lambda _: change)
 
 
 def add(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
@@ -109,8 +136,13 @@ def add(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Ch
     Raises:
         ConfigError: another checkpoint, width or metric, or an id that is there already.
         QualityGateFailed: the recall target cannot be met any more.
+        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
     """
-    live, gallery = Live.of(store), Vectors.of(embeddings)
+    return _from_newest(store, lambda live: _add(live, embeddings, workers))
+
+
+def _add(live: Live, embeddings: Artifact, workers: int | None) -> Changed:
+    gallery = Vectors.of(embeddings)
     live.searcher.space.require(gallery.space, str(embeddings.directory))
     work = _plan(live, "add", embeddings=embeddings.digest)
     dead = np.flatnonzero(~live.searcher.alive)
@@ -125,8 +157,13 @@ def rebuild(store: Store, embeddings: Artifact, *, workers: int | None = None) -
     Raises:
         ConfigError: another checkpoint, width or metric: such vectors need a new template.
         QualityGateFailed: the recall target cannot be met any more.
+        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
     """
-    live, gallery = Live.of(store), Vectors.of(embeddings)
+    return _from_newest(store, lambda live: _rebuild(live, embeddings, workers))
+
+
+def _rebuild(live: Live, embeddings: Artifact, workers: int | None) -> Changed:
+    gallery = Vectors.of(embeddings)
     live.searcher.space.require(gallery.space, str(embeddings.directory))
     wanted = {entry.sha256 for entry in gallery.shards}
     kept, alive = set(), live.searcher.alive
@@ -146,7 +183,7 @@ def rebuild(store: Store, embeddings: Artifact, *, workers: int | None = None) -
         "still_deleted": int((~live.searcher.alive & _in(live.searcher, kept)).sum()),
     }
     if not fresh and (alive == live.searcher.alive).all():
-        return Changed(Published(live.artifact, version_of(store, live.artifact.digest)), told)
+        return Changed(Published(live.artifact, version_of(live.store, live.artifact.digest)), told)
     work = _plan(live, "rebuild", embeddings=embeddings.digest)
     return _extend(live, work, gallery, fresh, np.flatnonzero(~alive), workers, told)
 
@@ -183,8 +220,24 @@ def _extend(
     """Add some shards of `gallery` in a segment of their own, with `dead` deleted."""
     truth = live.searcher.golden.without(dead)
     if not len(shards):
-        return _publish(live, work, Change(live.specs(), dead, truth, told))
-    staging, key = live.store.staging(work), str(live.artifact.facts["index_key"])
+        return _made(live, work, told, lambda _: Change(live.specs(), dead, truth))
+
+    def make(staging: Staging) -> Change:
+        spec, joined, seen = _new_segment(live, staging, gallery, shards, truth, workers)
+        return Change([*live.specs(), spec], dead, joined, seen)
+
+    return _made(live, work, told, make)
+
+
+def _new_segment(
+    live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], truth: Truth, workers: int | None
+) -> tuple[Spec, Truth, drift.Spread]:
+    """Stage a segment of some shards of `gallery`.
+
+    Returns:
+        What it is, `truth` with its items, and how they lie under the template.
+    """
+    key = str(live.artifact.facts["index_key"])
     first = live.searcher.segments[0]
     staging.write(build.TEMPLATE, engine.template_of(first.files[INDEX]), scratch=True)
     codec = first.files[REFINE].read_bytes() if REFINE in first.files else b""
@@ -195,21 +248,46 @@ def _extend(
     numbers = np.full(gallery.rows, -1)
     rows = np.concatenate([np.arange(gallery.starts[i], gallery.starts[i + 1]) for i in shards])
     numbers[rows] = live.rows + np.arange(len(rows))
-    truth = truth.joined(exact(gallery, truth.queries, shards=shards).renumbered(numbers))
+    joined = truth.joined(exact(gallery, truth.queries, shards=shards).renumbered(numbers))
     looked = np.sort(np.random.default_rng(0).permutation(rows)[:DRIFT_ROWS])
     template = engine.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
-    seen = drift.Spread.of(template, gallery.take(looked))
-    return _publish(live, work, Change([*live.specs(), spec], dead, truth, told, seen))
+    return spec, joined, drift.Spread.of(template, gallery.take(looked))
 
 
-def _publish(live: Live, work: Plan, change: Change) -> Changed:
-    """Tune and stage what is left to stage, compare with the live version, and publish.
+def _made(live: Live, work: Plan, told: Mapping[str, Any], make: Callable[[Staging], Change]) -> Changed:
+    """The version that `work` makes of the live one: made before, or made now.
+
+    Args:
+        told: what the job prints beside. A drift report that the change has made is added.
 
     Raises:
+        AlreadyPublished: the live version is not the newest any more; nothing is staged then.
+        QualityGateFailed: see `_publish`.
+    """
+    try:
+        done = live.store.made(work, check=lambda artifact: verify(Searcher.of(artifact)), after=live.newest)
+        if done is not None:
+            return Changed(Published(done, version_of(live.store, done.digest)), {**told, **_drifted(live, done.facts)})
+        published, seen = _publish(live, work, make(live.store.staging(work)))
+    except AlreadyPublished:
+        live.store.abandon(work)
+        raise
+    return Changed(published, {**told, **_drifted(live, published.artifact.facts), **seen})
+
+
+def _drifted(live: Live, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The drift report of `facts`, if it is another than the live version's."""
+    report = facts.get("drift")
+    return {} if report is None or report == live.artifact.facts.get("drift") else {"drift": report}
+
+
+def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[str, Any]]:
+    """Tune and stage what is left to stage, compare with the live version, and publish; how far both agree.
+
+    Raises:
+        AlreadyPublished: the live version is not the newest any more.
         QualityGateFailed: see `delete`; or the golden queries do not find what the live version finds.
     """
-    if made := live.store.made(work, check=lambda artifact: verify(Searcher.of(artifact))):
-        return Changed(Published(made, version_of(live.store, made.digest)), _told(change, made.facts))
     staging, truth = live.store.staging(work), change.truth.sure()
     if len(truth.queries) < FEWEST_GOLDEN:
         raise QualityGateFailed(
@@ -235,13 +313,8 @@ def _publish(live: Live, work: Plan, change: Change) -> Changed:
     staging.write_table(GOLDEN, golden_table(truth))
     count = int(searcher.alive.sum())
     artifact = staging.seal(facts=facts, rows={"in": len(searcher.ids), "used": count, "quarantined": 0})
-    told = {**_told(change, facts), "agreement": agreement, "golden_queries": len(truth.queries)}
-    return Changed(publish(live.store, artifact), told)
-
-
-def _told(change: Change, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the job prints of a change, with the drift report of vectors that are new."""
-    return {**change.told, **({} if change.seen is None else {"drift": facts["drift"]})}
+    told = {"agreement": agreement, "golden_queries": len(truth.queries)}
+    return publish(live.store, artifact, live.newest), told
 
 
 def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,12 +360,21 @@ def compact(store: Store) -> Changed:
 
     Raises:
         ConfigError: everything was deleted.
+        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
     """
-    live = Live.of(store)
-    work, alive = _plan(live, "compact"), live.searcher.alive
+    return _from_newest(store, _compact)
+
+
+def _compact(live: Live) -> Changed:
+    alive = live.searcher.alive
     if not alive.any():
         raise ConfigError(f"{live.artifact.directory}: every item was deleted; build an index of another gallery")
-    staging, name = store.staging(work), segment_name(0)
+    return _made(live, _plan(live, "compact"), {"dropped": int((~alive).sum())}, lambda staging: _whole(live, staging))
+
+
+def _whole(live: Live, staging: Staging) -> Change:
+    """Stage one segment of all that is not deleted."""
+    alive, name = live.searcher.alive, segment_name(0)
     numbers = np.where(alive, np.cumsum(alive) - 1, -1)
     first = live.searcher.segments[0]
     template = engine.from_bytes(engine.template_of(first.files[INDEX]), str(first.files[INDEX]))
@@ -306,10 +388,7 @@ def compact(store: Store) -> Changed:
     staging.write(f"{name}/{INDEX}", engine.with_lists_in(template, LISTS, sizes))
     _copy_live(staging, name, live.searcher)
     spec = build.staged_spec(staging, name)
-    dropped = int((~alive).sum())
-    truth = live.searcher.golden.renumbered(numbers)
-    change = Change([spec], np.empty(0, np.int64), truth, {"dropped": dropped})
-    return _publish(live, work, change)
+    return Change([spec], np.empty(0, np.int64), live.searcher.golden.renumbered(numbers))
 
 
 def _copy_live(staging: Staging, name: str, searcher: Searcher) -> None:

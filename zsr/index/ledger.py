@@ -107,7 +107,7 @@ class Tuning:
 
 def write(store: Store, artifact: Artifact, ledger: Ledger, plan: IndexPlan, tuning: Tuning) -> None:
     """Write what the build of `artifact` cost, with the plan's own measurements, and the plot of its curve."""
-    place = store.root / "reports" / artifact.digest
+    place = store.place / "reports" / artifact.digest
     report = {"stages": ledger.stages, "plan": plan.as_json(), "curve": tuning.rows}
     write_atomically(place / "build.json", json.dumps(report, indent=1).encode())
     write_atomically(place / "curve.png", tuning.picture())

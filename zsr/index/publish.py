@@ -99,15 +99,18 @@ def _require_recall(searcher: Searcher) -> None:
         )
 
 
-def publish(store: Store, artifact: Artifact) -> Published:
+def publish(store: Store, artifact: Artifact, after: int | None = None) -> Published:
     """Reopen `artifact`, verify it, and make it the next version.
+
+    Args:
+        after: the newest version that it may follow, where it was made from that one; see `Store.publish`.
 
     Raises:
         DamagedArtifact, QualityGateFailed: see `verify`; nothing is published.
-        AlreadyPublished: another publisher created the same version number first.
+        AlreadyPublished: another publisher created the version first.
     """
     verify(Searcher.of(artifact))
-    return Published(artifact, store.publish(artifact))
+    return Published(artifact, store.publish(artifact, after))
 
 
 def history(store: Store) -> dict[int, str]:

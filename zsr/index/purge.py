@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from zsr.artifact import Artifact, Store, sha256
-from zsr.errors import DamagedArtifact, StorageError
+from zsr.errors import AlreadyPublished, DamagedArtifact, StorageError
 from zsr.index import edit, engine
 from zsr.index.lists import Added
 from zsr.index.publish import Published, history, version_of
@@ -49,6 +49,7 @@ def purge(store: Store) -> Purged:
     Raises:
         DamagedArtifact: the scan still found something; it names the file.
         ConfigError: everything was deleted.
+        AlreadyPublished: a change was published, or is being made, at the same time; nothing of it is lost.
         StorageError: the index lies in an object store, whose old generations and mirrors only its owner can remove.
     """
     if store.url:
@@ -57,12 +58,20 @@ def purge(store: Store) -> Purged:
     if len(live.searcher.dead) or len(live.searcher.segments) > 1:
         edit.compact(store)
     newest = store.latest()
+    keep = version_of(store, newest.digest)
     gone = _gone(store, newest)
-    versions, objects = _remove_others(store, newest)
+    _require_newest(store, keep)
+    versions, objects = _remove_others(store, newest, keep)
+    _require_newest(store, keep)
     searcher = Searcher.of(newest)
     scanned = scan(store, newest, searcher, gone)
-    published = Published(newest, version_of(store, newest.digest))
-    return Purged(published, len(gone.ids), versions, objects, scanned)
+    return Purged(Published(newest, keep), len(gone.ids), versions, objects, scanned)
+
+
+def _require_newest(store: Store, version: int) -> None:
+    """Raise AlreadyPublished if a change was published after `version`: it must not be lost."""
+    if (newest := store.versions()[-1]) != version:
+        raise AlreadyPublished(f"{store}: version {newest} was published during the purge; run the purge again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +126,20 @@ def _lists(segment: Segment) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         yield number, *lists.entries(number, size)
 
 
-def _remove_others(store: Store, newest: Artifact) -> tuple[int, int]:
-    """Remove every version but the newest, then every object that it does not name, staging and old reports."""
-    keep = version_of(store, newest.digest)
-    others = [number for number in history(store) if number != keep]
+def _remove_others(store: Store, newest: Artifact, keep: int) -> tuple[int, int]:
+    """Remove staging, every version before `keep`, then every object but `newest`.
+
+    Raises:
+        AlreadyPublished: another process is making a change, which may be of a version that would be removed.
+    """
+    store.remove_staging()
+    others = [number for number in store.versions() if number < keep]
     for number in others:
         (store.root / "versions" / str(number)).unlink()
+    _require_newest(store, keep)
     removed = [path for path in (store.root / "objects").iterdir() if path.name != newest.digest]
     for path in removed:
         shutil.rmtree(path)
-    shutil.rmtree(store.root / "staging", ignore_errors=True)
     return len(others), len(removed)
 
 

@@ -325,6 +325,7 @@ def load(
     return backbone.eval()
 
 
+@torch.inference_mode(False)  # whoever calls: what is made in it keeps no versions, which are looked at here
 def folded(backbone: Backbone) -> Backbone:
     """A copy for inference: each batch norm that reads what a convolution wrote is folded into that convolution.
 
@@ -370,7 +371,7 @@ def _read_directly(backbone: Backbone, example: Tensor) -> tuple[Tensor, dict[nn
 
     hooks = [m.register_forward_hook(after_convolution) for m in backbone.modules() if isinstance(m, nn.Conv2d)]
     hooks += [m.register_forward_pre_hook(before_norm) for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    with torch.no_grad():  # inference mode keeps no versions
+    with torch.no_grad():
         features = backbone(example)
     for hook in hooks:
         hook.remove()

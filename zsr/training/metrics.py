@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zsr.artifact import write_atomically
+from zsr.storage import is_file, read_file
 from zsr.training.engines import Engines
 from zsr.training.zero import inner, stage_of
 
@@ -37,10 +38,11 @@ class Meter:
         path: of the JSONL file; None on other ranks.
         every: steps from one step line to the next.
         rows: rows of the global batch.
+        copy: URL at which the file is put after each epoch, where the output is a bucket: nobody can append there.
     """
 
-    def __init__(self, path: Path | None, every: int, rows: int) -> None:
-        self.path, self.every, self.rows = path, every, rows
+    def __init__(self, path: Path | None, every: int, rows: int, copy: Path | None = None) -> None:
+        self.path, self.every, self.rows, self.copy = path, every, rows, copy
         self._norms: dict[str, Tensor] = {}
         self._due = False
         self._since = self._epoch_began = (0.0, 0.0)  # clock, and seconds waited for data
@@ -51,7 +53,8 @@ class Meter:
         self._due = (step + 1) % self.every == 0
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.copy is not None and not self.path.is_file() and is_file(self.copy):  # the run began elsewhere
+            write_atomically(self.path, read_file(self.copy))
         write_atomically(self.path, "".join(_kept(self.path, step)).encode())
         for name, engine in engines.engines.items():
             if stage_of(engine) == 0:  # at the others DeepSpeed takes the norm itself, for all ranks together
@@ -103,6 +106,8 @@ class Meter:
         """
         losses = {f"loss/{name}": mean for name, mean in means.items()}
         self._write({"kind": "epoch", "step": step, "validation_map_all": score, **pace, **losses})
+        if self.path is not None and self.copy is not None:
+            write_atomically(self.copy, self.path.read_bytes())
 
     def _hook(self, name: str) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
         """Takes the norm of a group's gradient in steps that are logged, as the optimizer is about to use it."""
@@ -127,7 +132,7 @@ class Meter:
 
 def waited_share(path: Path) -> float | None:
     """Share of a run's seconds in which rank 0 waited for data, from the epoch lines at `path`; None without any."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = [json.loads(line) for line in read_file(path).splitlines()] if is_file(path) else []
     epochs = [(line[WAIT], 1.0 / line["samples_a_second"]) for line in lines if line["kind"] == "epoch"]
     seconds = sum(each for _, each in epochs)  # of a sample: epochs have equally many
     return round(sum(share * each for share, each in epochs) / seconds, 4) if epochs else None

@@ -38,6 +38,7 @@ from zsr.errors import ConfigError, DamagedArtifact, Leakage
 from zsr.models import MODELS, backbones, build
 from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Tower
 from zsr.models.protocol import Rows as FitRows
+from zsr.storage import url_of
 from zsr.training import checkpoint
 from zsr.training.config import TrainSettings
 from zsr.training.engines import deepspeed_config, init_distributed, refuse
@@ -226,7 +227,7 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
     staging = run.output.staging(plan)
     _refuse_combinations(run, "cuda" if gpus() else "cpu")
     if learns_by_gradient(run.model) or run.settings.workers[1] > 1:
-        with follow(metrics_path(run, plan.digest), run.last_step, run.tracking, plan):
+        with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, metrics_path(run, plan.digest).parent):
             (_fit_alone if alone else _fit)(run, staging)
     else:  # closed form needs no worker group: the stream does the reading, one process the sums
         torch.set_num_threads(run.settings.threads)
@@ -237,7 +238,12 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
 
 
 def metrics_path(run: Run, plan: str) -> Path:
-    """The metrics of a run, by the digest of its plan, beside the artifact."""
+    """The metrics of a run, by the digest of its plan, beside the artifact: a path or a URL."""
+    return run.output.place / "logs" / plan[:12] / "metrics.jsonl"
+
+
+def _log(run: Run, plan: str) -> Path:
+    """The metrics while the run writes them: of an output in a bucket, on this machine."""
     return run.output.root / "logs" / plan[:12] / "metrics.jsonl"
 
 
@@ -386,7 +392,8 @@ def _train(run: Run, staging: Staging, place: Place, report: Callable[[dict[str,
     if run.settings.augment and run.inputs.tower is None:
         raise ConfigError("--augment is for pictures; train with --tower, or leave it out")
     rows = run.settings.rows(place.world) * place.world
-    meter = Meter(metrics_path(run, staging.plan.digest) if place.rank == 0 else None, run.tracking.every, rows)
+    path, copy = _log(run, staging.plan.digest), metrics_path(run, staging.plan.digest)
+    meter = Meter(path if place.rank == 0 else None, run.tracking.every, rows, copy if url_of(copy) else None)
     validation = _validation(run) if place.rank == 0 else None  # as whole rows: no other rank should hold them
     with closing(_batches(run, model, words, place)) as batches:
         train(

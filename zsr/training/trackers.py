@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
-from zsr.artifact import Plan
+from zsr.artifact import Plan, write_atomically
 from zsr.errors import ConfigError
+from zsr.storage import files_below
 from zsr.training.metrics import NETWORK, WAIT
 
 logger = logging.getLogger("zsr")
@@ -138,11 +139,13 @@ TRACKERS: Final[Mapping[Name, Callable[[Path, Plan], Tracker]]] = {
 
 
 @contextmanager
-def follow(path: Path, last_step: int, tracking: Tracking, plan: Plan) -> Iterator[None]:
+def follow(path: Path, last_step: int, tracking: Tracking, plan: Plan, output: Path | None = None) -> Iterator[None]:
     """Watch the metrics file `path` of a run of `plan` while the body runs, and once more after it.
 
     Args:
         last_step: where the run ends, at the latest.
+        output: folder beside the artifact, where it is another than that of `path`: a bucket's. What trackers have
+            written is put there at the end.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -161,6 +164,15 @@ def follow(path: Path, last_step: int, tracking: Tracking, plan: Plan) -> Iterat
             watcher.look()
             show(watcher.latest, last=True)
             watcher.close()
+            if output not in (None, path.parent):
+                _put(path, output)
+
+
+def _put(path: Path, output: Path) -> None:
+    """Put the files beside the metrics file `path`, which rank 0 has put there already, into a bucket."""
+    for file in files_below(path.parent):
+        if file != path:
+            write_atomically(output / file.relative_to(path.parent), file.read_bytes())
 
 
 def _watch(watcher: "Watcher", over: threading.Event) -> None:
