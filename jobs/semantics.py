@@ -11,8 +11,8 @@ from zsr.artifact import Store, open_artifact
 from zsr.data import semantics
 from zsr.data.rows import canonical_label
 from zsr.data.semantics.settings import Settings
-from zsr.data.userfile import read_text
 from zsr.errors import ConfigError
+from zsr.storage import read_text
 
 
 class Config(JobConfig):

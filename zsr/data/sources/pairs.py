@@ -33,7 +33,6 @@ from zsr.data.sources.tree import (
     picture_item,
     plain_name,
 )
-from zsr.data.userfile import UTF16
 from zsr.errors import ConfigError
 
 COLUMNS: Final = {"image": ("image", "file_name"), "text": ("text", "caption"), "label": ("label", "class")}
@@ -42,6 +41,7 @@ JSON_LINES: Final = (".jsonl", ".ndjson")
 DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
 LINE: Final = 16 << 20  # bytes of one line; more is not held in memory
 LABEL: Final = 200  # characters
+UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 
 logger = logging.getLogger("zsr")
 

@@ -169,9 +169,11 @@ def _likely_image(schema: pa.Schema) -> str:
 def _plain_type(column: pa.Field, file: str) -> pa.DataType:
     """The type of a column. Raises ConfigError for an extension type: some run code when they are read."""
     name = (column.metadata or {}).get(b"ARROW:extension:name", b"").decode(errors="replace")
-    if isinstance(column.type, pa.BaseExtensionType) or name:
+    if isinstance(column.type, pa.BaseExtensionType):
+        name = column.type.extension_name
+    if name:
         raise ConfigError(
-            f"{file}: column {column.name!r} has the Arrow extension type {name or column.type}; write its plain "
+            f"{file}: column {column.name!r} has the Arrow extension type {name}; write its plain "
             "values, as table.column(NAME).combine_chunks().storage has them (a tensor as a list of numbers)"
         )
     return column.type

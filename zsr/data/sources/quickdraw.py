@@ -68,8 +68,7 @@ class QuickDraw(TreeSource):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        classes = {name for folder in self._folders().values() for name in self.tree.folders(folder)}
-        own = classes and not self._files() and not published("quickdraw").is_of(classes)
+        own = not self._files() and not any(folder.startswith("QuickDraw") for folder in self._folders().values())
         attribution = "Quick, Draw! by Google, CC BY 4.0; photos, where there are any, Dey et al., CVPR 2019"
         return {
             "name": "images in the layout of Quick, Draw!" if own else "quickdraw",

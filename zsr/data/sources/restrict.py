@@ -9,8 +9,8 @@ import numpy as np
 
 from zsr.data.published import Published, Spellings
 from zsr.data.sources import Item, Known, Source, Walked
-from zsr.data.userfile import read_text
 from zsr.errors import ConfigError
+from zsr.storage import read_text
 
 
 @dataclass(frozen=True)

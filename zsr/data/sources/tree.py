@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 
-from zsr.data.decode import IMAGE_SUFFIXES, BadImage, Limits, sniff
+from zsr.data.decode import IMAGE_SUFFIXES, READ, BadImage, Limits
 from zsr.data.rows import Modality
 from zsr.data.sources import Item
 from zsr.errors import ConfigError, StorageError
@@ -282,12 +282,8 @@ def may_be_an_image(name: str) -> bool:
 
 
 def begins_like_an_image(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of an image that can be decoded."""
-    try:
-        sniff(head)
-    except BadImage:
-        return False
-    return True
+    """Whether the first bytes of a file are those of an image that is read, or would be with an extra."""
+    return any(re.match(pattern, head, re.DOTALL) for _, pattern in READ)
 
 
 def plain_name(name: str) -> str:

@@ -21,8 +21,8 @@ import numpy as np
 from zsr.data.rows import canonical_label
 from zsr.data.sources import Item, file_guard
 from zsr.data.sources.tree import TreeSource, misplaced
-from zsr.data.userfile import read_text
 from zsr.errors import ConfigError, DamagedArtifact
+from zsr.storage import read_text
 
 MATRICES: Final = "raw_features.mat"
 PARTS: Final = {"train": "tr", "test": "te"}
