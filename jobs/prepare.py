@@ -38,7 +38,8 @@ class Config(JobConfig):
         quickdraw: how strokes are drawn, and which.
         rows_per_shard: rows a parquet file holds at most.
         bytes_per_shard: bytes of rows a parquet file holds at most; a slice of rows that has more makes several files.
-        max_bad_rows: a count or a share beyond which the job stops with exit 3.
+        max_bad_rows: a count ("20") or a percentage ("1%") of bad rows beyond which the job stops with exit 3; auto is
+            10% or 10 rows, whichever is more, but at most half of the rows.
         seed: of the order of rows.
     """
 
@@ -55,7 +56,7 @@ class Config(JobConfig):
     quickdraw: QuickDrawOptions = QuickDrawOptions()
     rows_per_shard: int = 10_000
     bytes_per_shard: int = 512 << 20
-    max_bad_rows: str = "1%"
+    max_bad_rows: str = "auto"
     seed: int = 0
 
     def settings(self) -> rows.Prepare:
@@ -83,6 +84,7 @@ def plan(config: Config) -> Results:
         "rows": listed.rows,
         "shards": shards,
         "classes": len(listed.labels),
+        "not_read": listed.unread,
         "refused": dict(sorted(listed.refused.kinds.items())),
         "bad_rows_allowed": settings.allowed(listed.count),
     }
@@ -93,8 +95,10 @@ def work(config: Config) -> Results:
         return look(config.inspect, config)
     source, settings, output = config.open_source(), config.settings(), config.store()
     listed = listing(source, settings.seed)
+    rows.warn_unread(listed.unread)
     data = rows.prepare(source, output, settings, listed)
     results = {"data": data.digest, "rows": data.manifest["rows"], "quarantine": data.facts["quarantine"]}
+    results["not_read"] = listed.unread
     if config.features_output is not None:
         features = import_features(source, listed, settings, data, Store.at(config.features_output))
         results |= {"features": features.digest, "feature_rows": features.facts["rows"]}

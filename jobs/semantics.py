@@ -12,6 +12,7 @@ from zsr.data import semantics
 from zsr.data.rows import canonical_label
 from zsr.data.semantics.settings import Settings
 from zsr.errors import ConfigError
+from zsr.storage import read_text
 
 
 class Config(JobConfig):
@@ -77,8 +78,8 @@ def _table(flag: str, file: Path | None) -> dict[str, str]:
     if file is None:
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(file, flag))
+    except ValueError as error:
         raise ConfigError(f"{flag} {file}: {error}; expected a JSON object of class names to strings") from error
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
         raise ConfigError(f"{flag} {file}: expected a JSON object of class names to strings")

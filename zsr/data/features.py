@@ -103,11 +103,12 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
         progress.advance()
     ids = [identity for identity in items if found[identity] is not None]
     kept = [vector for identity in ids if (vector := found[identity]) is not None]
-    widths = {vector.shape[0] for vector in kept}
+    widths = {vector.shape[0]: items[identity].key for identity, vector in zip(ids, kept, strict=True)}
     if len(widths) > 1:
-        raise ConfigError(f"{name}: features of widths {sorted(widths)}; each modality wants one width")
+        found = ", ".join(f"{width} ({key!r})" for width, key in sorted(widths.items()))
+        raise ConfigError(f"{name}: features of several widths, such as {found}; each modality requires one width")
     fault.here("features.shard")
-    dim = widths.pop() if widths else 0
+    dim = next(iter(widths), 0)
     matrix = np.stack(kept) if kept else np.zeros((0, 0), np.float32)
     facts = {"rows": len(ids), "quarantined": len(used) - len(ids), "dim": dim}
     staging.write_table(name, feature_table(ids, matrix), facts=facts)

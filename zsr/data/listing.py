@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from zsr import progress
 from zsr.artifact import canonical, disk_errors
 from zsr.data.rows import MODALITIES, order_key, row_id
-from zsr.data.sources import Item, Source
+from zsr.data.sources import Item, Source, Walked
 
 RUN_ROWS: Final = 50_000
 RUN_BYTES: Final = 32 << 20  # of texts
@@ -114,6 +114,7 @@ class Listing:
         digest: of what shapes the content: keys, labels, pairs, texts, problems, in order.
         guards: digest of the items' guards, in order.
         refused: bad keys, repeated ones (the first one stays), colliding ids.
+        unread: files of the input that are no rows, by ending or reason.
     """
 
     rows: dict[str, int]
@@ -121,6 +122,7 @@ class Listing:
     digest: str
     guards: str
     refused: Refused
+    unread: dict[str, int]
     _spill: Spill
     _spans: dict[str, list[Span]]
 
@@ -163,12 +165,19 @@ def listing(source: Source, seed: int) -> Listing:
         DiskFull: the directory for temporary files (TMPDIR) has no room.
     """
     refused, spill = Refused(), Spill()
+    if isinstance(source, Walked):
+        source.unread.clear()
     spans: dict[tuple[str, int], list[Span]] = {}
     with progress.stage("list"):
         for run in _runs(source.items(), refused):
             for place, batch in _bucketed(run, seed):
                 spans.setdefault(place, []).append(spill.add(batch))
-        return _ordered(spill, spans, refused)
+        unread = (
+            {name: count for name, count in sorted(source.unread.items()) if count}
+            if isinstance(source, Walked)
+            else {}
+        )
+        return _ordered(spill, spans, refused, unread)
 
 
 def _runs(items: Iterable[Item], refused: Refused) -> Iterator[list[Item]]:
@@ -191,11 +200,11 @@ def _runs(items: Iterable[Item], refused: Refused) -> Iterator[list[Item]]:
 
 def _unusable(item: Item) -> str:
     if not item.key or "\0" in item.key:
-        return f"key {item.key!r}; expected a non-empty string without NUL"
+        return f"The key is {item.key!r}; expected a non-empty string without NUL."
     try:
         "".join(filter(None, (item.key, item.label, item.pair, item.where, item.text, item.problem))).encode()
     except UnicodeEncodeError as error:
-        return f"key {item.key!r}: its strings are not valid Unicode: {error.reason}"
+        return f"The strings of the row {item.key!r} are not valid Unicode: {error.reason}."
     return ""
 
 
@@ -216,7 +225,9 @@ def _bucketed(run: list[Item], seed: int) -> Iterator[tuple[tuple[str, int], pa.
             yield (modality, int(number)), batch.slice(start, end - start)
 
 
-def _ordered(spill: Spill, spans: dict[tuple[str, int], list[Span]], refused: Refused) -> Listing:
+def _ordered(
+    spill: Spill, spans: dict[tuple[str, int], list[Span]], refused: Refused, unread: dict[str, int]
+) -> Listing:
     """Sort bucket by bucket, refuse what stands twice, and digest what is left."""
     result = Spill()
     placed: dict[str, list[Span]] = {}
@@ -231,7 +242,8 @@ def _ordered(spill: Spill, spans: dict[tuple[str, int], list[Span]], refused: Re
         labels.update(name for name in pc.unique(table.column("label")).to_pylist() if name is not None)
         rows[modality] += len(table)
         placed.setdefault(modality, []).append(result.add(table.combine_chunks().to_batches()[0]))
-    return Listing(dict(rows), tuple(sorted(labels)), content.hexdigest(), guards.hexdigest(), refused, result, placed)
+    digests = content.hexdigest(), guards.hexdigest()
+    return Listing(dict(rows), tuple(sorted(labels)), *digests, refused, unread, result, placed)
 
 
 def _unique(table: pa.Table, modality: str, refused: Refused) -> pa.Table:
@@ -246,9 +258,9 @@ def _unique(table: pa.Table, modality: str, refused: Refused) -> pa.Table:
         if not repeated:
             first = row
         elif keys[row] == keys[first]:
-            message = f"{keys[row]!r} stands twice in {modality}; the first one is used"
+            message = f"The key {keys[row]!r} is that of another {modality} row, which is used; give this one its own."
             refused.add(modality, keys[row], "duplicate_key", message)
         else:
-            message = f"the id of {keys[row]!r} equals that of {keys[first]!r}; rename one"
+            message = f"The id of {keys[row]!r} equals that of {keys[first]!r}; rename one of them."
             refused.add(modality, keys[row], "id_collision", message)
     return table.filter(pa.array(~again))

@@ -4,21 +4,27 @@ Listing gives every row its id and its place; a shard is then a fixed slice of t
 written, and written again after a kill, on its own. Rows in = rows used + rows quarantined, always.
 """
 
+import itertools
 import json
 import logging
+import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
 from zsr.data.decode import reads
 from zsr.data.inspect import class_counts
-from zsr.data.listing import Listing, listing
+from zsr.data.listing import Bad, Listing, listing
 from zsr.data.sources import Source, differences
 from zsr.data.writing import LAYOUT, files_of, write_slice
 from zsr.errors import ConfigError, StorageError, TooManyBadRows
+
+EXAMPLES: Final = 5  # bad rows that a message shows, each of another kind
 
 logger = logging.getLogger("zsr")
 
@@ -29,7 +35,8 @@ class Prepare:
 
     Attributes:
         rows_per_shard: rows a parquet file holds at most.
-        max_bad_rows: a count ("20") or a share of all rows ("1%") beyond which the job stops with exit 3.
+        max_bad_rows: a count ("20") or a percentage of all rows ("1%") beyond which the job stops with exit 3; "auto"
+            is 10% or 10 rows, whichever is more, but never more than half of the rows.
         seed: of the order of rows.
         bytes_per_shard: bytes of rows a parquet file holds at most, unless one row has more.
 
@@ -38,7 +45,7 @@ class Prepare:
     """
 
     rows_per_shard: int = 10_000
-    max_bad_rows: str = "1%"
+    max_bad_rows: str = "auto"
     seed: int = 0
     bytes_per_shard: int = 512 << 20
 
@@ -49,14 +56,14 @@ class Prepare:
         self.allowed(0)
 
     def allowed(self, rows: int) -> int:
-        """How many bad rows are allowed among `rows`. Raises ConfigError unless a count or a percentage."""
+        """How many bad rows are allowed among `rows`. Raises ConfigError unless auto, a count or a percentage."""
         text = self.max_bad_rows.strip()
-        try:
-            if text.endswith("%"):
-                return int(rows * float(text[:-1]) / 100)
-            return int(text)
-        except ValueError as error:
-            raise ConfigError(f"--max-bad-rows {text!r}: expected a count such as 20 or a share such as 1%") from error
+        if text == "auto":
+            return min(max(10, rows // 10), rows // 2)
+        number = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)%", text)
+        if number is None:
+            raise ConfigError(f"--max-bad-rows {text!r}: expected auto, a count such as 20, or a percentage such as 1%")
+        return int(number[1]) if number[1] else int(rows * float(number[2]) / 100)
 
 
 def plan(source: Source, rows: Listing, settings: Prepare) -> Plan:
@@ -115,13 +122,15 @@ def _seal(
     source: Source, staging: Staging, output: Store, rows: Listing, names: list[str], settings: Prepare
 ) -> Artifact:
     entries = staging.all_finished(file for name in names for file in files_of(staging, name) or [name])
-    kinds = _kinds(staging, rows)
+    kinds, examples = _kinds(staging, rows)
     quarantined = len(rows.refused) + sum(int(entry.facts["quarantined"]) for entry in entries)
     allowed = settings.allowed(rows.count)
-    if quarantined > allowed:
+    said = f"{quarantined} of {rows.count} rows bad {kinds}"
+    shown = "; ".join(f"{bad.kind}: {bad.key}: {bad.message.rstrip('.')}" for bad in examples)
+    if quarantined > min(allowed, rows.count - 1):  # one row at least has to be left
         raise TooManyBadRows(
-            f"{quarantined} of {rows.count} rows bad {kinds}; --max-bad-rows {settings.max_bad_rows} allows {allowed}. "
-            f"They are listed under {staging.where}/files/_quarantine; mend them or raise the limit"
+            f"{said}; --max-bad-rows {settings.max_bad_rows} allows {allowed}. For example: {shown}. All are listed "
+            f"under {staging.where}/files/_quarantine; fix them or raise the limit"
         )
     per_modality = {
         modality: sum(int(e.facts["rows"]) for e in entries if e.path.startswith(f"modality={modality}/"))
@@ -130,23 +139,41 @@ def _seal(
     totals = {"in": rows.count, "used": sum(per_modality.values()), "quarantined": quarantined}
     if totals["used"] + quarantined != rows.count or sum(kinds.values()) != quarantined:
         raise StorageError(f"{staging.where}: {totals}, {kinds} do not add up; remove this folder and run again")
-    said = differences(source, class_counts(entries))
-    for difference in said:
+    differing = differences(source, class_counts(entries))
+    for difference in differing:
         logger.warning("%s", difference)
-    facts = {"rows": per_modality, "classes": list(rows.labels), "quarantine": kinds, "differences": said}
+    facts = {"rows": per_modality, "classes": list(rows.labels), "quarantine": kinds, "differences": differing}
     artifact = staging.seal(facts=facts, rows=totals)
     output.publish(artifact)
+    if quarantined:
+        place = f"{artifact.digest[:12]}.../_quarantine"
+        logger.warning("%s, which is allowed. For example: %s. All are listed in %s", said, shown, place)
     return artifact
 
 
-def _kinds(staging: Staging, rows: Listing) -> dict[str, int]:
-    """Bad rows by kind, those of the listing put into the quarantine first."""
+def warn_unread(unread: Mapping[str, int]) -> None:
+    """One line that counts the files of the input that are no rows."""
+    if unread:
+        shown = ", ".join(f"{name} {count}" for name, count in sorted(unread.items(), key=lambda each: -each[1]))
+        logger.warning("not read: %d files (%s)", sum(unread.values()), shown)
+
+
+def _kinds(staging: Staging, rows: Listing) -> tuple[dict[str, int], list[Bad]]:
+    """Bad rows by kind, and one of each of the EXAMPLES most frequent kinds; the listing's are put into quarantine."""
     if rows.refused:
         with staging.piece("_quarantine/listing.jsonl") as path, path.open("wb") as handle:
             rows.refused.file.seek(0)
             shutil.copyfileobj(rows.refused.file, handle)
-    kinds = Counter(rows.refused.kinds)
-    for name in staging.pieces():
+    kinds: Counter[str] = Counter()
+    first: dict[str, Bad] = {}
+    for bad in itertools.chain(rows.refused, _quarantined(staging)):
+        kinds[bad.kind] += 1
+        first.setdefault(bad.kind, bad)
+    return dict(sorted(kinds.items())), [first[kind] for kind, _ in kinds.most_common(EXAMPLES)]
+
+
+def _quarantined(staging: Staging) -> Iterator[Bad]:
+    """The bad rows of all slices."""
+    for name in sorted(staging.pieces()):
         if name.startswith("_quarantine/") and name != "_quarantine/listing.jsonl":
-            kinds.update(json.loads(line)["kind"] for line in staging.read(name).splitlines())
-    return dict(sorted(kinds.items()))
+            yield from (Bad(**json.loads(line)) for line in staging.read(name).splitlines())

@@ -75,6 +75,7 @@ class Published:
         source: whose figures these are.
         totals: rows by modality.
         each: rows a class by modality; a number stands for every class.
+        compared: whether rows are compared with it; the user's own images have its layout and class names alone.
     """
 
     name: str
@@ -82,9 +83,17 @@ class Published:
     source: str = ""
     totals: Mapping[str, int] = field(default_factory=dict)
     each: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
+    compared: bool = True
+
+    def is_of(self, names: Iterable[str]) -> bool:
+        """Whether `names`, of which there is one at least, are published classes under any spelling."""
+        spelling, labels = Spellings(self.classes), list(names)
+        return bool(labels) and all(spelling(name) in spelling for name in labels)
 
     def differences(self, counts: Counts) -> list[str]:
         """Where `counts` (good and bad rows by modality and class) differ from what was published, a sentence each."""
+        if not self.compared:
+            return []
         found = {label for rows in counts.values() for label in rows}
         known = set(self.classes)
         lines = []

@@ -109,19 +109,22 @@ def _load_all(source: Source, items: list[Item], name: str, spool: IO[bytes]) ->
 
 
 def _checked(source: Source, item: Item) -> bytes:
-    """The bytes of `item`, its picture proved to decode. Raises BadImage with the quarantine's kind."""
+    """The bytes of `item`, its image proved to decode. Raises BadImage with the quarantine's kind."""
     try:
         data = source.load(item)
+        feature = source.feature(item)
     except OSError as error:
-        raise BadImage("unreadable", str(error)) from error
+        raise BadImage("unreadable", f"The file cannot be read: {error.strerror or error}.") from error
     if data:
         pixels = decode(data, PROBE, Limits())
         if item.modality == "sketch" and pixels.min() == 255:
             raise BadImage("blank", "nothing but white; light strokes on a transparent ground vanish: make them dark")
-    elif item.where and item.text is None and source.feature(item) is None:
-        raise BadImage("empty", "0 bytes, expected an encoded picture")
+    elif item.where and item.text is None and feature is None:
+        raise BadImage("empty", "The file or cell holds 0 bytes; expected an encoded image.")
     if item.text is not None and (not item.text.strip() or len(item.text) > TEXT_CAP or "\0" in item.text):
-        raise BadImage("bad_text", f"text of {len(item.text)} characters; expected 1 to {TEXT_CAP} without NUL")
+        raise BadImage(
+            "bad_text", f"The text has {len(item.text)} characters; expected 1 to {TEXT_CAP}, no NUL, not blank."
+        )
     return data
 
 

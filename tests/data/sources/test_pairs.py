@@ -96,8 +96,11 @@ def test_a_csv_without_a_header_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (SHARED / "grocery").is_dir(), reason="the grocery photos are not beside this checkout")
 def test_grocery_photos_and_descriptions() -> None:
     listed = listing(Pairs(SHARED / "grocery"), seed=0)
-    assert listed.rows == {"photo": 1050, "text": 35}
+    assert listed.rows == {"photo": 1085, "text": 35}
     assert len(listed.labels) == 35
+    bad = [item for item in listed.items() if item.problem]
+    assert len(bad) == 35  # icons, which no line names
+    assert all(item.key.startswith("iconic/") and item.problem.startswith("misplaced: ") for item in bad)
 
 
 def test_json_labels_may_be_numbers(tmp_path: Path) -> None:

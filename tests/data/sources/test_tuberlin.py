@@ -19,7 +19,7 @@ def test_both_folders_get_one_spelling(tmp_path: Path, sketches: str, photos: st
 
 
 def test_a_missing_archive_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no folder of photo pictures; expected one of"):
+    with pytest.raises(ConfigError, match="no folder of photo images; expected one of"):
         list(TUBerlin(files(tmp_path, "png/ant/1.png")).items())
 
 

@@ -5,6 +5,7 @@ tasks, so a source must pickle. A row that a source finds bad while it lists is 
 `load` then raises it, and the row is quarantined like one that does not decode.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,16 @@ class Known(Protocol):
 
     @property
     def published(self) -> Published: ...
+
+
+@runtime_checkable
+class Walked(Protocol):
+    """A source over folders of files."""
+
+    @property
+    def unread(self) -> Counter[str]:
+        """Files that the last run of `items` passed over because they are no rows, by ending or reason."""
+        ...
 
 
 def differences(source: Source, counts: Counts) -> list[str]:

@@ -1,79 +1,92 @@
 """The user's own folders of classes.
 
-    ROOT/sketch/CLASS/NAME.png
+    ROOT/sketch/CLASS/NAME.png          also in folders below CLASS
     ROOT/photo/CLASS/NAME.jpg
+    ROOT/photo/NAME.jpg                 without a class: a gallery needs none
     ROOT/text/CLASS/NAME.txt            UTF-8, a text a file
 
-One modality is enough. Keys are paths below ROOT. Rows have no pairs: sketches whose file names tell their photos go
-through the source `sketchy`, texts that belong to pictures through `pairs`.
+One modality is enough, and the case of its name does not count. Keys are paths below ROOT. Rows have no pairs:
+sketches whose file names tell their photos go through the source `sketchy`, texts that belong to images through
+`pairs`.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, Final
 
 from zsr.data.decode import BadImage
-from zsr.data.rows import MODALITIES, Modality, canonical_label
+from zsr.data.rows import MODALITIES, canonical_label
 from zsr.data.sources import Item
-from zsr.data.sources.tree import Tree, class_items, picture_item
+from zsr.data.sources.tree import (
+    Tree,
+    TreeSource,
+    called_like_an_image,
+    class_items,
+    elsewhere,
+    misplaced,
+    picture_item,
+)
 from zsr.errors import ConfigError
 
 TEXT_BYTES: Final = 1 << 20  # a text file beyond this is refused unread
 
 
 @dataclass(frozen=True)
-class Folders:
+class Folders(TreeSource):
     """`root` holds a folder sketch, photo or text."""
-
-    root: str | Path
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {"name": "folders", "attribution": ""}
 
     def items(self) -> Iterator[Item]:
-        """Every picture and text.
+        """Every image and text.
 
         Raises:
             ConfigError: ROOT holds none of the three folders, or one of them is empty.
         """
-        tree = Tree.at(self.root)
-        there = tree.folders()
-        if not set(there) & set(MODALITIES):
+        tree = self.tree
+        there = {modality: tree.named(modality) for modality in MODALITIES}
+        if not any(there.values()):
             raise ConfigError(
-                f"{tree}: found the folders {there[:8]}; expected {list(MODALITIES)}, one or more of them"
+                f"{tree}: found {_found(tree)}; expected one or more of the folders {list(MODALITIES)}, such as "
+                "photo/CLASS/NAME.jpg, or photo/NAME.jpg for a gallery without classes"
             )
-        for modality in MODALITIES:
-            if modality in there:
-                yield from _texts(tree) if modality == "text" else _pictures(tree, modality)
-
-    def load(self, item: Item) -> bytes:
-        item.refuse()
-        return Tree.at(self.root).read(item.where) if item.where else b""
-
-    def feature(self, item: Item) -> None:
-        """Folders come without features."""
-        return None
+        for modality, folders in there.items():
+            for folder in folders:
+                if modality == "text":
+                    yield from _texts(tree, folder)
+                else:
+                    yield from class_items(tree, modality, folder, canonical_label, unlabeled=True)
+        claimed = [folder for folders in there.values() for folder in folders]
+        yield from elsewhere(tree, claimed, "the folders sketch/ and photo/")
 
 
-def _pictures(tree: Tree, modality: Modality) -> Iterator[Item]:
-    return class_items(tree, modality, modality, canonical_label)
+def _found(tree: Tree) -> str:
+    entries = tree.entries()
+    images = sum(called_like_an_image(entry.name) for entry in entries if not entry.is_folder)
+    return f"the folders {[entry.name for entry in entries if entry.is_folder][:8]} and {images} images beside them"
 
 
-def _texts(tree: Tree) -> Iterator[Item]:
-    for name in tree.folders("text"):
-        for entry in tree.entries(f"text/{name}"):
-            if entry.name.endswith(".txt"):
-                yield _text(tree, picture_item("text", f"text/{name}/{entry.name}", canonical_label(name), entry))
+def _texts(tree: Tree, folder: str) -> Iterator[Item]:
+    for path, entry in tree.files(lambda path: PurePosixPath(path).suffix.lower() == ".txt", folder):
+        if PurePosixPath(path).suffix.lower() == ".txt":
+            name, below, _ = path.removeprefix(f"{folder}/").partition("/")
+            yield _text(tree, picture_item("text", path, canonical_label(name) if below else None, entry))
+        else:
+            yield misplaced(path, entry, "The image lies in the folder of texts; move it into photo/ or sketch/.")
 
 
 def _text(tree: Tree, item: Item) -> Item:
     """`item` with its text read, or with what is wrong with it."""
     text, problem = "", item.problem
     try:
-        text = "" if problem else tree.read(item.where, cap=TEXT_BYTES).decode()
-    except (OSError, UnicodeDecodeError, BadImage) as error:
-        kind = error.kind if isinstance(error, BadImage) else "bad_text"
-        problem = f"{kind}: {error}"
+        text = "" if problem else tree.read(item.where, cap=TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"bad_text: The text is not UTF-8 (byte {error.object[error.start]:#x} at {error.start}); convert it."
+    except OSError as error:
+        problem = f"unreadable: The text cannot be read: {error.strerror or error}."
+    except BadImage as error:
+        problem = f"{error.kind}: {error}"
     return Item("text", item.key, item.label, text=text, guard=item.guard, problem=problem)

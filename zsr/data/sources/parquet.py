@@ -1,32 +1,32 @@
-"""The user's own parquet files, columns mapped by name; with pictures, with features, or with both.
+"""The user's own parquet files, columns mapped by name; with images, with features, or with both.
 
-    ROOT/modality=sketch/*.parquet      one folder a modality, any number of files in it
+    ROOT/modality=sketch/*.parquet      one folder a modality, any number of files in it or in folders below it
     ROOT/modality=photo/*.parquet
 
 Columns: key (string), label (string), pair (string), image (binary, or a structure with the field bytes), text
-(string), feature (list of floats); only key is required, each can be called otherwise through `Columns`. Labels are
-brought to their canonical spelling. One row group is in memory at a time while listing, and a few while loading. A
-row without a key is a bad row called FILE:ROWGROUP:ROW.
+(string), feature (list of numbers); only key and one of image, text and feature are required, each can be called
+otherwise through `Columns`; others are not read. Labels are brought to their canonical spelling. One row group is in
+memory at a time while listing, and a few while loading. A row without a key is a bad row called FILE:ROWGROUP:ROW.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO
+from functools import lru_cache
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from zsr.artifact import refuse_extension_types
 from zsr.data.decode import BadImage
 from zsr.data.rows import Modality, canonical_label, require_modality
 from zsr.data.sources import Item
 from zsr.data.sources.pages import check_pages
-from zsr.data.sources.tree import Tree
+from zsr.data.sources.tree import Entry, Tree, TreeSource, elsewhere, misplaced
 from zsr.errors import ConfigError, DamagedArtifact
+
+CONTENT: Final = ("image", "text", "feature")  # of which a file must have one column
 
 
 class Columns(BaseModel):
@@ -43,10 +43,9 @@ class Columns(BaseModel):
 
 
 @dataclass(frozen=True)
-class Parquet:
+class Parquet(TreeSource):
     """`root` holds a folder modality=NAME for each modality; an item's `where` is FILE:ROWGROUP:ROW."""
 
-    root: str | Path
     columns: Columns = field(default_factory=Columns)
 
     @property
@@ -60,53 +59,74 @@ class Parquet:
             ConfigError: no modality folder, no file, no key column, or a column of another type than it must have.
             DamagedArtifact: a file that is not parquet, is cut short, or claims pages beyond all measure.
         """
-        folders = [name for name in self._tree.folders() if name.startswith("modality=")]
+        tree = self.tree
+        folders = [name for name in tree.folders() if name.lower().startswith("modality=")]
         if not folders:
-            raise ConfigError(f"{self._tree}: no modality=NAME folder; expected modality=sketch/*.parquet and so on")
+            raise ConfigError(f"{tree}: no modality=NAME folder; expected modality=sketch/*.parquet and so on")
         for folder in folders:
-            modality = require_modality(folder.partition("=")[2])
-            files = [entry for entry in self._tree.entries(folder) if entry.name.endswith(".parquet")]
-            if not files:
-                raise ConfigError(f"{self._tree}/{folder}: no *.parquet file")
-            for entry in files:
-                yield from self._rows(modality, f"{folder}/{entry.name}", entry.guard)
+            modality, empty = require_modality(folder.partition("=")[2].lower()), True
+            for path, entry in tree.files(_is_parquet, folder):
+                if _is_parquet(path):
+                    empty = False
+                    yield from self._rows(modality, path, entry)
+                else:
+                    yield misplaced(path, entry, "The image lies among parquet files, and in none of them.")
+            if empty:
+                raise ConfigError(f"{tree}/{folder}: no *.parquet file")
+        yield from elsewhere(tree, folders, "the parquet files")
 
     def load(self, item: Item) -> bytes:
-        """The picture of the row, b"" if it has none."""
+        """The image of the row, b"" if it has none.
+
+        Raises:
+            BadImage: the row names its image by a path instead of holding it.
+        """
         item.refuse()
         cell = self._cell(item, self.columns.image)
-        value = cell.get("bytes") if isinstance(cell, dict) else cell
-        return value or b""
+        if not isinstance(cell, dict):
+            return cell or b""
+        if cell["bytes"] is None and cell.get("path"):
+            raise BadImage(
+                "missing_value",
+                f"The row names its image by the path {cell['path']!r:.200} and does not hold it; write the bytes into "
+                "the file (with Hugging Face datasets: embed_table_storage), or take the source pairs.",
+            )
+        return cell["bytes"] or b""
 
     def feature(self, item: Item) -> np.ndarray | None:
-        """The feature (D,) float32 of the row, or None if it has none."""
+        """The feature (D,) float32 of the row, or None if it has none.
+
+        Raises:
+            BadImage: one of its numbers is null, NaN, infinite, or too large for float32.
+        """
         value = self._cell(item, self.columns.feature)
-        return None if value is None else np.asarray(value, dtype=np.float32)
+        if value is None:
+            return None
+        with np.errstate(over="ignore"):
+            vector = np.asarray(value, dtype=np.float64).astype(np.float32)
+        if not len(vector) or not np.isfinite(vector).all():
+            at = int(np.argmin(np.isfinite(vector))) if len(vector) else 0
+            found = f"Number {at} of the feature is {value[at]}" if len(vector) else "The feature holds no number"
+            raise BadImage("not_finite", f"{found}; expected finite numbers that fit float32.")
+        return vector
 
-    @cached_property
-    def _tree(self) -> Tree:
-        return Tree.at(self.root)
-
-    def _rows(self, modality: Modality, name: str, guard: str) -> Iterator[Item]:
-        with self._tree.open(name) as handle:
-            parquet = _open(handle, f"{self._tree}/{name}")
-            names = self._light(parquet.schema_arrow, f"{self._tree}/{name}")
+    def _rows(self, modality: Modality, name: str, entry: Entry) -> Iterator[Item]:
+        with self.tree.open(name) as handle:
+            parquet = _open(handle, f"{self.tree}/{name}")
+            names = self._light(parquet.schema_arrow, f"{self.tree}/{name}")
             for group in range(parquet.metadata.num_row_groups):
-                table = _read(parquet, group, list(names), f"{self._tree}/{name}").rename_columns(list(names.values()))
+                table = _read(parquet, group, list(names), f"{self.tree}/{name}").rename_columns(list(names.values()))
                 for row, values in enumerate(table.to_pylist()):
-                    yield _item(modality, values, f"{name}:{group}:{row}", guard)
+                    yield _item(modality, values, f"{name}:{group}:{row}", entry.guard)
 
     def _cell(self, item: Item, column: str) -> Any:
+        """A cell as Python has it; a list of numbers as an array of float64, whose nulls are NaN."""
         name, group, row = item.where.rsplit(":", 2)
-        table = _heavy(self._tree, name, int(group), (self.columns.image, self.columns.feature))
+        table = _heavy(self.tree, name, int(group), (self.columns.image, self.columns.feature))
         if column not in table.column_names:
             return None
         cell = table.column(column)[int(row)]
-        return (
-            cell.values.to_numpy(zero_copy_only=False)
-            if cell.is_valid and pa.types.is_list(cell.type)
-            else cell.as_py()
-        )
+        return cell.values.to_numpy(zero_copy_only=False) if cell.is_valid and _is_list(cell.type) else cell.as_py()
 
     def _light(self, schema: pa.Schema, file: str) -> dict[str, str]:
         """The columns that listing needs, by the user's names, with ours. All columns must have their types."""
@@ -115,19 +135,53 @@ class Parquet:
         if self.columns.key not in there:
             raise ConfigError(f"{file}: no column {self.columns.key!r} among {schema.names}; see --columns.key")
         for theirs in there:
-            kind = schema.field(theirs).type
+            kind = _plain_type(schema.field(theirs), file)
             # a column of nothing but nulls has the type null
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
                 raise ConfigError(f"{file}: column {theirs!r} is {kind}, expected string; cast it first")
-        if self.columns.image in schema.names and not _holds_bytes(schema.field(self.columns.image).type):
-            kind = schema.field(self.columns.image).type
-            raise ConfigError(f"{file}: column {self.columns.image!r} is {kind}, expected binary; see --columns.image")
+        for theirs, fits, expected in (
+            (self.columns.image, _holds_bytes, "binary, or a structure with the binary field bytes"),
+            (self.columns.feature, _holds_numbers, "a list of numbers"),
+        ):
+            if theirs in schema.names and not fits(kind := _plain_type(schema.field(theirs), file)):
+                raise ConfigError(
+                    f"{file}: column {theirs!r} is {kind}, expected {expected}; convert it, or name another column "
+                    "with --columns.image and --columns.feature"
+                )
+        if not {getattr(self.columns, ours) for ours in CONTENT} & set(schema.names):
+            wanted = [getattr(self.columns, ours) for ours in CONTENT]
+            raise ConfigError(
+                f"{file}: no column of {wanted} is there, but {schema.names}; say what yours are called, such as "
+                f"--columns.image {_likely_image(schema)}"
+            )
         return {theirs: names[theirs] for theirs in there}
+
+
+def _is_parquet(path: str) -> bool:
+    return path.lower().endswith(".parquet")
+
+
+def _likely_image(schema: pa.Schema) -> str:
+    """A column that may hold images, for a message."""
+    return next((each.name for each in schema if _holds_bytes(each.type) and not pa.types.is_null(each.type)), "NAME")
+
+
+def _plain_type(column: pa.Field, file: str) -> pa.DataType:
+    """The type of a column. Raises ConfigError for an extension type: some run code when they are read."""
+    name = (column.metadata or {}).get(b"ARROW:extension:name", b"").decode(errors="replace")
+    if isinstance(column.type, pa.BaseExtensionType):
+        name = column.type.extension_name
+    if name:
+        raise ConfigError(
+            f"{file}: column {column.name!r} has the Arrow extension type {name}; write its plain "
+            "values, as table.column(NAME).combine_chunks().storage has them (a tensor as a list of numbers)"
+        )
+    return column.type
 
 
 def _item(modality: Modality, values: Mapping[str, Any], where: str, guard: str) -> Item:
     key, label = values["key"], values.get("label")
-    problem = "" if key else "missing_value: no key; every row needs one that is its own"
+    problem = "" if key else "missing_value: The row has no key; every row requires one of its own."
     return Item(
         modality,
         key or where,
@@ -146,6 +200,17 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind))
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    if pa.types.is_null(kind):
+        return True
+    numbers = _is_list(kind) and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+    return bool(numbers or (_is_list(kind) and pa.types.is_null(kind.value_type)))
+
+
 def _open(handle: BinaryIO, name: str, group: int | None = None) -> pq.ParquetFile:
     """The file, after a look at its schema and at what the pages of `group`, or of all groups, claim.
 
@@ -154,7 +219,6 @@ def _open(handle: BinaryIO, name: str, group: int | None = None) -> pq.ParquetFi
     """
     try:
         parquet = pq.ParquetFile(handle)
-        refuse_extension_types(parquet.schema_arrow, name)
         check_pages(handle, parquet.metadata, range(parquet.num_row_groups) if group is None else [group], name)
         return parquet
     except (DamagedArtifact, BadImage):

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
@@ -31,7 +31,7 @@ from zsr.data.drawing import Drawing, checked, draw
 from zsr.data.published import Published, Spellings, published
 from zsr.data.rows import Modality, order_key, row_id
 from zsr.data.sources import Item
-from zsr.data.sources.tree import Entry, Tree, class_items
+from zsr.data.sources.tree import Entry, Tree, TreeSource, class_items, elsewhere, left_out
 from zsr.errors import ConfigError, DamagedArtifact
 
 logger = logging.getLogger("zsr")
@@ -39,6 +39,7 @@ logger = logging.getLogger("zsr")
 LINE: Final = 4 << 20  # bytes: a longer line is no drawing, and is not held in memory
 RATIO: Final = 200  # a gzip file that grows more than this is no text of drawings
 WHERE: Final = re.compile(r"(.+)\|(\d{15}):(\d+)")
+STROKES: Final = (".ndjson", ".ndjson.gz", ".bin")
 HEAD: Final = struct.Struct("<Q2sbIH")  # key_id, country, recognized, timestamp, strokes
 FOLDERS: Final[dict[Modality, tuple[str, ...]]] = {
     "sketch": ("QuickDraw_sketches_final", "sketches", "sketch"),
@@ -60,18 +61,18 @@ class QuickDrawOptions(Drawing):
 
 
 @dataclass(frozen=True)
-class QuickDraw:
-    """`root` holds files of strokes, folders of pictures, or both; `where` is FILE|OFFSET:LENGTH for strokes."""
+class QuickDraw(TreeSource):
+    """`root` holds files of strokes, folders of images, or both; `where` is FILE|OFFSET:LENGTH for strokes."""
 
-    root: str | Path
     options: QuickDrawOptions = field(default_factory=QuickDrawOptions)
 
     @property
     def facts(self) -> Mapping[str, Any]:
+        own = not self._files() and not any(folder.startswith("QuickDraw") for folder in self._folders().values())
         attribution = "Quick, Draw! by Google, CC BY 4.0; photos, where there are any, Dey et al., CVPR 2019"
         return {
-            "name": "quickdraw",
-            "attribution": attribution,
+            "name": "images in the layout of Quick, Draw!" if own else "quickdraw",
+            "attribution": "" if own else attribution,
             "drawing": dict(self.options.facts),
         }
 
@@ -80,40 +81,49 @@ class QuickDraw:
         return published("quickdraw")
 
     def items(self) -> Iterator[Item]:
-        """Every drawing and picture.
+        """Every drawing and image.
 
         Raises:
             ConfigError: ROOT has none of the files and folders; or a gzip file that grows beyond all measure.
         """
-        tree, spelling = Tree.at(self.root), Spellings(self.published.classes)
-        files = tree.files(".ndjson", ".ndjson.gz", ".bin")
-        folders = {modality: tree.first(*names) for modality, names in FOLDERS.items()}
-        if not files and not any(folders.values()):
-            raise ConfigError(f"{tree}: no *.ndjson, *.ndjson.gz or *.bin, and no folders of pictures")
+        tree, spelling = self.tree, Spellings(self.published.classes)
+        files, folders = self._files(), self._folders()
+        if not files and not folders:
+            raise ConfigError(f"{tree}: no *.ndjson, *.ndjson.gz or *.bin, and no folders of images")
         for file in files:
             yield from self._chosen(self._drawings(tree, file, files, spelling))
         for modality, folder in folders.items():
-            if folder is not None:
-                yield from class_items(tree, modality, folder, spelling)
+            yield from class_items(tree, modality, folder, spelling)
+        claimed = list(folders.values())
+        for modality, folder in folders.items():
+            copies = [name for name in tree.named(*FOLDERS[modality]) if name not in claimed]
+            left_out(tree, copies, f"(another copy: {folder}/ is read)")
+            claimed += copies
+        yield from elsewhere(tree, claimed, f"the folders {[names[0] for names in FOLDERS.values()]}")
+        tree.unread.subtract(_ending(file.name) for file in files)
 
     def load(self, item: Item) -> bytes:
-        """The drawing as PNG, or the bytes of a picture."""
+        """The drawing as PNG, or the bytes of an image."""
         item.refuse()
-        tree, strokes = Tree.at(self.root), WHERE.fullmatch(item.where)
+        tree, strokes = self.tree, WHERE.fullmatch(item.where)
         if strokes is None:
             return tree.read(item.where)
         name, offset, length = strokes[1], int(strokes[2]), int(strokes[3])
-        data = _inflated(tree, name, offset, length) if name.endswith(".gz") else tree.read(name, offset, length)
-        return draw(checked(_binary_strokes(data) if name.endswith(".bin") else _line(data)["drawing"]), self.options)
+        data = _inflated(tree, name, offset, length) if _packed(name) else tree.read(name, offset, length)
+        return draw(checked(_line(data)["drawing"] if _ending(name) != ".bin" else _binary_strokes(data)), self.options)
 
-    def feature(self, item: Item) -> None:
-        """Quick, Draw! comes without features."""
-        return None
+    def _files(self) -> list[Entry]:
+        return [each for each in self.tree.entries() if not each.is_folder and each.name.lower().endswith(STROKES)]
+
+    def _folders(self) -> dict[Modality, str]:
+        """Where images lie, by modality."""
+        found = {modality: self.tree.first(*names) for modality, names in FOLDERS.items()}
+        return {modality: folder for modality, folder in found.items() if folder is not None}
 
     def _drawings(self, tree: Tree, file: Entry, files: list[Entry], spelling: Spellings) -> Iterator[Item]:
-        if not file.name.endswith(".bin"):
+        if _ending(file.name) != ".bin":
             yield from self._lines(tree, file, spelling)
-        elif {f"{file.name[:-4]}.ndjson", f"{file.name[:-4]}.ndjson.gz"} & {other.name for other in files}:
+        elif {f"{file.name[:-4]}.ndjson", f"{file.name[:-4]}.ndjson.gz"} & {_lower_ending(each.name) for each in files}:
             logger.warning("%s/%s is left out: the same class is there as ndjson", tree, file.name)
         else:
             yield from self._records(tree, file, spelling(file.name[:-4].removeprefix("full_binary_")))
@@ -169,6 +179,20 @@ class QuickDraw:
                 if recognized or not self.options.recognized:
                     where = f"{file.name}|{start:015d}:{handle.tell() - start}"
                     yield Item("sketch", f"{label}/{key}", label, where=where, guard=file.guard)
+
+
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _lower_ending(name: str) -> str:
+    """`name` with an ending of STROKES in lower case, by which a class's files are compared."""
+    ending = next((each for each in STROKES if name.lower().endswith(each)), "")
+    return name[: len(name) - len(ending)] + ending
+
+
+def _packed(name: str) -> bool:
+    return _ending(name) == ".gz"
 
 
 def _bad(file: Entry, number: int, problem: str) -> Item:
@@ -240,7 +264,7 @@ class _Bounded(gzip.GzipFile):
 
 def _plain(tree: Tree, file: Entry) -> BinaryIO:
     """`file` as text, unpacked where its name ends in .gz."""
-    return _unpacked(tree, file.name) if file.name.endswith(".gz") else tree.open(file.name)
+    return _unpacked(tree, file.name) if _packed(file.name) else tree.open(file.name)
 
 
 def _unpacked(tree: Tree, name: str) -> BinaryIO:

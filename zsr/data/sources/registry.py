@@ -53,7 +53,7 @@ SOURCES: Final[dict[Name, Make]] = {
     "sketchy": lambda root, options: Sketchy(root, options.sketchy),
     "tuberlin": lambda root, options: TUBerlin(root),
     "webdataset": lambda root, options: WebDataset(root),
-    "wikipedia": lambda root, options: Wikipedia(Path(root)),
+    "wikipedia": lambda root, options: Wikipedia(root),
 }
 
 
@@ -62,7 +62,12 @@ def open_source(name: Name, root: str | Path | None, options: Options) -> Source
 
     Raises:
         ConfigError: `root` is missing or holds nothing; the list of classes cannot be read.
+        StorageError: `root` cannot be listed.
     """
+    if name == "emoji" and root is not None:
+        raise ConfigError(
+            f"--source emoji is embedded and reads no --input, but {root} was given; leave one of them out"
+        )
     if name != "emoji" and (root is None or not Tree.at(root).entries()):
-        raise ConfigError(f"--source {name} wants --input, a directory with something in it; found {root}")
+        raise ConfigError(f"--source {name} requires --input, a directory with something in it; found {root}")
     return restricted(SOURCES[name](str(root), options), options.classes)

@@ -1,15 +1,16 @@
 """Any source with a list of classes that its rows may have: a row of another class is bad, and quarantined as such."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zsr.data.published import Published, Spellings
-from zsr.data.sources import Item, Known, Source
+from zsr.data.sources import Item, Known, Source, Walked
 from zsr.errors import ConfigError
+from zsr.storage import read_text
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Restricted:
     @property
     def published(self) -> Published:
         return self.source.published if isinstance(self.source, Known) else Published("--classes", self.classes)
+
+    @property
+    def unread(self) -> Counter[str]:
+        return self.source.unread if isinstance(self.source, Walked) else Counter()
 
     def items(self) -> Iterator[Item]:
         """The source's items, those of other classes with a problem."""
@@ -61,10 +66,7 @@ def restricted(source: Source, classes: str) -> Source:
                 f"--classes published: no list is known for the source {source.facts['name']}; give a file"
             )
         return Restricted(source, source.published.classes)
-    try:
-        lines = [line.strip() for line in Path(classes).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--classes {classes}: {error}; expected 'published' or a file of a name a line") from error
+    lines = [line.strip() for line in read_text(classes, "--classes").splitlines() if line.strip()]
     names = sorted({Spellings(())(line) for line in lines})
     if not names or len(names) < len(lines):
         raise ConfigError(f"--classes {classes}: {len(lines)} lines, {len(names)} distinct classes; expected each once")

@@ -11,21 +11,27 @@ A sketch's `pair` is the key of the photo that it was drawn from. Keys are paths
 12,499 of the 12,500 photos of the original already: `photos` says which are taken.
 """
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from zsr.data.published import Published, Spellings, published
 from zsr.data.sources import Item
-from zsr.data.sources.tree import Entry, Tree, picture_item
+from zsr.data.sources.tree import Entry, TreeSource, called_like_an_image, elsewhere, left_out, picture_item
 from zsr.errors import ConfigError
 
 EXTENDED: Final = ("EXTEND_image_sketchy", "extended_photo", "EXTEND_image_sketchy_ready")
 PREFIXES: Final = ("", "256x256/", "rendered_256x256/256x256/")
+SKETCH_NAME: Final = re.compile(r"n\d{8}_\d+-\d+\.png", re.IGNORECASE)  # as the database calls all of its sketches
+
+
+def _is_image(entry: Entry) -> bool:
+    return not entry.is_folder and called_like_an_image(entry.name)
 
 
 class SketchyOptions(BaseModel):
@@ -46,63 +52,77 @@ class SketchyOptions(BaseModel):
 
 
 @dataclass(frozen=True)
-class Sketchy:
+class Sketchy(TreeSource):
     """`root` holds photo and sketch, and EXTEND_image_sketchy where photos of the extension are wanted."""
 
-    root: str | Path
     options: SketchyOptions = field(default_factory=SketchyOptions)
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {
-            "name": "sketchy",
-            "attribution": "Sketchy database, Sangkloy et al., SIGGRAPH 2016; research use",
+            "name": "sketchy" if self._is_the_database else "images in the layout of Sketchy",
+            "attribution": "Sketchy database, Sangkloy et al., SIGGRAPH 2016; research use"
+            if self._is_the_database
+            else "",
             "photos": [PurePosixPath(folder).name for folder in self._photo_folders],
             "sketches": self._folder("sketch"),
         }
 
     @property
     def published(self) -> Published:
-        return published("sketchy" if self._extended not in self._photo_folders else "sketchy-extended")
+        found = published("sketchy" if self._extended not in self._photo_folders else "sketchy-extended")
+        return replace(found, compared=self._is_the_database)
 
     def items(self) -> Iterator[Item]:
         """Photos and sketches, class by class.
 
         Raises:
-            ConfigError: a folder is missing or holds no picture; or there are several renderings, and not the
+            ConfigError: a folder is missing or holds no image; or there are several renderings, and not the
             wanted one.
         """
-        sketches, spelling = self._folder("sketch"), Spellings(self.published.classes)
         counts = {"photo": 0, "sketch": 0}
-        for name in self._classes:
-            photos = list(self._photos(name))
+        for label, names in self._classes.items():
+            photos = list(self._photos(names))
             by_stem = {PurePosixPath(path).stem: path for path, _ in reversed(photos)}
             for path, entry in photos:
                 counts["photo"] += 1
-                yield picture_item("photo", path, spelling(name), entry)
-            for entry in self._tree.pictures(f"{sketches}/{name}"):
+                yield picture_item("photo", path, label, entry)
+            for path, entry in self._images(self._folder("sketch"), names):
                 counts["sketch"] += 1
-                pair = by_stem.get(PurePosixPath(entry.name).stem.rpartition("-")[0])
-                yield picture_item("sketch", f"{sketches}/{name}/{entry.name}", spelling(name), entry, pair)
+                pair = by_stem.get(PurePosixPath(path).stem.rpartition("-")[0])
+                yield picture_item("sketch", path, label, entry, pair)
         for modality, count in counts.items():
             if not count:
-                raise ConfigError(f"{self._tree}: no {modality} pictures; expected {modality}/CLASS/NAME")
+                raise ConfigError(f"{self.tree}: no {modality} images; expected {modality}/CLASS/NAME")
+        yield from self._rest()
 
-    def load(self, item: Item) -> bytes:
-        item.refuse()
-        return self._tree.read(item.where)
-
-    def feature(self, item: Item) -> None:
-        """Sketchy comes without features."""
-        return None
+    def _rest(self) -> Iterator[Item]:
+        """Images that lie in no class folder; those that the options leave out are counted."""
+        tree, taken = self.tree, {*self._photo_folders, self._folder("sketch")}
+        claimed = {f"{folder}/{name}" for folder in taken for name in tree.folders(folder)}
+        for place in tree.named(*(f"{prefix}{name}" for prefix in PREFIXES for name in ("photo", "sketch", *EXTENDED))):
+            if place in taken:
+                continue
+            chosen = [folder for folder in taken if folder.startswith(f"{place}/")]
+            others = (
+                [f"{place}/{name}" for name in tree.folders(place) if name.startswith("tx_")] if chosen else [place]
+            )
+            option = f"rendering {self.options.rendering}" if chosen else f"photos {self.options.photos}"
+            left_out(tree, set(others) - taken, f"(--sketchy.{option})")
+            claimed.update(set(others) - taken)
+        yield from elsewhere(tree, claimed, "the class folders of photo/ and sketch/")
 
     @cached_property
-    def _tree(self) -> Tree:
-        return Tree.at(self.root)
+    def _is_the_database(self) -> bool:
+        """Whether the sketches are called as the database's own: it alone has its license and its numbers."""
+        folder = self._folder("sketch")
+        classes = (self.tree.entries(f"{folder}/{name}") for name in self.tree.folders(folder))
+        first = next((found for entries in classes if (found := [e.name for e in entries if _is_image(e)])), [])
+        return bool(first) and all(map(SKETCH_NAME.fullmatch, first))
 
     @cached_property
     def _extended(self) -> str | None:
-        return self._tree.first(*(f"{prefix}{name}" for prefix in PREFIXES for name in EXTENDED))
+        return self.tree.first(*(f"{prefix}{name}" for prefix in PREFIXES for name in EXTENDED))
 
     @cached_property
     def _photo_folders(self) -> tuple[str, ...]:
@@ -111,32 +131,48 @@ class Sketchy:
         if wanted == "original" or (wanted == "auto" and extended is None):
             return (self._folder("photo"),)
         if extended is None:
-            raise ConfigError(f"{self._tree}: no {EXTENDED[0]}; --sketchy.photos {wanted} wants it beside photo/")
+            raise ConfigError(f"{self.tree}: no {EXTENDED[0]}; --sketchy.photos {wanted} requires it beside photo/")
         return (extended,) if wanted in ("auto", "extended") else (extended, self._folder("photo"))
 
     @cached_property
-    def _classes(self) -> list[str]:
-        folders = (*self._photo_folders, self._folder("sketch"))
-        return sorted({name for folder in folders for name in self._tree.folders(folder)})
+    def _classes(self) -> dict[str, list[str]]:
+        """Names of the folders of each class, by its label: the two modalities may spell it in two ways."""
+        folders, spelling = (*self._photo_folders, self._folder("sketch")), Spellings(self.published.classes)
+        found: dict[str, list[str]] = {}
+        for name in sorted({name for folder in folders for name in self.tree.folders(folder)}):
+            found.setdefault(spelling(name), []).append(name)
+        return found
+
+    def _place(self, modality: str) -> str | None:
+        return self.tree.first(*(f"{prefix}{modality}" for prefix in PREFIXES))
 
     def _folder(self, modality: str) -> str:
-        """Where the pictures of `modality` lie in folders of classes."""
-        place = self._tree.first(*(f"{prefix}{modality}" for prefix in PREFIXES))
+        """Where the images of `modality` lie in folders of classes."""
+        place = self._place(modality)
         if place is None:
             raise ConfigError(
-                f"{self._tree}/{modality}: missing; --source sketchy wants ROOT/photo/CLASS/*.jpg and "
-                "ROOT/sketch/CLASS/*.png, or the folders as published"
+                f"{self.tree}/{modality}: missing; --source sketchy requires ROOT/photo/CLASS/*.jpg and "
+                "ROOT/sketch/CLASS/*.png, or the folders as published; for your own images take --source folders"
             )
-        renderings = [name for name in self._tree.folders(place) if name.startswith("tx_")]
+        renderings = [name for name in self.tree.folders(place) if name.startswith("tx_")]
         if renderings and self.options.rendering not in renderings:
             raise ConfigError(f"{place} has the renderings {renderings}; --sketchy.rendering names one of them")
         return f"{place}/{self.options.rendering}" if renderings else place
 
-    def _photos(self, name: str) -> Iterator[tuple[str, Entry]]:
-        """Paths of the photos in the class folder `name`; each base name once, unless they are to stand twice."""
+    def _images(self, folder: str, names: list[str]) -> Iterator[tuple[str, Entry]]:
+        for name in names:
+            yield from self.tree.images(f"{folder}/{name}")
+
+    def _photos(self, names: list[str]) -> Iterator[tuple[str, Entry]]:
+        """Paths of a class's photos; those of the extension once, unless they are to stand twice."""
+        first, *others = self._photo_folders
         taken: set[str] = set()
-        for folder in self._photo_folders:
-            for entry in self._tree.pictures(f"{folder}/{name}"):
-                if entry.name not in taken or self.options.photos == "doubled":
-                    taken.add(entry.name)
-                    yield f"{folder}/{name}/{entry.name}", entry
+        for path, entry in self._images(first, names):
+            taken.add(PurePosixPath(path).name)
+            yield path, entry
+        for folder in others:
+            for path, entry in self._images(folder, names):
+                if self.options.photos == "doubled" or PurePosixPath(path).name not in taken:
+                    yield path, entry
+                else:
+                    self.tree.unread[f"{folder}/ (--sketchy.photos {self.options.photos})"] += 1

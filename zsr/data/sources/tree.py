@@ -1,48 +1,70 @@
 """Folders of raw files, on a disk or in an object store: listed in order, one folder in memory at a time.
 
 Links are followed: whoever made the folder made them. Names that come out of tables and archives are not the owner's
-own; they go through `artifact.safe_name` first.
+own; they go through `plain_name` first. Whatever looks like an image becomes a row, used or quarantined; all other
+files are counted in `Tree.unread`, so that nothing is overlooked in silence.
 """
 
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from mimetypes import MimeTypes
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Final, cast
 
-from zsr.data.decode import BadImage, Limits
+import numpy as np
+
+from zsr.data.decode import IMAGE_SUFFIXES, READ, BadImage, Limits
 from zsr.data.rows import Modality
 from zsr.data.sources import Item
-from zsr.errors import ConfigError
-from zsr.storage import filesystem, url_of
+from zsr.errors import ConfigError, StorageError
+from zsr.storage import filesystem, local_path, remote_errors, url_of
 
-# what a picture may be called; those of other formats than JPEG, PNG and WebP are quarantined, not overlooked
-PICTURES: Final = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"),
-    *(".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".ppm", ".svg"),
-)
+KNOWN_TYPES: Final = MimeTypes(filenames=())  # Python's own table, the same on every machine
+HEAD: Final = 64  # bytes that tell an image by its magic number
+PART: Final = 255  # bytes of one part of a name; no usual file system has longer ones
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name in a folder. `guard` holds size and modification time, or an object store's own mark."""
+    """One name in a folder.
+
+    Attributes:
+        guard: size and modification time, or an object store's own mark.
+        problem: "KIND: message" if it cannot be followed: a link to nowhere, a loop, a folder that cannot be listed.
+        inode: device and inode of a local folder.
+    """
 
     name: str
     is_folder: bool
     guard: str
+    problem: str = ""
+    inode: tuple[int, int] | None = None
+
+    @property
+    def is_hidden(self) -> bool:
+        return self.name.startswith(".")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Everything below `root`, a path or a URL such as s3://bucket/prefix. Names are relative, with slashes."""
+    """Everything below `root`, a path or a URL such as s3://bucket/prefix. Names are relative, with slashes.
+
+    Attributes:
+        unread: files that `images` and `others` passed over, by ending or reason.
+    """
 
     root: str
+    unread: Counter[str] = field(default_factory=Counter, compare=False)
 
     @classmethod
     def at(cls, root: str | Path) -> "Tree":
-        return cls(url_of(root) or str(root).rstrip("/"))
+        return cls(url_of(root) or str(local_path(root)))
 
     def __str__(self) -> str:
         return self.root
@@ -60,21 +82,29 @@ class Tree:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         object.__setattr__(self, "root", state["root"])
+        object.__setattr__(self, "unread", Counter())
 
     def entries(self, folder: str = "") -> list[Entry]:
-        """What `folder` holds, hidden names left out, sorted by name; nothing if there is no such folder."""
-        found = self._local_entries(folder) if self._local else self._stored_entries(folder)
-        return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: os.fsencode(e.name))
+        """What `folder` holds, hidden names left out, sorted by name; nothing if there is no such folder.
+
+        Raises:
+            StorageError: it cannot be listed.
+        """
+        return [entry for entry in self._entries(folder) if not entry.is_hidden]
+
+    def _entries(self, folder: str) -> list[Entry]:
+        if self._local:
+            try:
+                return sorted(self._local_entries(folder), key=lambda e: os.fsencode(e.name))
+            except OSError as error:
+                raise StorageError(f"{Path(self.root, folder)}: cannot be listed: {error.strerror}") from error
+        with remote_errors(self.root):
+            return sorted(self._stored_entries(folder), key=lambda e: os.fsencode(e.name))
 
     def _local_entries(self, folder: str) -> Iterator[Entry]:
         try:
             with os.scandir(Path(self.root, folder)) as listed:
-                for one in listed:
-                    try:
-                        info = one.stat()
-                    except OSError:  # a link to nowhere: reading it will say so
-                        info = one.stat(follow_symlinks=False)
-                    yield Entry(one.name, stat.S_ISDIR(info.st_mode), f"{info.st_size}:{info.st_mtime_ns}")
+                yield from map(_local_entry, listed)
         except (FileNotFoundError, NotADirectoryError):
             return
 
@@ -91,21 +121,89 @@ class Tree:
                 mark = one.get("ETag") or one.get("etag") or one.get("mtime") or ""
                 yield Entry(name, one["type"] == "directory", f"{one.get('size')}:{mark}")
 
+    def walk(self, folder: str = "", skip: Collection[str] = ()) -> Iterator[tuple[str, Entry]]:
+        """Path and entry of every file below `folder`, in the order of names; also of folders that cannot be entered.
+
+        Hidden files and folders are counted in `unread`, and not entered.
+
+        Args:
+            skip: paths of folders that are left out.
+        """
+        yield from self._walk(folder, frozenset(skip), self._above(folder))
+
+    def _walk(
+        self, folder: str, skip: frozenset[str], above: frozenset[tuple[int, int]]
+    ) -> Iterator[tuple[str, Entry]]:
+        for entry in self._entries(folder):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_hidden:
+                self.unread[_sort_of(entry)] += 1
+            elif not entry.is_folder:
+                yield path, entry
+            elif entry.inode in above:
+                yield path, replace(entry, problem="bad_link: The link leads to a folder that holds it; remove it.")
+            elif path not in skip:
+                try:
+                    yield from self._walk(path, skip, above | ({entry.inode} if entry.inode else set()))
+                except StorageError as error:
+                    if self._local is None:
+                        raise
+                    yield path, replace(entry, problem=f"unreadable: The folder {error}.")
+
+    def _above(self, folder: str) -> frozenset[tuple[int, int]]:
+        """Device and inode of the local `folder` and of all that hold it: a link to one of them is a loop."""
+        if self._local is None:
+            return frozenset()
+        place = (self._local / folder).resolve()
+        infos = [each.stat() for each in (place, *place.parents) if each.exists()]
+        return frozenset((info.st_dev, info.st_ino) for info in infos)
+
+    def images(self, folder: str = "", skip: Collection[str] = ()) -> Iterator[tuple[str, Entry]]:
+        """Path and entry of every file below `folder` that looks like an image; others are counted in `unread`."""
+        return self.files(lambda path: False, folder, skip)
+
+    def files(
+        self, wanted: Callable[[str], bool], folder: str = "", skip: Collection[str] = ()
+    ) -> Iterator[tuple[str, Entry]]:
+        """As `images`, and also the files whose paths are `wanted`."""
+        for path, entry in self.walk(folder, skip):
+            if wanted(path) or self._is_image(path, entry):
+                yield path, entry
+            else:
+                self.unread[_sort_of(entry)] += 1
+
+    def _is_image(self, path: str, entry: Entry) -> bool:
+        """Whether the file is called like an image, begins like one, or may hide some."""
+        if entry.is_folder or called_like_an_image(entry.name):
+            return True
+        if not may_be_an_image(entry.name):
+            return False
+        if entry.problem:
+            return True  # a link to nowhere may have been a folder of images
+        try:
+            return begins_like_an_image(self.read(path, length=HEAD))
+        except (OSError, BadImage):
+            return False
+
     def folders(self, folder: str = "") -> list[str]:
         """Names of the folders in `folder`."""
         return [entry.name for entry in self.entries(folder) if entry.is_folder]
 
-    def pictures(self, folder: str) -> list[Entry]:
-        """The files of `folder` that are called like pictures."""
-        return [e for e in self.entries(folder) if not e.is_folder and PurePosixPath(e.name).suffix.lower() in PICTURES]
-
-    def files(self, *suffixes: str) -> list[Entry]:
-        """The files at the top whose names end so."""
-        return [entry for entry in self.entries() if not entry.is_folder and entry.name.endswith(suffixes)]
-
     def first(self, *names: str) -> str | None:
-        """The first of `names` that is a folder."""
-        return next((name for name in names if self.entries(name)), None)
+        """The first of `names` that is a folder with something in it, as it is spelt there: case does not count."""
+        return next(iter(self.named(*names)), None)
+
+    def named(self, *names: str) -> list[str]:
+        """All folders called like one of `names`, in whatever case, in the order of `names`."""
+        return [found for name in names for found in self._spelt("", name.split("/")) if self.entries(found)]
+
+    def _spelt(self, folder: str, parts: list[str]) -> list[str]:
+        """Paths below `folder` whose parts differ from `parts` in case only, the exact one first."""
+        if not parts:
+            return [folder]
+        alike = [name for name in self.folders(folder) if name.casefold() == parts[0].casefold()]
+        alike.sort(key=lambda name: name != parts[0])
+        return [p for name in alike for p in self._spelt(f"{folder}/{name}" if folder else name, parts[1:])]
 
     def open(self, name: str) -> BinaryIO:
         """A plain file, opened for reading.
@@ -113,15 +211,17 @@ class Tree:
         Raises:
             BadImage: a device, a socket or a named pipe, which might never end.
             OSError: missing or not to be read.
+            StorageError: the object store cannot be reached.
         """
         if self._local is None:
             files, prefix = self._store
-            return cast(BinaryIO, files.open(f"{prefix}/{name}", "rb"))
+            with remote_errors(self.root):
+                return cast(BinaryIO, files.open(f"{prefix}/{name}", "rb"))
         # a named pipe would block without O_NONBLOCK; plain files ignore it
         handle = os.fdopen(os.open(self._local / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
         if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
             handle.close()
-            raise BadImage("wrong_type", f"{name} is no plain file")
+            raise BadImage("wrong_type", f"{name} is a device, a socket or a named pipe, and no plain file.")
         return handle
 
     def read(self, name: str, start: int = 0, length: int = -1, cap: int = Limits().encoded) -> bytes:
@@ -130,36 +230,169 @@ class Tree:
         Raises:
             BadImage: more than `cap` bytes, of which none is read; or no plain file.
             OSError: missing or not to be read.
+            StorageError: the object store cannot be reached.
         """
         with self.open(name) as handle:
-            if length < 0:
-                length = handle.seek(0, os.SEEK_END) - start
-            if length > cap:
-                raise BadImage("oversized", f"{length} bytes, at most {cap} are read")
-            handle.seek(start)
-            return handle.read(length)
+            if self._local is not None:
+                return _part(handle, start, length, cap)
+            with remote_errors(self.root):
+                return _part(handle, start, length, cap)
 
 
-def picture_item(modality: Modality, path: str, label: str, entry: Entry, pair: str | None = None) -> Item:
+def _part(handle: BinaryIO, start: int, length: int, cap: int) -> bytes:
+    if length < 0:
+        length = handle.seek(0, os.SEEK_END) - start
+    if length > cap:
+        raise BadImage("oversized", f"The file has {length} bytes; at most {cap} are read.")
+    handle.seek(start)
+    return handle.read(length)
+
+
+def _local_entry(one: os.DirEntry[str]) -> Entry:
+    try:
+        info = one.stat()
+    except OSError as error:  # a link to nowhere or to itself
+        info = one.stat(follow_symlinks=False)
+        problem = f"bad_link: The link leads nowhere ({error.strerror}); fix or remove it."
+        return Entry(one.name, False, f"{info.st_size}:{info.st_mtime_ns}", problem)
+    folder = stat.S_ISDIR(info.st_mode)
+    guard = f"{info.st_size}:{info.st_mtime_ns}"
+    return Entry(one.name, folder, guard, inode=(info.st_dev, info.st_ino) if folder else None)
+
+
+def _sort_of(entry: Entry) -> str:
+    """Under what `unread` counts a file: its ending, or its name where systems write it everywhere."""
+    if entry.name.startswith("._"):
+        return "._*"  # macOS keeps attributes of a file beside it
+    if entry.name == ".DS_Store":
+        return entry.name
+    if entry.is_hidden:
+        return "hidden folder" if entry.is_folder else "hidden file"
+    return PurePosixPath(entry.name).suffix.lower() or "no ending"
+
+
+def called_like_an_image(name: str) -> bool:
+    """Whether the ending of `name`, in whatever case, is one that images have."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def may_be_an_image(name: str) -> bool:
+    """Whether the ending of `name` does not tell what the file holds."""
+    return KNOWN_TYPES.guess_type(name)[0] is None
+
+
+def begins_like_an_image(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of an image that is read, or would be with an extra."""
+    return any(re.match(pattern, head, re.DOTALL) for _, pattern in READ)
+
+
+def plain_name(name: str) -> str:
+    """The relative path that `name`, found in a table or an archive, spells: `./a//b` and `a\\b` are a/b.
+
+    It is only read from, so any letters may stand in it, composed or not; an artifact's own names are stricter.
+
+    Raises:
+        BadImage: absolute, a drive, `..`, a control character, a look-alike of `.` or `/` that spells one of these, or
+            a part longer than 255 bytes.
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    folded = unicodedata.normalize("NFKC", name.replace("\\", "/"))
+    bad = (
+        not parts
+        or name.endswith(("/", "\\"))
+        or folded.startswith("/")
+        or re.match(r"^[A-Za-z]:", folded) is not None
+        or any(ord(c) < 32 or ord(c) == 127 for c in name)
+        or folded.count("/") != name.count("/") + name.count("\\")
+        or ".." in folded.split("/")
+        or any(len(os.fsencode(part)) > PART for part in parts)
+    )
+    if bad:
+        shown = ascii(name[:100])
+        raise BadImage(
+            "bad_path", f"The name {shown} is no plain relative path, or leads out of its folder; rename it."
+        )
+    return "/".join(parts)
+
+
+@dataclass(frozen=True)
+class TreeSource:
+    """What sources over folders of files have in common. `root` is a path, which is made absolute, or a URL."""
+
+    root: str | Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", str(Tree.at(self.root)))  # tasks run in another working directory
+
+    @cached_property
+    def tree(self) -> Tree:
+        return Tree.at(self.root)
+
+    @property
+    def unread(self) -> Counter[str]:
+        """Files that are no rows, by ending or reason; complete when `items` has ended."""
+        return self.tree.unread
+
+    def load(self, item: Item) -> bytes:
+        """The file of the item; b"" for one without."""
+        item.refuse()
+        return self.tree.read(item.where) if item.where else b""
+
+    def feature(self, item: Item) -> np.ndarray | None:
+        """Files of images come without features."""
+        return None
+
+
+def picture_item(modality: Modality, path: str, label: str | None, entry: Entry, pair: str | None = None) -> Item:
     """The item of the picture file at `path`, which is its key as well."""
     try:
         path.encode()
     except UnicodeEncodeError:
-        key, name = (text.encode(errors="backslashreplace").decode() for text in (path, label))
-        return Item(modality, key, name, guard=entry.guard, problem=f"bad_key: {key}: rename it to valid UTF-8")
-    return Item(modality, path, label, pair, where=path, guard=entry.guard)
+        key = path.encode(errors="backslashreplace").decode()
+        name = None if label is None else label.encode(errors="backslashreplace").decode()
+        problem = "bad_key: The name of the file is not valid UTF-8; rename it."
+        return Item(modality, key, name, guard=entry.guard, problem=problem)
+    where = "" if entry.problem else path
+    return Item(modality, path, label, pair, where=where, guard=entry.guard, problem=entry.problem)
 
 
-def class_items(tree: Tree, modality: Modality, folder: str, spelling: Callable[[str], str]) -> Iterator[Item]:
-    """The pictures of FOLDER/CLASS/FILE, class by class; `spelling` makes labels of folder names.
+def misplaced(path: str, entry: Entry, expected: str) -> Item:
+    """The bad row of an image that lies where the source has no place for one."""
+    item = picture_item("photo", path, None, entry)
+    return item if item.problem else replace(item, where="", problem=f"misplaced: {expected}")
+
+
+def elsewhere(tree: Tree, claimed: Iterable[str], expected: str) -> Iterator[Item]:
+    """The images outside of the folders `claimed`, as bad rows that say where they were `expected`."""
+    for path, entry in tree.images(skip=list(claimed)):
+        yield misplaced(path, entry, f"The image lies outside of {expected}; move or remove it.")
+
+
+def left_out(tree: Tree, folders: Iterable[str], reason: str) -> None:
+    """Count the images in `folders`, which an option or a fuller copy leaves out, as not read, for this `reason`."""
+    for folder in folders:
+        for _ in tree.images(folder):
+            tree.unread[f"{folder}/ {reason}"] += 1
+
+
+def class_items(
+    tree: Tree, modality: Modality, folder: str, spelling: Callable[[str], str], unlabeled: bool = False
+) -> Iterator[Item]:
+    """The images of FOLDER/CLASS/FILE and of folders below CLASS; `spelling` makes labels of the classes' names.
+
+    Args:
+        unlabeled: images in FOLDER itself are rows without a class; they are bad rows otherwise.
 
     Raises:
         ConfigError: there is none.
     """
     empty = True
-    for name in tree.folders(folder):
-        for entry in tree.pictures(f"{folder}/{name}"):
-            empty = False
-            yield picture_item(modality, f"{folder}/{name}/{entry.name}", spelling(name), entry)
+    for path, entry in tree.images(folder):
+        name, below, _ = path.removeprefix(f"{folder}/").partition("/")
+        empty = empty and not (below or unlabeled)
+        if below or unlabeled:
+            yield picture_item(modality, path, spelling(name) if below else None, entry)
+        else:
+            yield misplaced(path, entry, f"The image lies in no class folder; move it into {folder}/CLASS/.")
     if empty:
-        raise ConfigError(f"{tree}/{folder}: no pictures in folders of classes; expected {folder}/CLASS/NAME.jpg")
+        raise ConfigError(f"{tree}/{folder}: no images in class folders; expected {folder}/CLASS/NAME.jpg")

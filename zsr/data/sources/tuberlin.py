@@ -8,35 +8,46 @@ spaces, hyphens or underscores (`frying-pan`, `hot air balloon`), and differentl
 labels have one spelling.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Final
 
 from zsr.data.published import Published, Spellings, published
 from zsr.data.rows import Modality
 from zsr.data.sources import Item
-from zsr.data.sources.tree import Tree, class_items
+from zsr.data.sources.tree import TreeSource, class_items, elsewhere, left_out
 from zsr.errors import ConfigError
 
 FOLDERS: Final[dict[Modality, tuple[str, ...]]] = {
     "sketch": ("png", "sketches", "png_ready", "sketch"),
     "photo": ("ImageResized", "images", "ImageResized_ready", "photo"),
 }
+SKETCH_NAME: Final = re.compile(r"\d+\.png", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class TUBerlin:
+class TUBerlin(TreeSource):
     """`root` holds both archives, unpacked."""
-
-    root: str | Path
 
     @property
     def facts(self) -> Mapping[str, Any]:
+        if not self._is_the_database:
+            return {"name": "images in the layout of TU-Berlin", "attribution": ""}
         return {
             "name": "tuberlin",
             "attribution": "TU-Berlin sketches, Eitz et al., SIGGRAPH 2012; photos, Zhang et al., CVPR 2016",
         }
+
+    @cached_property
+    def _is_the_database(self) -> bool:
+        """Whether classes and sketches are called as the database's own: it alone is attributed to its authors."""
+        folders = self._folders()
+        classes = {name for folder in folders.values() for name in self.tree.folders(folder)}
+        sketches = self.tree.entries(f"{folders['sketch']}/{next(iter(self.tree.folders(folders['sketch'])), '')}")
+        named = all(SKETCH_NAME.fullmatch(entry.name) for entry in sketches)
+        return published("tuberlin-extended").is_of(classes) and named
 
     @property
     def published(self) -> Published:
@@ -46,19 +57,24 @@ class TUBerlin:
         """Every sketch and photo.
 
         Raises:
-            ConfigError: one of the two folders is missing or holds no picture.
+            ConfigError: one of the two folders is missing or holds no image.
         """
-        tree, spelling = Tree.at(self.root), Spellings(self.published.classes)
+        spelling, folders = Spellings(self.published.classes), self._folders()
+        for modality, folder in folders.items():
+            yield from class_items(self.tree, modality, folder, spelling)
+        claimed = list(folders.values())
+        for modality, folder in folders.items():
+            copies = [name for name in self.tree.named(*FOLDERS[modality]) if name not in claimed]
+            left_out(self.tree, copies, f"(another copy: {folder}/ is read)")
+            claimed += copies
+        yield from elsewhere(self.tree, claimed, f"{' and '.join(f'{name}/' for name in folders.values())}")
+
+    def _folders(self) -> dict[Modality, str]:
+        """Where the images of each modality lie. Raises ConfigError."""
+        found: dict[Modality, str] = {}
         for modality, names in FOLDERS.items():
-            folder = tree.first(*names)
+            folder = self.tree.first(*names)
             if folder is None:
-                raise ConfigError(f"{tree}: no folder of {modality} pictures; expected one of {list(names)}")
-            yield from class_items(tree, modality, folder, spelling)
-
-    def load(self, item: Item) -> bytes:
-        item.refuse()
-        return Tree.at(self.root).read(item.where)
-
-    def feature(self, item: Item) -> None:
-        """TU-Berlin comes without features."""
-        return None
+                raise ConfigError(f"{self.tree}: no folder of {modality} images; expected one of {list(names)}")
+            found[modality] = folder
+        return found

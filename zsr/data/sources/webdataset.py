@@ -2,31 +2,41 @@
 
     ROOT/00000.tar: a/17.jpg  a/17.txt  a/17.cls  a/17.json  a/18.jpg ...
 
-Endings: jpg, jpeg, png, webp (a photo), sketch.png and the like (a sketch), photo.jpg (a photo beside a sketch),
-txt (a text, UTF-8), cls (the class, as a name or a number), json (an object; label or class, text or caption).
-Sketches and texts of a base name are paired with its photo. Keys are TAR/BASE.ENDING.
+Endings: jpg, png and all others of images (a photo), sketch.png and the like (a sketch), photo.jpg (a photo beside a
+sketch), txt (a text, UTF-8), cls (the class, as a name or a number), json (an object; label or class, text or
+caption). Sketches and texts of a base name are paired with its photo. Keys are TAR/BASE.ENDING.
 
 Tars are read from front to back, headers only, and never unpacked: an item remembers where its bytes lie, and
-loading reads those alone. Packed tars (.tar.gz) do not allow that and are refused. Members that are no plain files,
-or whose names leave the archive, are bad rows.
+loading reads those alone. The members of a base name may lie anywhere in their tar: the list of one tar's members is
+held in memory. Packed tars (.tar.gz) are refused. Members that are no plain files, or whose names leave the archive,
+are bad rows.
 """
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Final
 
-from zsr.artifact import safe_name
 from zsr.data.decode import BadImage
 from zsr.data.rows import Modality, canonical_label
 from zsr.data.sources import Item
-from zsr.data.sources.tree import Entry, Tree
+from zsr.data.sources.tree import (
+    HEAD,
+    TreeSource,
+    begins_like_an_image,
+    called_like_an_image,
+    may_be_an_image,
+    misplaced,
+    plain_name,
+)
 from zsr.errors import ConfigError, DamagedArtifact
 
-IMAGES: Final = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp"))
 SMALL: Final = 1 << 20  # bytes of a txt, cls or json member
+DESCRIPTIONS: Final = frozenset(("txt", "cls", "json"))
+PACKED: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +48,25 @@ class Member:
     start: int
     size: int
     problem: str = ""
+    is_image: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tar:
+    """One tar: its path below the root, and its mark."""
+
+    path: str
+    guard: str
+
+    @property
+    def name(self) -> str:
+        """What keys begin with."""
+        return self.path[: -len(".tar")]
 
 
 @dataclass(frozen=True)
-class WebDataset:
-    """`root` holds the tars; an item's `where` is TAR|OFFSET:LENGTH."""
-
-    root: str | Path
+class WebDataset(TreeSource):
+    """`root` holds the tars, in folders or not; an item's `where` is TAR|OFFSET:LENGTH."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -57,31 +79,28 @@ class WebDataset:
             ConfigError: no tar, or a packed one.
             DamagedArtifact: a file that is no tar.
         """
-        tree = Tree.at(self.root)
-        if packed := tree.files(".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"):
-            raise ConfigError(
-                f"{tree}/{packed[0].name}: packed; unpack the tars (gunzip *.gz), so that one row can be read"
-            )
-        tars = tree.files(".tar")
-        if not tars:
+        tree, empty = self.tree, True
+        for path, entry in tree.files(lambda path: path.lower().endswith((".tar", *PACKED))):
+            if path.lower().endswith(PACKED):
+                raise ConfigError(f"{tree}/{path}: packed; unpack the tars (gunzip *.gz), so that one row can be read")
+            if not path.lower().endswith(".tar"):
+                yield misplaced(path, entry, "The image lies beside the tars, and in none of them; move or remove it.")
+                continue
+            empty = False
+            with tree.open(path) as handle:
+                for group in _groups(f"{tree}/{path}", handle, tree.unread):
+                    yield from _rows(Tar(path, entry.guard), handle, group)
+        if empty:
             raise ConfigError(f"{tree}: no *.tar file")
-        for tar in tars:
-            with tree.open(tar.name) as handle:
-                for group in _groups(f"{tree}/{tar.name}", handle):
-                    yield from _rows(tar, handle, group)
 
     def load(self, item: Item) -> bytes:
-        """The picture; b"" for a text."""
+        """The image; b"" for a text."""
         item.refuse()
         if not item.where:
             return b""
         name, _, span = item.where.rpartition("|")
         start, length = map(int, span.split(":"))
-        return Tree.at(self.root).read(name, start, length)
-
-    def feature(self, item: Item) -> None:
-        """Tars come without features."""
-        return None
+        return self.tree.read(name, start, length)
 
 
 class _Headers:
@@ -96,16 +115,16 @@ class _Headers:
         return self._read(size)
 
 
-def _groups(where: str, handle: BinaryIO) -> Iterator[list[Member]]:
-    """Runs of members with one base name."""
-    group: list[Member] = []
+def _groups(where: str, handle: BinaryIO, unread: Counter[str]) -> Iterator[list[Member]]:
+    """The members of each base name, wherever they lie in the tar; others are counted in `unread`."""
+    groups: dict[str, list[Member]] = {}
     for member in _members(where, handle):
-        if group and member.base != group[0].base:
-            yield group
-            group = []
-        group.append(member)
-    if group:
-        yield group
+        name = PurePosixPath(member.base).name
+        if name.startswith(".") or not (member.problem or member.is_image or member.ending in DESCRIPTIONS):
+            unread[f"{PurePosixPath(f'_.{member.ending}').suffix or 'no ending'} in tars"] += 1
+        else:
+            groups.setdefault(member.base, []).append(member)
+    yield from groups.values()
 
 
 def _members(where: str, handle: BinaryIO) -> Iterator[Member]:
@@ -114,44 +133,66 @@ def _members(where: str, handle: BinaryIO) -> Iterator[Member]:
             for info in tar:
                 tar.members = []  # it would keep all of them
                 if not info.isdir():
-                    yield _member(info)
+                    yield _member(info, handle)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DamagedArtifact(f"{where}: not readable as a tar: {error}; fetch it again or leave it out") from error
 
 
-def _member(info: tarfile.TarInfo) -> Member:
-    folder, _, name = info.name.rpartition("/")
-    stem, _, ending = name.partition(".")
-    base = f"{folder}/{stem}" if folder else stem
-    problem = "" if info.isreg() and not info.issparse() else "wrong_type: no plain file"
+def _member(info: tarfile.TarInfo, handle: BinaryIO) -> Member:
+    problem = "" if info.isreg() and not info.issparse() else "wrong_type: The member is no plain file."
+    path = info.name
     try:
-        safe_name(info.name)
-        info.name.encode()
-    except (DamagedArtifact, UnicodeEncodeError) as error:
-        problem = f"bad_path: {error!s:.300}"
-    return Member(base, ending.lower(), info.offset_data, info.size, problem)
+        path = plain_name(info.name)
+        path.encode()
+    except BadImage as error:
+        problem = f"bad_path: {error}"
+    except UnicodeEncodeError:
+        problem = "bad_path: The name of the member is not valid UTF-8; rename it."
+    folder, _, name = path.rpartition("/")
+    # a hidden file's name is all before the ending: ._17.jpg is no part of any base name
+    stem, _, ending = name.partition(".") if not name.startswith(".") else (name, "", "")
+    base = f"{folder}/{stem}" if folder else stem
+    is_image = not problem and (
+        called_like_an_image(name)
+        or (may_be_an_image(name) and ending not in DESCRIPTIONS and begins_like_an_image(_peek(handle, info)))
+    )
+    return Member(base, ending.lower(), info.offset_data, info.size, problem, is_image)
 
 
-def _rows(tar: Entry, handle: BinaryIO, group: list[Member]) -> Iterator[Item]:
+def _peek(handle: BinaryIO, info: tarfile.TarInfo) -> bytes:
+    """The first bytes of a member."""
+    back = handle.tell()  # tarfile goes on from here
+    handle.seek(info.offset_data)
+    head = handle.read(min(HEAD, info.size))
+    handle.seek(back)
+    return head
+
+
+def _rows(tar: Tar, handle: BinaryIO, group: list[Member]) -> Iterator[Item]:
     """The rows of the members of one base name; whatever is wrong with one of them is a bad row."""
     bad = [m for m in group if m.problem]
     texts: dict[str, str] = {}
-    for member in (m for m in group if not m.problem and m.ending in ("txt", "cls", "json")):
+    twice = ""
+    for member in (m for m in group if not m.problem and not m.is_image):
         try:
-            texts[member.ending] = _small(handle, member)
+            text = _small(handle, member)
         except BadImage as error:
             bad.append(Member(member.base, member.ending, 0, 0, f"{error.kind}: {error}"))
+            continue
+        if texts.setdefault(member.ending, text) != text:
+            twice = f"conflict: The tar holds two different members {member.base}.{member.ending}; keep one of them."
     label, text, problem = _described(texts)
-    images = [m for m in group if not m.problem and m.ending.rpartition(".")[2] in IMAGES]
+    problem = twice or problem
+    images = [m for m in group if m.is_image]
     photo = next((_key(tar, m) for m in images if _modality(m) == "photo"), None)
     for member in images:
         modality = _modality(member)
         pair = None if modality == "photo" else photo
-        where = f"{tar.name}|{member.start:015d}:{member.size}"
+        where = f"{tar.path}|{member.start:015d}:{member.size}"
         yield Item(modality, _key(tar, member), label, pair, where, guard=tar.guard, problem=problem)
     if text is not None or (not images and not bad):
         key = _key(tar, Member(group[0].base, "txt", 0, 0))
-        problem = problem or ("" if text is not None else "missing_value: neither a picture nor a text")
+        problem = problem or ("" if text is not None else "missing_value: There is neither an image nor a text.")
         yield Item("text", key, label, photo, text=text, guard=tar.guard, problem=problem)
     for member in bad:
         yield Item("photo", _key(tar, member), None, guard=tar.guard, problem=member.problem)
@@ -159,15 +200,13 @@ def _rows(tar: Entry, handle: BinaryIO, group: list[Member]) -> Iterator[Item]:
 
 def _small(handle: BinaryIO, member: Member) -> str:
     if member.size > SMALL:
-        raise BadImage("oversized", f"{member.ending} of {member.size} bytes, at most {SMALL} are read")
-    back = handle.tell()  # tarfile goes on from here
+        raise BadImage("oversized", f"The {member.ending} has {member.size} bytes; at most {SMALL} are read.")
     handle.seek(member.start)
     data = handle.read(member.size)
-    handle.seek(back)
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadImage("bad_text", f"{member.ending}: {error}") from error
+        raise BadImage("bad_text", f"The {member.ending} is not UTF-8: {error}.") from error
 
 
 def _described(texts: Mapping[str, str]) -> tuple[str | None, str | None, str]:
@@ -177,13 +216,13 @@ def _described(texts: Mapping[str, str]) -> tuple[str | None, str | None, str]:
         try:
             more = json.loads(texts["json"])
         except (ValueError, RecursionError) as error:
-            return None, text, f"malformed: json: {error}"
+            return None, text, f"malformed: The json cannot be read: {error}."
     if not isinstance(more, dict):
-        return None, text, f"wrong_type: json holds {type(more).__name__}, expected an object"
+        return None, text, f"wrong_type: The json holds {type(more).__name__}; expected an object."
     label = more.get("label", more.get("class")) if label is None else label.strip()
     text = more.get("text", more.get("caption")) if text is None else text
     if not isinstance(label, str | int | None) or isinstance(label, bool) or not isinstance(text, str | None):
-        return None, None, f"wrong_type: label {label!r:.40}, text {text!r:.40}; expected strings"
+        return None, None, f"wrong_type: The label is {label!r:.40}, the text {text!r:.40}; expected strings."
     return None if label in (None, "") else canonical_label(str(label)), text, ""
 
 
@@ -191,7 +230,7 @@ def _modality(member: Member) -> Modality:
     return "sketch" if PurePosixPath(member.ending).stem == "sketch" and "." in member.ending else "photo"
 
 
-def _key(tar: Entry, member: Member) -> str:
+def _key(tar: Tar, member: Member) -> str:
     """TAR/BASE.ENDING, made plain where the archive's own names are not."""
-    name = f"{tar.name.removesuffix('.tar')}/{member.base}" + (f".{member.ending}" if member.ending else "")
+    name = f"{tar.name}/{member.base}" + (f".{member.ending}" if member.ending else "")
     return name.encode(errors="backslashreplace").decode().replace("\0", "\\0")

@@ -4,32 +4,33 @@
     ROOT/trainset_txt_img_cat.list       TEXT <tab> IMAGE <tab> CLASS (from 1), a line a pair; testset_... likewise
     ROOT/raw_features.mat                I_tr, I_te (128 numbers a picture), T_tr, T_te (10 a text), in the lists' order
 
-Pictures and texts themselves are not among these files, so rows have neither, and the features are imported with
-`--features-output`. Keys begin with the part, train/ or test/, since the field ranks the test part of the unseen
-classes against itself. A text's `pair` is its photo. Whoever has pictures and texts takes the source `pairs`.
+Images and texts themselves are not among these files, so rows have neither, and the features are imported with
+`--features-output`; images that the lists name may lie below ROOT, and are not read. Keys begin with the part, train/
+or test/, since the field ranks the test part of the unseen classes against itself. A text's `pair` is its photo.
+Whoever has images and texts takes the source `pairs`.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import numpy as np
 
 from zsr.data.rows import canonical_label
 from zsr.data.sources import Item, file_guard
+from zsr.data.sources.tree import TreeSource, misplaced
 from zsr.errors import ConfigError, DamagedArtifact
+from zsr.storage import read_text
 
 MATRICES: Final = "raw_features.mat"
 PARTS: Final = {"train": "tr", "test": "te"}
 
 
 @dataclass(frozen=True)
-class Wikipedia:
+class Wikipedia(TreeSource):
     """`root` holds the lists and the features; an item's `where` is MATRIX:ROW."""
-
-    root: Path
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -43,34 +44,43 @@ class Wikipedia:
             DamagedArtifact: the features are not a MATLAB file with the four matrices.
         """
         file = self._file(MATRICES)
-        guard, names = file_guard(file), self._file("categories.list").read_text().split()
+        guard, names = file_guard(file), read_text(self._file("categories.list"), "list").split()
+        images: set[str] = set()
         for part, short in PARTS.items():
             path = self._file(f"{part}set_txt_img_cat.list")
-            lines = path.read_text().splitlines()
+            lines = read_text(path, "list").splitlines()
             for matrix in (f"I_{short}", f"T_{short}"):
                 if (rows := len(_matrix(str(file), matrix))) != len(lines):
                     raise ConfigError(f"{path}: {len(lines)} lines, but {rows} rows in {matrix}; they go line by line")
             for row, line in enumerate(lines):
                 text, image, label = _fields(line, names, f"{path}:{row + 1}")
                 photo = f"{part}/{image}"
+                images.add(image)
                 yield Item("photo", photo, label, where=f"I_{short}:{row}", guard=guard)
                 yield Item("text", f"{part}/{text}", label, pair=photo, where=f"T_{short}:{row}", guard=guard)
+        for path, entry in self.tree.images():
+            if PurePosixPath(path).stem in images:
+                self.tree.unread["images of rows (their features are read instead)"] += 1
+            else:
+                yield misplaced(path, entry, "No list names the image; remove it, or take the source pairs.")
 
     def load(self, item: Item) -> bytes:
-        """No bytes: the set has no pictures."""
+        """No bytes: the set has no images."""
+        item.refuse()
         return b""
 
-    def feature(self, item: Item) -> np.ndarray:
+    def feature(self, item: Item) -> np.ndarray | None:
         """The raw feature, (128,) of a photo or (10,) of a text, float32."""
+        if not item.where:
+            return None
         name, _, row = item.where.partition(":")
-        return np.asarray(_matrix(str(self.root / MATRICES), name)[int(row)], dtype=np.float32)
+        return np.asarray(_matrix(str(Path(self.root) / MATRICES), name)[int(row)], dtype=np.float32)
 
     def _file(self, name: str) -> Path:
-        if not (self.root / name).is_file():
-            raise ConfigError(
-                f"{self.root / name}: missing; --source wikipedia wants the lists and {MATRICES} as published"
-            )
-        return self.root / name
+        path = Path(self.root) / name
+        if not path.is_file():
+            raise ConfigError(f"{path}: missing; --source wikipedia requires the lists and {MATRICES} as published")
+        return path
 
 
 def _fields(line: str, names: list[str], where: str) -> tuple[str, str, str]:
