@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from zsr import cluster
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH, say
-from zsr.storage import local_path, located, url_of
+from zsr.storage import local_path, located, read_text, url_of
 
 Results = dict[str, Any]
 # Ray Data adds it to the message of whatever a task raises
@@ -269,9 +269,9 @@ def file_values(path: Path, flag: str = "--config") -> dict[str, Any]:
         ConfigError: missing, not text, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{flag} {path}: {' '.join(str(error).split())}; expected YAML in UTF-8") from error
+        content = yaml.safe_load(read_text(path, flag))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} {path}: {' '.join(str(error).split())}; expected YAML") from error
     if not isinstance(content, dict | None):
         raise ConfigError(f"{flag} {path}: found {type(content).__name__}, expected a mapping of flags to values")
     return content or {}

@@ -23,6 +23,7 @@ from zsr.batch import Batch
 from zsr.errors import ConfigError
 from zsr.models.layers import world_size
 from zsr.models.protocol import Embedder, Group, Model, Phase, Terms
+from zsr.storage import read_text
 from zsr.training import accumulate
 from zsr.training.recompute import recomputed
 from zsr.training.zero import put_back, stage_of, whole_state
@@ -77,12 +78,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed settings. Raises ConfigError where it is not a mapping whose sections are mappings."""
     what = "the DeepSpeed settings of every engine"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected {what}, YAML in UTF-8") from error
+        config = yaml.safe_load(read_text(path, "ZSR_DEEPSPEED"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected {what}, YAML") from error
     if not isinstance(config, dict):
         raise ConfigError(
-            f"{path}: found {type(config).__name__}, expected {what}, a mapping as in cluster/deepspeed.yaml"
+            f"{path}: found {type(config).__name__}, expected {what}, a mapping as in zsr/training/deepspeed.yaml"
         )
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
