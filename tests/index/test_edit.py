@@ -71,7 +71,7 @@ def test_added_items_are_found_beside_the_old_ones(store: Store, world: World, t
     expected = named[np.argsort(-(world.sketches @ every.T), axis=1, kind="stable")[:, :K]]
     hits = Searcher.open(store.root).search(world.sketches, K, nprobe=64, refine_factor=300)
     assert (hits.keys == expected).mean() > 0.999
-    with pytest.raises(ConfigError, match="two embeddings have id"):
+    with pytest.raises(ConfigError, match="50 of 50 vectors are of items that are in the index already"):
         edit.add(store, embeddings(tmp_path / "again", more[:50], "photo", keys=keys[:50], shards=1))
 
 
@@ -248,3 +248,19 @@ def test_a_purge_does_not_take_a_change_away_that_comes_in_between(
     assert not np.isin(ids[:2], Searcher.open(store.root).live_ids).any()
     purge.purge(store)
     assert not np.isin(ids[:2], Searcher.open(store.root).live_ids).any()
+
+
+def test_a_shard_that_left_the_gallery_comes_back_with_its_items(store: Store, world: World, tmp_path: Path) -> None:
+    every = Searcher.open(store.root).live_ids
+    photos = world.photos.copy()
+    photos[0] = -photos[0]  # the first shard is another one now
+    other = embeddings(tmp_path / "other", photos, "photo", shards=len(world.gallery.shards()))
+    assert edit.rebuild(store, other).told["added_shards"] == 1
+    back = edit.rebuild(store, world.gallery)
+    assert back.told["added_shards"] == 1
+    assert back.told["still_deleted"] == 0
+    live = Searcher.open(store.root)
+    assert sorted(live.live_ids) == sorted(every)
+    assert (live.search(world.photos[:50], 1, nprobe=64, refine_factor=300).keys[:, 0] == [
+        f"photo-{row}" for row in range(50)
+    ]).all()  # fmt: skip

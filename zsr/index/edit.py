@@ -159,7 +159,9 @@ def _add(live: Live, embeddings: Artifact, workers: int | None) -> Changed:
     live.searcher.space.require(gallery.space, str(embeddings.directory))
     work = _plan(live, "add", embeddings=embeddings.digest)
     dead = np.flatnonzero(~live.searcher.alive)
-    return _extend(live, work, gallery, range(len(gallery.shards)), dead, workers, {"added": gallery.rows})
+    return _extend(
+        live, work, gallery, range(len(gallery.shards)), dead, workers, {"added": gallery.rows}, live.specs()
+    )
 
 
 def rebuild(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
@@ -198,7 +200,9 @@ def _rebuild(live: Live, embeddings: Artifact, workers: int | None) -> Changed:
     if not fresh and (alive == live.searcher.alive).all():
         return Changed(Published(live.artifact, version_of(live.store, live.artifact.digest)), told)
     work = _plan(live, "rebuild", embeddings=embeddings.digest)
-    return _extend(live, work, gallery, fresh, np.flatnonzero(~alive), workers, told)
+    # a shard that left the gallery is forgotten: it may come back, and its items with it
+    specs = [replace(s, sources=tuple(one if one in kept else "" for one in s.sources)) for s in live.specs()]
+    return _extend(live, work, gallery, fresh, np.flatnonzero(~alive), workers, told, specs)
 
 
 def _shards(searcher: Searcher) -> list[tuple[int, int, str]]:
@@ -229,14 +233,15 @@ def _extend(
     dead: np.ndarray,
     workers: int | None,
     told: Mapping[str, Any],
+    specs: Sequence[Spec],
 ) -> Changed:
-    """Add some shards of `gallery` in a segment of their own, with `dead` deleted."""
+    """Add some shards of `gallery` in a segment of their own to the segments `specs`, with `dead` deleted."""
     if not len(shards):
-        return _made(live, work, told, lambda _: Change(live.specs(), dead, live.searcher.golden.without(dead)))
+        return _made(live, work, told, lambda _: Change(specs, dead, live.searcher.golden.without(dead)))
 
     def make(staging: Staging) -> Change:
         spec, joined, seen = _new_segment(live, staging, gallery, shards, dead, workers)
-        return Change([*live.specs(), spec], dead, joined, seen)
+        return Change([*specs, spec], dead, joined, seen)
 
     return _made(live, work, told, make)
 

@@ -47,7 +47,7 @@ class Spec:
     Attributes:
         name: its folder. object: digest of the index object that holds it; empty for the object of the manifest.
         rows: vectors, with those that were deleted since.
-        sources: SHA-256 of the embedding shards that it was made from, in order.
+        sources: SHA-256 of the embedding shards that it was made from, in order; "" for one that has left the gallery.
         starts: ordinal of the first row of each shard in the segment.
         dtype: of whole vectors, as the embeddings have them.
     """
