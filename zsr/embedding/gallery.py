@@ -16,6 +16,7 @@ import torch
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import own_device
+from zsr.data.decode import VERSION
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
@@ -35,11 +36,14 @@ def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | 
 
 
 def plan(data: Artifact, source: Source, checkpoint: Artifact, modality: str, classes: Classes) -> Plan:
-    """Keyed by rows, features and checkpoint."""
+    """Keyed by rows, checkpoint, and features or the decoding of images."""
+    config: dict[str, Any] = {"modality": modality, "classes": classes}
     parents = {"data": data.digest, "checkpoint": checkpoint.digest}
     if isinstance(source, Artifact):
         parents["features"] = source.digest
-    return Plan("embeddings", {"modality": modality, "classes": classes}, parents)
+    else:
+        config["decode"] = VERSION
+    return Plan("embeddings", config, parents)
 
 
 def embed(
