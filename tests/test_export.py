@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save
 
 import zsr
@@ -159,6 +159,28 @@ def test_open_pictures_and_arrays_are_the_same_as_their_files(with_tower: Path, 
         model.embed_text(["a bird"])
     with pytest.raises(ConfigError, match="image tower"):
         model.embed_features("photo", np.zeros((1, 64), np.float32))
+
+
+def test_images_are_embedded_as_a_viewer_shows_them(with_tower: Path, tmp_path: Path) -> None:
+    export(open_artifact(with_tower, "checkpoint"), tmp_path / "out")
+    model = zsr.load(tmp_path / "out")
+    gray = np.random.default_rng(0).integers(0, 256, (12, 20), dtype=np.uint8)
+    upright = Image.fromarray(gray).resize((200, 120))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    files = {name: tmp_path / f"{name}.png" for name in ("upright", "turned", "deep", "clear")}
+    upright.save(files["upright"])
+    upright.transpose(Image.Transpose.ROTATE_90).save(files["turned"], exif=exif)
+    Image.fromarray(np.asarray(upright).astype(np.uint16) * 257).save(files["deep"])
+    Image.merge("LA", [upright.point(lambda level: 0), upright.point(lambda level: 255 - level)]).save(files["clear"])
+    (same,) = model.embed_photo([files["upright"]])
+    for images in (list(files.values()), [Image.open(path) for path in files.values()]):
+        np.testing.assert_allclose(model.embed_photo(images), np.stack([same] * 4), rtol=0, atol=1e-4)
+    bright = Image.fromarray(np.asarray(upright).astype(np.float32) / 255)
+    np.testing.assert_allclose(model.embed_photo([bright])[0], same, rtol=0, atol=1e-4)
+    (tmp_path / "drawing.svg").write_text("<svg></svg>")
+    with pytest.raises(ConfigError, match=r"drawing.svg.*an SVG drawing: convert it to PNG"):
+        model.embed_photo([tmp_path / "drawing.svg"])
 
 
 def test_texts_go_through_the_encoder_that_made_their_features(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_an_infeasible_budget_names_the_nearest(tmp_path: Path, featured: list[o
 
 def test_bad_pictures_are_quarantined_and_counted(tmp_path: Path) -> None:
     raw = toy.write_pictures(tmp_path / "raw", classes=toy.CLASSES[:4])
-    for number, data in enumerate([b"", b"GIF89a", b"\x89PNG\r\n\x1a\n broken"]):
+    for number, data in enumerate([b"", b"no image", b"\x89PNG\r\n\x1a\n broken"]):
         (raw / "photo" / "apple" / f"{number}.png").write_bytes(data)
     strict = job("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "strict")
     assert strict["exit_code"] == 3

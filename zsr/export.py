@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zsr.artifact import Artifact, canonical, open_artifact, sha256, write_atomically
-from zsr.data.decode import VERSION
+from zsr.data.decode import COMPATIBLE, VERSION
 from zsr.embedding.encode import BackboneSettings, Featurizer, featurizer
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import backbones
@@ -166,7 +166,7 @@ def settings_of(features: Mapping[str, Any] | None) -> BackboneSettings:
         raise ConfigError("this checkpoint has an image tower of its own and needs no other backbone")
     if features["backbone"] == "imported":
         raise ConfigError("the features of this checkpoint were imported: what made them is not known here")
-    if features["decode"] != VERSION:
+    if features["decode"] not in COMPATIBLE:
         raise ConfigError(f"its pictures were decoded by version {features['decode']}, this is {VERSION}; train again")
     return BackboneSettings(**{k: features[k] for k in BackboneSettings.model_fields if k != "texts"})
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from tests.pipeline import job, ok
 from zsr.artifact import Plan, Store, open_artifact
+from zsr.data import decode, writing
 from zsr.data import listing as spilled
-from zsr.data import writing
 from zsr.data.listing import listing
 from zsr.data.prepare import Prepare, plan, stage_listing
 from zsr.data.rows import order_key, row_id
@@ -232,3 +232,31 @@ def test_a_driver_killed_while_it_stages_the_listing_leaves_no_trace_in_the_resu
     again = ok("prepare", *flags, "--output", tmp_path / "killed")
     assert again["data"] == ok("prepare", *flags, "--output", tmp_path / "unbroken")["data"]
     assert not any((tmp_path / "killed" / "staging").iterdir())
+
+
+def test_a_drawing_that_shows_nothing_on_white_is_quarantined(tmp_path: Path) -> None:
+    for modality in ("photo", "sketch"):
+        (tmp_path / "raw" / modality / "a").mkdir(parents=True)
+        for name, color in (("white", (255, 255, 255, 255)), ("black", (0, 0, 0, 255))):
+            image = Image.new("RGBA", (16, 16))
+            image.paste(color, (4, 4, 12, 12))
+            image.save(tmp_path / "raw" / modality / "a" / f"{name}.png")
+    source, settings = Folders(tmp_path / "raw"), Prepare(8, "2")
+    rows = listing(source, 0)
+    staging = Store.at(tmp_path / "data").staging(plan(source, rows, settings))
+    for name in stage_listing(staging, rows, 8):
+        writing.write_slice({"name": name}, source, staging, settings.bytes_per_shard)
+    lines = [line for name in staging.pieces() if name.startswith("_q") for line in staging.read(name).splitlines()]
+    found = [json.loads(line) for line in lines]
+    assert [(row["key"], row["kind"]) for row in found] == [("sketch/a/white.png", "blank")]
+    assert "transparent" in found[0]["message"]
+
+
+def test_where_heic_is_read_later_on_prepare_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, settings = Folders(pictures(tmp_path / "raw")), Prepare()
+    rows = listing(source, 0)
+    with_it = plan(source, rows, settings)
+    monkeypatch.setattr(decode, "_heif", lambda: False)
+    without = plan(source, rows, settings)
+    assert with_it.config == without.config  # rows that are read either way make the same DATA
+    assert with_it.digest != without.digest

@@ -35,7 +35,7 @@ def blocks() -> Iterator[list[bytes | None]]:
     for number in range(11):
         yield [
             encoded(3 * number),
-            b"GIF89a" if number == 4 else encoded(3 * number + 1),
+            b"no image" if number == 4 else encoded(3 * number + 1),
             None if number == 7 else encoded(number),
         ]
 

@@ -1,5 +1,6 @@
 """The page holds the numbers of report.json, stands alone, and survives bad pictures and strange names."""
 
+import base64
 import html.parser
 import io
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from zsr.errors import ConfigError
 from zsr.evaluation.metrics import top
@@ -339,6 +340,32 @@ def bomb() -> bytes:
 def test_a_picture_that_does_not_decode_becomes_a_tile(tmp_path: Path, data: bytes) -> None:
     write(tmp_path, full(), lambda modality, identity: data)
     assert Page((tmp_path / "report.html").read_text()).count("img") == 0
+
+
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def thumbnails(tmp_path: Path, data: bytes) -> list[np.ndarray]:
+    """What the page shows where every row has this image."""
+    write(tmp_path, full(), lambda modality, identity: data)
+    found = re.findall(r'src="data:image/webp;base64,([^"]+)"', (tmp_path / "report.html").read_text())
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"), int) for text in found]
+
+
+def test_what_is_shown_is_what_was_embedded_whatever_browsers_show(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (60, 40), (250, 200, 40))
+    upright.paste((20, 40, 200), (0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    wanted = thumbnails(tmp_path, saved(upright, "PNG"))
+    assert len(wanted) == 9 * 11
+    for data in (saved(stored, "PNG", exif=exif), saved(stored, "TIFF", exif=exif), saved(upright, "JPEG2000")):
+        found = thumbnails(tmp_path, data)
+        assert [np.abs(one - other).max() for one, other in zip(found, wanted, strict=True)] == [0] * len(wanted)
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

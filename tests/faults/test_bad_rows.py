@@ -44,9 +44,9 @@ BOMB = bombs.png(30_000, 30_000)
 LABEL = b"ant"
 BAD: dict[str, tuple[str, Callable[[str], Members]]] = {
     "0 bytes": ("empty", lambda n: [(f"{n}.jpg", b""), (f"{n}.cls", LABEL)]),
-    "truncated JPEG": ("undecodable", lambda n: [(f"{n}.jpg", PHOTO[: len(PHOTO) // 2]), (f"{n}.cls", LABEL)]),
-    "wrong magic": ("wrong_type", lambda n: [(f"{n}.jpg", picture("GIF", "L")), (f"{n}.cls", LABEL)]),
-    "animated": ("animated", lambda n: [(f"{n}.webp", animation()), (f"{n}.cls", LABEL)]),
+    "truncated JPEG": ("truncated", lambda n: [(f"{n}.jpg", PHOTO[: len(PHOTO) // 2]), (f"{n}.cls", LABEL)]),
+    "wrong magic": ("wrong_type", lambda n: [(f"{n}.jpg", b"no image"), (f"{n}.cls", LABEL)]),
+    "SVG": ("unsupported", lambda n: [(f"{n}.webp", b"<svg></svg>"), (f"{n}.cls", LABEL)]),
     "900 megapixels": ("oversized", lambda n: [(f"{n}.png", BOMB), (f"{n}.cls", LABEL)]),
     "NaN text": ("wrong_type", lambda n: [(f"{n}.json", b'{"label": "ant", "text": NaN}')]),
     "NUL": ("bad_text", lambda n: [(f"{n}.txt", b"a\0b"), (f"{n}.cls", LABEL)]),
@@ -59,10 +59,10 @@ BAD: dict[str, tuple[str, Callable[[str], Members]]] = {
 
 
 def sample(number: int) -> Members:
-    """One row: every twentieth is bad, of each kind in turn; one good row is in CMYK, which is decoded."""
+    """One row: every twentieth is bad, of each kind in turn; some good rows are of kinds that others refuse."""
     if number % 20 == 19:
         return list(BAD.values())[number // 20 % len(BAD)][1](str(number))
-    photo = picture(mode="CMYK") if number == 1 else PHOTO
+    photo = {1: picture(mode="CMYK"), 2: animation(), 3: picture("GIF", "L")}.get(number, PHOTO)
     return [(f"{number}.jpg", photo), (f"{number}.cls", CLASSES[number % 4].encode())]
 
 
@@ -116,8 +116,9 @@ def test_rows_in_are_rows_used_and_rows_quarantined_in_every_run(raw: Path, tmp_
     # of two rows with one key the first is used, so that both have its id
     for line in lines:
         assert (line["id"] in {row["id"] for row in used}) == (line["kind"] == "duplicate_key")
-    cmyk = next(row["image"] for row in used if row["key"] == "000000/1.jpg")
-    assert decode(cmyk, 8, Limits()).shape == (8, 8, 3)
+    for number in (1, 2, 3):
+        image = next(row["image"] for row in used if row["key"] == f"000000/{number}.jpg")
+        assert decode(image, 8, Limits()).shape == (8, 8, 3)
 
 
 def test_too_many_of_them_end_the_run_with_their_counts(raw: Path, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ import simplejpeg
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import ExifTags, Image, PngImagePlugin
 
-VERSION: Final = 3  # of the pixels that `decode` makes; FEATURES are keyed by it
+VERSION: Final = 3  # of the pixels that `decode` makes; what is made of pixels is keyed by it
+COMPATIBLE: Final = (2, 3)  # with this version: images that are upright and of 8 bits have the same pixels
 Interpolation = Literal["bilinear", "bicubic"]
 # Pillow's bicubic is Catmull-Rom
 FILTERS: Final = {"bilinear": FilterType.bilinear, "bicubic": FilterType.catmull_rom}

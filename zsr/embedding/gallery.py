@@ -15,6 +15,7 @@ import torch
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
+from zsr.data.decode import VERSION
 from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.devices import AUTO, DeviceSettings, choose, own_device
@@ -36,11 +37,14 @@ def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | 
 
 
 def plan(data: Artifact, source: Source, checkpoint: Artifact, modality: str, classes: Classes) -> Plan:
-    """Keyed by rows, features and checkpoint."""
+    """Keyed by rows, checkpoint, and features or the decoding of images."""
+    config: dict[str, Any] = {"modality": modality, "classes": classes}
     parents = {"data": data.digest, "checkpoint": checkpoint.digest}
     if isinstance(source, Artifact):
         parents["features"] = source.digest
-    return Plan("embeddings", {"modality": modality, "classes": classes}, parents)
+    else:
+        config["decode"] = VERSION
+    return Plan("embeddings", config, parents)
 
 
 def embed(

@@ -28,6 +28,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from zsr import measure, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import set_data_context, started_here
+from zsr.data.decode import VERSION
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, seed_of
 from zsr.data.semantics import class_vectors
@@ -173,6 +174,8 @@ class Run:
             parents["semantics"] = self.semantics.digest
         if isinstance(self.features, Artifact):
             parents["features"] = self.features.digest
+        else:
+            config["decode"] = VERSION
         if self.chosen:
             parents["chosen"] = self.chosen.digest
         return Plan("checkpoint", config, parents)
