@@ -12,11 +12,9 @@ away and give it back. That wants root; see `cluster.netns`.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +27,9 @@ from pydantic import Field
 from cluster.netns import Bridge
 from cluster.start import require_token
 from jobs._job import JobConfig, explain, parse
+from zsr.cluster import session_folders
 from zsr.errors import ConfigError
+from zsr.interrupt import WATCH
 from zsr.worker import LOOPBACK
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -73,12 +73,17 @@ def node_labels(kind: str) -> dict[str, str]:
 
 
 class Nodes:
-    """The nodes that this process has started, by name. Its environment must hold a token."""
+    """The nodes that this process has started, by name. Its environment must hold a token.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        spilled: folder for objects that memory has no room for.
+    """
+
+    def __init__(self, config: Config, spilled: str) -> None:
         from ray.cluster_utils import Cluster  # reads the environment that `serve` sets
 
         self.config = config
+        self.spilled = spilled
         self.bridge = Bridge() if config.isolated else None
         head = {
             **self._about("head", config.head_cpus),
@@ -89,6 +94,7 @@ class Nodes:
         }
         self.cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
         self.workers: dict[str, Any] = {}
+        WATCH.at_end(self._leave)
         self.started = 0
         for kind in config.workers():
             self.add(kind)
@@ -98,6 +104,7 @@ class Nodes:
             "num_cpus": cpus,
             "labels": node_labels(kind),
             "object_store_memory": self.config.object_store_mib << 20,
+            "object_spilling_directory": self.spilled,
             "node_ip_address": "127.0.0.1" if self.bridge is None else self.bridge.address,
         }
 
@@ -178,9 +185,11 @@ class Nodes:
     def stop(self) -> None:
         """End every node."""
         self.cluster.shutdown()  # type: ignore[no-untyped-call]
-        if self.bridge is not None:
-            for name in list(self.workers):
-                self.bridge.leave(name)
+        self._leave()
+
+    def _leave(self) -> None:
+        for name in self.workers if self.bridge is not None else ():
+            self._bridge().leave(name)
 
 
 @contextmanager
@@ -195,7 +204,6 @@ def interpreter(python: str) -> Iterator[None]:
 
 def serve(argv: Sequence[str]) -> int:
     """The command: start the nodes and obey standard input until it ends; 2 when refused."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         config = parse(Config, argv)
         require_token(os.environ)
@@ -205,30 +213,19 @@ def serve(argv: Sequence[str]) -> int:
             os.environ |= LOOPBACK
         # jobs are submitted as `python -m ...`, and this environment's python is meant
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        with private_folder() as folder:
+        WATCH.advice = "its nodes have ended"
+        with session_folders() as (folder, spilled):
             os.environ["RAY_TMPDIR"] = folder
-            _run(Nodes(config))
-    except SystemExit:  # a signal, or flags that were not understood
+            _run(Nodes(config, spilled))
+    except SystemExit:  # after --help
         raise
     except BaseException as error:  # the command's boundary
+        WATCH.hold()
         code, message = explain(error)
+        print(f"error: {message}", file=sys.stderr)
         _say({"error": message, "exit_code": code})
         return code
     return 0
-
-
-@contextmanager
-def private_folder() -> Iterator[str]:
-    """A folder for Ray's sessions, that goes when the cluster does.
-
-    Ray tells a submitted driver its cluster by a file that the last one started has written: in a folder that clusters
-    share, the job runs on whichever that was.
-    """
-    folder = tempfile.mkdtemp(prefix="zsr-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(nodes: Nodes) -> None:

@@ -20,7 +20,7 @@ token="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 if [ -f "$token" ]; then
     chmod 600 "$token"
 elif [ -z "${RAY_AUTH_TOKEN:-}" ]; then # Kubernetes hands the token over in the environment
-    complain "no token file $token; write it once with 'ray get-auth-token --generate', copy it to all nodes"
+    complain "no token file $token; write it once with '(umask 077; ray get-auth-token --generate)', copy it to all nodes"
 fi
 if [ "${RAY_AUTH_MODE:-}" != token ]; then
     complain "RAY_AUTH_MODE is '${RAY_AUTH_MODE:-}', expected 'token'"

@@ -16,6 +16,7 @@ from typing import Final
 from zsr.errors import ConfigError, ZsrError
 
 MINIMUM: Final = 32  # characters of a token; `ray get-auth-token --generate` writes more
+WRITE: Final = "(umask 077; ray get-auth-token --generate)"  # Ray itself would let others read the file
 
 
 def token_path(environment: Mapping[str, str]) -> Path:
@@ -40,14 +41,14 @@ def require_token(environment: Mapping[str, str]) -> Path:
         info = path.lstat()
     except OSError as error:
         raise ConfigError(
-            f"token file {path}: {error.strerror}; write one with `ray get-auth-token --generate`, copy it to all nodes"
+            f"token file {path}: {error.strerror}; write one with `{WRITE}` and copy it to all nodes, mode 0600"
         ) from error
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
         raise ConfigError(f"token file {path}: expected a plain file that belongs to the user who starts Ray")
     if mode := stat.S_IMODE(info.st_mode) & 0o077:
         raise ConfigError(f"token file {path}: others may use it (mode {mode:03o}); run `chmod 600 {path}`")
-    if len(path.read_text().strip()) < MINIMUM:
-        raise ConfigError(f"token file {path}: shorter than {MINIMUM} characters; write one with `ray get-auth-token`")
+    if len(path.read_bytes().strip()) < MINIMUM:
+        raise ConfigError(f"token file {path}: shorter than {MINIMUM} characters; remove it and run `{WRITE}`")
     return path
 
 
@@ -69,9 +70,13 @@ def command(words: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, then become `ray start`; 2 when refused."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\n`ray start --help` lists those words.")
+        return 0 if words else 2
     try:
+        start = command(words)
         require_token(os.environ)
-        start = command(sys.argv[1:] if argv is None else argv)
     except ZsrError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -27,9 +27,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import zsr.errors
 from cluster.package import LIMIT, Package, package
-from jobs._job import JobConfig, Results, attach, main
+from jobs._job import JobConfig, Results, attach, main, without_file
 from zsr.artifact import canonical, sha256
-from zsr.errors import ConfigError, ZsrError
+from zsr.errors import ConfigError, Interrupted, ZsrError
+from zsr.interrupt import WATCH
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 JOBS: Final = tuple(sorted(path.stem for path in (ROOT / "jobs").glob("[a-z]*.py")))
@@ -122,17 +123,17 @@ def carried(flags: Sequence[str]) -> tuple[tuple[str, ...], dict[str, bytes]]:
     Raises:
         ConfigError: the file cannot be read.
     """
-    words = list(flags)
-    if "--config" not in words or words.index("--config") + 1 == len(words):
+    words, path = without_file(flags)
+    if path is None:
         return tuple(words), {}
-    at = words.index("--config") + 1
     try:
-        data = Path(words[at]).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--config {words[at]}: {error.strerror}") from error
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
     name = f"submitted/{sha256(data)[:16]}.yaml"  # by content: another content is another job
-    words[at] = name
-    return tuple(words), {name: data}
+    # behind the first word, which may be a command of jobs.index, and in front of the flags that override it
+    at = 1 if words and not words[0].startswith("-") else 0
+    return (*words[:at], "--config", name, *words[at:]), {name: data}
 
 
 class Cluster:
@@ -188,7 +189,11 @@ class Cluster:
                 time.sleep(1)
 
     def follow(self, identity: str) -> Results | None:
-        """Pass the job's log on until it has ended; its JSON line, or None if its driver ended without one."""
+        """Pass the job's log on until it has ended; its JSON line, or None if its driver was lost or got a signal.
+
+        Raises:
+            Interrupted: it was stopped.
+        """
         log = Log()
         while True:
             asyncio.run(self._tail(identity, log))
@@ -197,8 +202,9 @@ class Cluster:
                 break
             time.sleep(1)
         if status == JobStatus.STOPPED:
-            raise ZsrError(f"job {identity} was stopped; submit it again to go on")
-        return log.results()
+            raise Interrupted(f"job {identity} was stopped; run the same command again to continue")
+        results = log.results()
+        return results if results is None or results["exit_code"] < 128 else None
 
     async def _tail(self, identity: str, log: "Log") -> None:
         log.seen = 0
@@ -261,11 +267,12 @@ def submit(work: Submission) -> Results:
         print(f"{identity}: {'submitted' if started else 'runs already; following it'}", file=sys.stderr, flush=True)
         if not work.config.wait:
             return {"submission_id": identity, "started": started}
+        WATCH.advice = f"job {identity} runs on; the same command follows it, and `ray job stop {identity}` ends it"
         results = cluster.follow(identity)
         if results is not None:
             return ended(identity, results)
         print(f"{identity}: its driver was lost; {left} retries left", file=sys.stderr, flush=True)
-    raise ZsrError(f"{identity}: the driver was lost; submit it again to go on, or give --retries")
+    raise ZsrError(f"{identity}: the driver was lost; run the same command again to continue, or give --retries")
 
 
 def ended(identity: str, results: Results) -> Results:

@@ -4,11 +4,16 @@ A job is a configuration class, a `plan` (what it would do, as JSON values) and 
 `python -m jobs.NAME --config FILE.yaml --flag value`: the file fills the flags, the command line wins.
 """
 
+import io
 import json
+import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import date
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,9 +23,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from zsr import cluster
 from zsr.errors import ConfigError, ZsrError
-from zsr.storage import local_path, located, url_of
+from zsr.interrupt import WATCH, say
+from zsr.storage import local_path, located, read_text, url_of
 
 Results = dict[str, Any]
+# Ray Data adds it to the message of whatever a task raises
+RETRY_ADVICE: Final = re.compile(r"\nFailed to [^\n]* attempts \(total backoff .*", re.DOTALL)
+FILE_HELP: Final = "--config FILE.yaml: flags from a file, which those of the command line override."
 PACKAGES: Final = "working_dir_files"  # the folder in which Ray unpacks what is submitted with a job
 
 
@@ -60,21 +69,26 @@ def main(
     plan: Callable[[Config], Results],
     work: Callable[[Config], Results],
     argv: Sequence[str] | None = None,
+    command: str = "",
 ) -> int:
     """Parse, call, and return the exit code; the last line on stdout is one JSON object with `exit_code` in it.
 
+    A process that was started as a command and gets SIGINT, SIGTERM or SIGHUP ends in `zsr.interrupt` instead.
+
     Args:
         config_type: the flags' class, or a function that finds it from the arguments.
+        command: which command of the module's, where it has several.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.distributed prints hundreds from worker set-up
     results: Results = {}
     try:
         arguments = sys.argv[1:] if argv is None else argv
         flags: type[Config] = config_type if isinstance(config_type, type) else config_type(arguments)
-        config: Config = parse(flags, arguments)
+        config: Config = parse(flags, arguments, command)
         results = plan(config) if config.plan else work(config)
         code = 0
     except BaseException as error:  # the job's boundary: every failure becomes an exit code and one message
+        WATCH.hold()
         if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in (0, None)):
             raise
         code, message = explain(error)
@@ -82,16 +96,14 @@ def main(
         results = {**getattr(error, "results", {}), "error": message}
     finally:
         cluster.disconnect()
-    print(json.dumps({**results, "exit_code": code}, sort_keys=True, default=str), flush=True)
+    WATCH.finish(json.dumps({**results, "exit_code": code}, sort_keys=True, default=str))
     return code
 
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of `error`, which Ray may have wrapped several times."""
-    if isinstance(error, SystemExit):  # tyro has printed what is wrong with the flags
-        return 2, "the command line was not understood; see above or --help"
     if (shown := ours(error)) is not None:
-        return shown.exit_code, str(shown)
+        return shown.exit_code, RETRY_ADVICE.sub("", str(shown))
     traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {error}"
 
@@ -130,26 +142,116 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             pending.append(getattr(current, attribute, None))
 
 
-def parse(config_type: type[Config], argv: Sequence[str]) -> Config:
+def parse(config_type: type[Config], argv: Sequence[str], command: str = "") -> Config:
     """Flags, with `--config FILE.yaml` expanded in front so that the command line wins.
 
+    Args:
+        command: see `main`.
+
     Raises:
-        ConfigError: the file is missing, not a mapping, or names an unknown key; or a value is refused.
-        SystemExit: tyro refused the flags and printed why.
+        ConfigError: the file is missing, not a mapping, or names an unknown key; or a flag or value is refused.
+        SystemExit: for --help, after it was printed.
+    """
+    flags, path = without_file(argv)
+    if path is not None:
+        flags = [*file_flags(config_type, path), *flags]
+    name = config_type.__module__
+    spec = sys.modules["__main__"].__spec__ if name == "__main__" else None
+    program = f"python -m {spec.name if spec else name} {command}".strip()
+    about = (config_type.__doc__ or "").partition("\n")[0]
+    try:
+        with _captured(flags) as printed:
+            return tyro.cli(config_type, args=flags, prog=program, description=f"{about}\n\n{FILE_HELP}")
+    except ValidationError as error:
+        raise ConfigError(refusals(error)) from error
+    except BrokenPipeError:
+        say("")
+        raise SystemExit(0) from None
+    except SystemExit as error:
+        if not error.code:
+            say("")  # flushes the help, which `head` may not have read to its end
+            raise
+        # tyro prints its own account of what a pydantic model refuses
+        refused = next((cause for cause in causes(error) if isinstance(cause, ValidationError)), None)
+        message = refusals(refused) if refused else f"{sentence(printed.getvalue().decode())}; see {program} --help"
+        raise ConfigError(message) from error
+
+
+def refusals(error: ValidationError) -> str:
+    """What a configuration refuses, each with its flag and what was found."""
+    return "; ".join(_refusal(about["loc"], about["msg"], about["input"]) for about in error.errors())
+
+
+def _refusal(place: tuple[int | str, ...], message: str, found: object) -> str:
+    said = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if not place:  # of several flags together, which the message names
+        return said
+    flag = ".".join(str(part).replace("_", "-") for part in place if not isinstance(part, int))
+    return f"--{flag}: found {found!r}; {said[:1].lower()}{said[1:]}"
+
+
+@contextmanager
+def _captured(flags: Sequence[str]) -> Iterator[io.BytesIO]:
+    """Keep what tyro prints of a refusal, a line of it in one line; its help it prints as it likes."""
+    printed = io.BytesIO()
+    if {"-h", "--help"} & set(flags):
+        yield printed
+        return
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    # tyro looks at the encoding of stdout to choose the characters of its boxes
+    text = io.TextIOWrapper(printed, encoding="utf-8", write_through=True)
+    try:
+        with redirect_stdout(text), redirect_stderr(text):
+            yield printed
+    finally:
+        text.detach()
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def sentence(box: str) -> str:
+    """The content of tyro's box of a refusal in one line, without its title and the help of the flags that it names."""
+    found = ""
+    lines = iter(box.splitlines())
+    for line in lines:
+        text = line.strip("│ ")
+        indent = len(line) - len(line.lstrip("│ "))
+        if not text or text[0] in "╭╰":
+            continue
+        if text.startswith("For full helptext"):
+            break
+        if text.startswith("Argument helptext"):
+            found += f"expected {next(lines).strip('│ ')}"
+            break
+        if text[0] == "─":
+            found += "; "
+        elif indent < 8:  # deeper is help
+            found += f"{'' if not found or found[-2:] == '; ' else ' ' if found[-1] == ':' else ', '}{text}"
+    found = re.sub(r"Missing from [^:]*:", "missing", found).removesuffix("; ").removesuffix(".")
+    found = re.sub(r"(invalid literal for int\(\) with base 10|could not convert string to float):", "found", found)
+    found = (
+        found.replace("Error parsing ", "").replace("Unrecognized options:", "unknown").replace("Perhaps", "perhaps")
+    )
+    return found.replace("invalid choice", "found").strip()
+
+
+def without_file(argv: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The flags without `--config FILE` or `--config=FILE`, and that file.
+
+    Raises:
+        ConfigError: no file is named.
     """
     flags = list(argv)
-    if "--config" in flags:
-        at = flags.index("--config")
-        if at + 1 == len(flags):
-            raise ConfigError("--config wants the name of a YAML file")
-        path = Path(flags[at + 1])
-        del flags[at : at + 2]
-        flags = [*file_flags(config_type, path), *flags]
-    try:
-        return tyro.cli(config_type, args=flags, prog=f"python -m {config_type.__module__}", description=None)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("; ".join(lines)) from error
+    at = next((at for at, flag in enumerate(flags) if flag == "--config" or flag.startswith("--config=")), None)
+    if at is None:
+        return flags, None
+    words = flags[at].partition("=")[2:] if "=" in flags[at] else flags[at + 1 : at + 2]
+    if not words or not words[0]:
+        raise ConfigError("--config requires the name of a YAML file")
+    del flags[at : at + (1 if "=" in flags[at] else 2)]
+    return flags, Path(words[0])
 
 
 def file_flags(config_type: type[BaseModel], path: Path) -> list[str]:
@@ -157,18 +259,21 @@ def file_flags(config_type: type[BaseModel], path: Path) -> list[str]:
     return list(_flatten(config_type, file_values(path), f"--config {path}", prefix=""))
 
 
-def file_values(path: Path) -> dict[str, Any]:
+def file_values(path: Path, flag: str = "--config") -> dict[str, Any]:
     """The content of a YAML file of flags.
 
+    Args:
+        flag: that named it, for messages.
+
     Raises:
-        ConfigError: missing, not YAML, or not a mapping.
+        ConfigError: missing, not text, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        content = yaml.safe_load(read_text(path, flag))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} {path}: {' '.join(str(error).split())}; expected YAML") from error
     if not isinstance(content, dict | None):
-        raise ConfigError(f"--config {path}: found {type(content).__name__}, expected a mapping of flags to values")
+        raise ConfigError(f"{flag} {path}: found {type(content).__name__}, expected a mapping of flags to values")
     return content or {}
 
 
@@ -179,13 +284,32 @@ def _flatten(config_type: type[BaseModel], content: Mapping[str, Any], where: st
         if name not in known:
             raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}; known are {sorted(known)}")
         flag = prefix + name.replace("_", "-")
-        nested = known[name].annotation
-        if isinstance(value, Mapping) and isinstance(nested, type) and issubclass(nested, BaseModel):
-            yield from _flatten(nested, value, where, prefix=f"{flag}.")
-        elif isinstance(value, bool):
+        kind = known[name].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _flatten(kind, _section(value, flag, where), where, prefix=f"{flag}.")
+        elif kind is bool and isinstance(value, bool):
             head, dot, last = flag.rpartition(".")
             yield f"--{flag}" if value else f"--{head}{dot}no-{last}"
         elif isinstance(value, list):
-            yield from (f"--{flag}", *map(str, value))
-        else:
-            yield from (f"--{flag}", str(value))
+            yield from (f"--{flag}", *(_word(item, flag, where) for item in value))
+        elif value is not None:  # null is the default: flags that may be None are None unless given
+            yield from (f"--{flag}", str(value) if isinstance(value, bool) else _word(value, flag, where))
+
+
+def _section(value: object, flag: str, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        found = "nothing" if value is None else f"{type(value).__name__} {value!r}"
+        raise ConfigError(
+            f"{where}: {flag}: found {found}, expected a mapping of its flags; leave the key out for none"
+        )
+    return value
+
+
+def _word(value: object, flag: str, where: str) -> str:
+    """A value as the command line spells it. Raises ConfigError for what it cannot."""
+    if isinstance(value, str | int | float | date) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(
+        f"{where}: {flag}: found {value!r}, expected a word or number; YAML reads an unquoted yes, no, on, off or null "
+        "as something else, so put words in quotes"
+    )

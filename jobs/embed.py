@@ -1,18 +1,20 @@
 """DATA, FEATURES and a checkpoint to EMB: the embeddings of one modality."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import Field
+
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.data.rows import Modality
+from zsr.devices import DeviceSettings
 from zsr.embedding import gallery
 from zsr.embedding.shards import Prices
 
 
-class Config(JobConfig):
+class Config(DeviceSettings, JobConfig):
     """Flags of jobs.embed.
 
     Attributes:
@@ -22,7 +24,8 @@ class Config(JobConfig):
         modality: which rows.
         output: ROOT of the EMB artifact.
         classes: all rows, or those of one role in the checkpoint's split.
-        actors: processes that hold the model.
+        actors: processes that hold the model; left out, as many as there is room for, on nodes that are
+            up or that the autoscaler can start.
         decoders: as in jobs.features, for a checkpoint with an image tower.
         cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
         gpu_price: of a GPU's hour.
@@ -34,7 +37,7 @@ class Config(JobConfig):
     output: Path
     features: Path | None = None
     classes: gallery.Classes = "all"
-    actors: int = max(1, os.cpu_count() or 1)
+    actors: int | None = Field(None, ge=1)
     decoders: int | None = None
     cpu_price: float = 0.0
     gpu_price: float = 0.0
@@ -61,6 +64,7 @@ def plan(config: Config) -> Results:
         classes=config.classes,
         actors=config.actors,
         prices=Prices(config.cpu_price, config.gpu_price),
+        device=config.devices,
     )
     return {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4, "cost": cost}
 
@@ -77,6 +81,7 @@ def work(config: Config) -> Results:
         classes=config.classes,
         actors=config.actors,
         decoders=config.decoders,
+        device=config.devices,
     )
     prices = Prices(config.cpu_price, config.gpu_price)
     return {"embeddings": embeddings.digest, **embeddings.facts, "cost": tally.report(prices)}

@@ -10,6 +10,7 @@ from pydantic import Field
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Store, open_artifact
 from zsr.data.rows import Modality
+from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 from zsr.evaluation.bench import BackboneSaw, Protocol, Task
 from zsr.evaluation.compare import Given, LearnedOn, Settings, by_split, compare
@@ -24,7 +25,7 @@ TITLES: Final[dict[Protocol, str]] = {
 }
 
 
-class Config(JobConfig):
+class Config(DeviceSettings, JobConfig):
     """Flags of jobs.evaluate.
 
     Attributes:
@@ -88,6 +89,7 @@ class Config(JobConfig):
             "features": None if self.features is None else open_artifact(self.features, "features"),
             "semantics": None if self.semantics is None else open_artifact(self.semantics, "semantics"),
             "task": task,
+            "devices": self.devices,
         }
         bench, *others = by_split(about, [open_artifact(path, "checkpoint") for path in self.checkpoint])
         indexes = tuple(open_artifact(path, "index") for path in self.index_dir)

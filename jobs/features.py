@@ -1,13 +1,15 @@
 """DATA to FEATURES: backbone features of every picture."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Artifact, Store, open_artifact
+from zsr.devices import DeviceSettings
 from zsr.embedding.backbone import extract, predict
 from zsr.embedding.backbone import plan as plan_features
 from zsr.embedding.encode import BackboneSettings
@@ -17,7 +19,7 @@ from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import backbones
 
 
-class Config(JobConfig):
+class Config(DeviceSettings, JobConfig):
     """Flags of jobs.features.
 
     Attributes:
@@ -36,7 +38,8 @@ class Config(JobConfig):
         finetune_on_seen: a split, as jobs.train takes it; the backbone is first tuned to classify its seen classes.
         finetune: how.
         batch_size: pictures in one forward pass; left out, 32 on a CPU and 64 on a GPU. `--plan` measures some sizes.
-        actors: processes that hold the backbone.
+        actors: processes that hold the backbone; left out, as many as there is room for, on nodes that are
+            up or that the autoscaler can start.
         decoders: Ray tasks, a CPU each, that may decode ahead of each actor; left out, as many as there are CPUs for on
             a cluster with GPUs, else none. A probe of some seconds finds how many of them are needed.
         cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
@@ -57,7 +60,7 @@ class Config(JobConfig):
     finetune_on_seen: str | None = None
     finetune: Finetune = Finetune()
     batch_size: int | None = None
-    actors: int = max(1, os.cpu_count() or 1)
+    actors: int | None = Field(None, ge=1)
     decoders: int | None = None
     cpu_price: float = 0.0
     gpu_price: float = 0.0
@@ -72,8 +75,16 @@ def plan(config: Config) -> Results:
     rows = {m: n for m, n in data.facts["rows"].items() if m != "text" or config.texts != "none"}
     digest = plan_features(data, config.settings(), weights).digest
     prices = Prices(config.cpu_price, config.gpu_price)
-    cost = predict(data, config.settings(), weights, batch=config.batch_size, actors=config.actors, prices=prices)
-    return {"plan": digest, "rows": rows, "actors": config.actors, "weights": str(weights), "cost": cost}
+    cost = predict(
+        data,
+        config.settings(),
+        weights,
+        batch=config.batch_size,
+        actors=config.actors,
+        prices=prices,
+        device=config.devices,
+    )
+    return {"plan": digest, "rows": rows, "weights": str(weights), "cost": cost}
 
 
 def work(config: Config) -> Results:
@@ -83,10 +94,18 @@ def work(config: Config) -> Results:
     weights: Path | Artifact = published
     if (split := config.finetune_on_seen) is not None:
         tuned = Store.at(config.output / "backbone")
-        weights = finetune(data, settings, published, split, config.finetune, tuned, mean_average_precision)
+        score = mean_average_precision
+        weights = finetune(data, settings, published, split, config.finetune, tuned, score, config.devices)
     store = Store.at(config.output)
     features, tally = extract(
-        data, settings, weights, store, batch=config.batch_size, actors=config.actors, decoders=config.decoders
+        data,
+        settings,
+        weights,
+        store,
+        batch=config.batch_size,
+        actors=config.actors,
+        decoders=config.decoders,
+        device=config.devices,
     )
     prices = Prices(config.cpu_price, config.gpu_price)
     return {"features": features.digest, **features.facts, "cost": tally.report(prices)}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,27 +22,29 @@ from zsr.index.plan import IndexConfig
 from zsr.index.publish import history, rollback, verify
 from zsr.index.purge import purge
 from zsr.index.search import Searcher
+from zsr.storage import read_text
 
 
 class Build(JobConfig, IndexConfig):
-    """Build an index of a gallery and tune it on sketches.
+    """Build an index of a gallery and tune it on queries.
 
     Attributes:
         embeddings: EMB of the gallery, written by jobs.embed.
-        queries: EMB of sketches of the same checkpoint; the recall target is held on these.
+        queries: EMB of queries of the same checkpoint, such as sketches; the recall target is held on these. Without
+            it, on rows of the gallery, which flatters an index that is not exact.
         index_dir: where the index versions are kept.
     """
 
     embeddings: Path
-    queries: Path
+    queries: Path | None = None
     index_dir: Path
 
     def job(self) -> Job:
         """The build, planned."""
         config = IndexConfig.model_validate(self.model_dump(include=set(IndexConfig.model_fields)))
         embeddings = open_artifact(self.embeddings, "embeddings")
-        store = Store.at(self.index_dir)
-        return Job.of(embeddings, open_artifact(self.queries, "embeddings"), config, None if self.plan else store)
+        queries = None if self.queries is None else open_artifact(self.queries, "embeddings")
+        return Job.of(embeddings, queries, config, None if self.plan else Store.at(self.index_dir))
 
 
 class Inspect(JobConfig):
@@ -63,33 +66,36 @@ class Delete(Inspect):
 
     Attributes:
         keys: of the items.
-        keys_from: a text file with a key a line.
+        keys_from: a text file with a key per line.
     """
 
     keys: tuple[str, ...] = ()
     keys_from: Path | None = None
 
     def ids(self) -> list[int]:
-        """Ids of the items.
+        """Ids of the items, of those that are deleted already, too.
 
         Raises:
             ConfigError: no key, an unreadable file, or a key that the index does not hold.
         """
-        try:
-            lines = self.keys_from.read_text().splitlines() if self.keys_from else []
-        except OSError as error:
-            raise ConfigError(f"--keys-from {self.keys_from}: {error}") from error
-        wanted = {*self.keys, *filter(None, lines)}
+        wanted = {*self.keys, *self._listed()}
+        if not wanted:
+            raise ConfigError("nothing to delete; give --keys or --keys-from")
         searcher = Searcher.open(self.index_dir)
         found: dict[str, int] = {}
         for batch in searcher.names.batches:
             held = batch.filter(pc.is_in(batch.column("key"), value_set=pa.array(sorted(wanted), pa.string())))
             found |= dict(zip(held.column("key").to_pylist(), held.column("id").to_pylist(), strict=True))
         if missing := sorted(wanted - found.keys()):
-            raise ConfigError(f"{self.index_dir}: {len(missing)} keys are not in the index, such as {missing[:3]}")
-        if not found:
-            raise ConfigError("nothing to delete; give --keys or --keys-from")
+            raise ConfigError(
+                f"{self.index_dir}: {len(missing)} of {len(wanted)} keys are not in the index, such as {missing[:3]}; "
+                "nothing was deleted"
+            )
         return list(found.values())
+
+    def _listed(self) -> list[str]:
+        text = "" if self.keys_from is None else read_text(self.keys_from, "--keys-from")
+        return [line for line in text.splitlines() if line]
 
 
 class Add(Inspect):
@@ -192,7 +198,9 @@ def plan_read(config: Inspect) -> Results:
 
 
 def plan_delete(config: Delete) -> Results:
-    return {"would": "delete", "items": len(config.ids())}
+    ids = np.unique(np.array(config.ids(), np.int64))
+    alive = int(np.isin(ids, Searcher.open(config.index_dir).live_ids).sum())
+    return {"would": "delete", "items": alive, "already_deleted": len(ids) - alive}
 
 
 def plan_add(config: Add) -> Results:
@@ -227,12 +235,24 @@ COMMANDS: Final[Mapping[str, Command]] = {
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first word names, and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        print(usage())
+        return 0
     if not words or words[0] not in COMMANDS:
         message = f"expected one of {list(COMMANDS)} and then --help or its flags; found {words[:1]}"
         print(f"error: {message}", file=sys.stderr)
         print(json.dumps({"error": message, "exit_code": 2}), flush=True)
         return 2
-    return main(*COMMANDS[words[0]], argv=words[1:])
+    return main(*COMMANDS[words[0]], argv=words[1:], command=words[0])
+
+
+def usage() -> str:
+    """The commands, and what each does."""
+    does = {name: (work if name == "plan" else kind).__doc__ for name, (kind, _, work) in COMMANDS.items()}
+    lines = [f"    {name:8}  {' '.join(str(text).partition('Attributes:')[0].split())}" for name, text in does.items()]
+    return "\n".join(
+        ["usage: python -m jobs.index COMMAND [OPTIONS]", "", *lines, "", "python -m jobs.index COMMAND --help"]
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from jobs import embed, evaluate, features, index, prepare, semantics, train
-from jobs._job import JobConfig, Results, attach, file_values, main, ours
+from jobs._job import JobConfig, Results, attach, file_values, main, ours, without_file
 from zsr import measure
 from zsr.artifact import write_atomically
 from zsr.errors import ConfigError, StorageError
@@ -52,12 +52,15 @@ class Config(JobConfig):
         seeds: one training run each; gallery and index are of the first.
         features_from: the backbone of jobs.features; the source itself, for parquet and wikipedia; or the tower that
             --train.tower trains along.
+        device: of every stage that runs a model and whose section names none: cuda requests GPUs, which the autoscaler
+            starts if none is up; cpu requests none; auto is cuda where there are some or can be.
     """
 
     output: Path
     report: Path | None = None
     seeds: tuple[int, ...] = (0,)
     features_from: Literal["backbone", "source", "tower"] = "backbone"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def section(stage: str, config: type[BaseModel], **defaults: Any) -> type[BaseModel]:
@@ -99,13 +102,11 @@ def _wants(kind: type[BaseModel]) -> bool:
 
 def config_for(argv: Sequence[str]) -> type[Any]:
     """The configuration's class: the model that `--train.model` or the file names types `train.options`."""
-    found: dict[str, Any] = {}
-    flags = list(argv)
-    if "--config" in flags and flags.index("--config") + 1 < len(flags):
-        content = file_values(Path(flags[flags.index("--config") + 1])).get("train")
-        found = dict(content) if isinstance(content, Mapping) else {}
+    flags, path = without_file(argv)
+    content = None if path is None else file_values(path).get("train")
+    found: dict[str, Any] = dict(content) if isinstance(content, Mapping) else {}
     for name in ("model", "preset"):
-        found[name] = train.peek([word for word in flags if word != "--config"], f"train.{name}", found.get(name))
+        found[name] = train.peek(flags, f"train.{name}", found.get(name))
     return config_of(str(found["model"] or "contrastive"), found["preset"])
 
 
@@ -153,6 +154,8 @@ class Layout:
         given = getattr(self.config, section)
         # values as they are: a dump would turn nested models into plain mappings
         values = {field: getattr(given, field) for field in type(given).model_fields}
+        if values.get("device") == "auto":
+            values["device"] = self.config.device
         return Stage(name, (kind or job.Config)(**values, **filled_in), job.plan, job.work)
 
     def stages(self) -> Iterator[Stage]:

@@ -22,7 +22,7 @@ from zsr.data.drawing import looks_like_a_photo
 from zsr.embedding.shards import Prices
 from zsr.errors import ConfigError
 from zsr.exported import of_checkpoint
-from zsr.index.answers import Answers, Asked, answer, require_suffix, write_answers
+from zsr.index.answers import Answers, Asked, answer, into_file, require_suffix, write_answers
 from zsr.index.by_list import require
 from zsr.index.offline import predict, search_all
 from zsr.index.picture import draw, pictures_in
@@ -46,7 +46,7 @@ class Search(JobConfig):
         k: neighbours a query.
         nprobe: lists to look into; the published operating point if not given.
         refine_factor: candidates to re-rank, in multiples of k; the published operating point if not given.
-        labels: only items of these labels.
+        labels: only items of these classes, under any spelling.
         replicas: for a NEIGHBOURS artifact: 0 lets each worker map the whole index; from 1 on its segments lie on the
             nodes, each on so many of them.
         list_ranges: for a NEIGHBOURS artifact: from 1 on the lists are scanned in so many ranges, each by one worker,
@@ -89,14 +89,14 @@ class Search(JobConfig):
         if self.offline and (self.queries is None or self.picture is not None):
             raise ConfigError(f"--output {self.output} is a ROOT: it wants --queries, and no --picture")
         if self.replicas and not self.offline:
-            raise ConfigError("--replicas is for an --output that is a ROOT, without a suffix")
+            raise ConfigError("--replicas is for an --output that is a ROOT, not a file")
         if self.list_ranges and not self.offline:
-            raise ConfigError("--list-ranges is for an --output that is a ROOT, without a suffix")
+            raise ConfigError("--list-ranges is for an --output that is a ROOT, not a file")
 
     @property
     def offline(self) -> bool:
         """Whether the answers become an artifact."""
-        return not self.output.suffix
+        return not into_file(self.output)
 
     @property
     def images(self) -> tuple[Literal["sketch", "photo"], Path]:

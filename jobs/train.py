@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
-from jobs._job import JobConfig, Results, file_values, main
+from jobs._job import JobConfig, Results, file_values, main, without_file
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.data import splits
+from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import MODELS, backbones, configure
@@ -20,7 +21,7 @@ from zsr.training.engines import Precision, Stage, deepspeed_config
 from zsr.training.run import Run, TowerStart, describe, metrics_path, train_model
 
 
-class Config(TrainSettings, JobConfig):
+class Config(TrainSettings, DeviceSettings, JobConfig):
     """Flags of jobs.train, those of the run included.
 
     Attributes:
@@ -48,7 +49,7 @@ class Config(TrainSettings, JobConfig):
         track: TensorBoard's event files (beside the metrics), mlflow or wandb, in addition to the JSONL.
         log_every: steps from one line of metrics to the next.
         zero_stage: what DeepSpeed shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights;
-            by default as cluster/deepspeed.yaml says.
+            by default as zsr/training/deepspeed.yaml, or the file $ZSR_DEEPSPEED, says.
         precision: of the forward passes, of weights that stay in 32 bits; fp16 on GPUs only. Default as above.
         recompute: an image tower forgets its activations and makes them again for the backward pass: less memory, about
             a third more time, the same bits.
@@ -129,6 +130,7 @@ def prepare_run(config: Config, options: ModelConfig) -> Run:
         query=config.query,
         deepspeed=deepspeed_config(config.zero_stage, config.precision),
         recompute=config.recompute,
+        device=config.devices,
         tracking=trackers.Tracking(config.track, config.log_every),
     )
 
@@ -167,10 +169,8 @@ def config_for(argv: Sequence[str]) -> type[Any]:
 
 def peek(argv: Sequence[str], name: str, default: str | None) -> str | None:
     """The value of one flag before the flags can be parsed, from the command line or else from --config's file."""
-    found = default
-    flags = list(argv)
-    if "--config" in flags and flags.index("--config") + 1 < len(flags):
-        found = file_values(Path(flags[flags.index("--config") + 1])).get(name, default)
+    flags, path = without_file(argv)
+    found = default if path is None else file_values(path).get(name, default)
     for at, flag in enumerate(flags):
         if flag == f"--{name}" and at + 1 < len(flags):
             found = flags[at + 1]

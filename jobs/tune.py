@@ -12,8 +12,9 @@ import yaml
 from pydantic import Field, ValidationError, create_model
 
 from jobs import train
-from jobs._job import Results, file_values, main
+from jobs._job import Results, file_values, main, refusals
 from zsr.artifact import write_atomically
+from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 from zsr.training.run import Run, describe
 from zsr.training.tune import Overrides, SearcherName, Sweep, Trial, best_setting, parse_space, run_sweep
@@ -21,7 +22,7 @@ from zsr.training.tune import Overrides, SearcherName, Sweep, Trial, best_settin
 # what makes scores of two trials incomparable, or is no setting of a run
 FIXED: Final = (
     *("data", "split", "query", "model", "preset", "validation_classes", "num_workers", "output", "plan", "resume"),
-    *("seed", "track", "log_every"),
+    *("seed", "track", "log_every", "device", "gpus_per_worker"),
 )
 OWN: Final = ("search_space", "trials", "seeds", "searcher", "trials_per_gpu", "search_seed")
 
@@ -35,7 +36,7 @@ class Config(train.Config):
         trials: settings that are drawn; each is trained with every seed.
         seeds: of the runs; a setting's score is the mean over them.
         searcher: random, or optuna (extra `optuna`).
-        trials_per_gpu: trials that share a GPU; a small model cannot fill one.
+        trials_per_gpu: trials that share what --gpus-per-worker says; a small model cannot fill a GPU.
         search_seed: of the drawing.
     """
 
@@ -76,8 +77,7 @@ def trial_config(values: Mapping[str, Any], overrides: Overrides) -> Any:
     try:
         return train.config_for(["--model", changed["model"]])(**changed)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"trial {dict(overrides)}: {wrong}") from error
+        raise ConfigError(f"trial {dict(overrides)}: {refusals(error)}") from error
 
 
 def make(values: Mapping[str, Any], overrides: Overrides) -> Run:
@@ -92,7 +92,7 @@ def sweep_of(config: Any) -> Sweep:
     Raises:
         ConfigError: see `parse_space` and `trial_config`.
     """
-    content = {} if config.search_space is None else file_values(config.search_space)
+    content = {} if config.search_space is None else file_values(config.search_space, "--search-space")
     values = base(config)
     space = parse_space(content)
     if "seed" in space:
@@ -108,7 +108,7 @@ def sweep_of(config: Any) -> Sweep:
         samples=config.trials if known else 1,
         seeds=config.seeds,
         searcher=config.searcher,
-        per_gpu=config.trials_per_gpu,
+        device=DeviceSettings(device=config.device, gpus_per_worker=config.gpus_per_worker / config.trials_per_gpu),
         seed=config.search_seed,
     )
 
@@ -139,7 +139,9 @@ def work(config: Any) -> Results:
 
 def flags(config: Any) -> dict[str, Any]:
     """What `jobs.train --config` takes, without --output."""
-    values = config.model_dump(mode="json", exclude={"output", "plan", "resume", "track", "log_every"})
+    values = config.model_dump(
+        mode="json", exclude={"output", "plan", "resume", "track", "log_every", *DeviceSettings.model_fields}
+    )
     values["options"] = {name: value for name, value in values["options"].items() if value is not None}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -6,37 +6,53 @@ over named pieces of work (shards) through Ray Data, with its back-pressure and 
 
 import logging
 import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import grpc
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
-from zsr import measure, worker
-from zsr.errors import Infeasible
+from zsr import measure, noise, progress, worker
+from zsr.errors import ConfigError, ZsrError
+from zsr.interrupt import WATCH
 from zsr.storage import shared_environment
 
 logger = logging.getLogger("zsr")
 
+FOR_TESTS = ("ZSR_FAULT", "ZSR_FAKE_GPU")  # variables that tests set, for every process of a job
 LOCAL_CPUS = 4  # logical: two training workers plus the data tasks that feed them, also on a laptop with 2 cores
+ANSWER: Final = 5.0  # seconds in which a head must answer; Ray itself would try for over 13 minutes
+# bytes of a folder for Ray's sessions: Ray adds ray/session_TIME_PID/sockets/plasma_store, and a socket's path has 107
+SHORT: Final = 107 - len("/ray/session_2026-11-28_09-00-00_000000_4194304/sockets/plasma_store.1")
 
 
 _local: Cluster | None = None  # the cluster that this process started, if it did
-_several_nodes: bool = ray_constants.ENABLE_RAY_CLUSTER
+_leaving = ExitStack()  # undoes what `connect` did, besides the connection
 
 
 def connect() -> None:
-    """Attach to the cluster of RAY_ADDRESS (set inside a submitted job), or start a local one. Safe to call again."""
+    """Attach to the cluster of RAY_ADDRESS (set inside a submitted job), or start a local one. Safe to call again.
+
+    Raises:
+        ConfigError: no Ray cluster answers at RAY_ADDRESS, or it refuses this process.
+        ZsrError: a local cluster did not start.
+    """
     if ray.is_initialized():
         return
     worker.setup()
     os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # else an actor collects what is run and a thread sends it
-    address = os.environ.get("RAY_ADDRESS") or _start_local()
+    given = os.environ.get("RAY_ADDRESS", "")
+    address = _start_local() if given in ("", "local") else _answering(given)
     root = str(Path(__file__).resolve().parents[1])
     environment = {
         # without it, Ray Train's placement-group cleaner asks whichever cluster of the machine it finds first whether
@@ -47,11 +63,160 @@ def connect() -> None:
         # Ray Train's own logging set-up would undo the levels of worker.setup
         **{f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")},
         **shared_environment(),
-        **{name: value for name, value in os.environ.items() if name == "ZSR_FAULT"},
+        **{name: value for name, value in os.environ.items() if name in FOR_TESTS},
     }
     runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
-    ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
+    try:
+        ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises many kinds: another version of Ray or Python, a token refused or missing
+        said = " ".join(str(error).split())
+        if _local is not None:
+            raise _not_started(said) from error
+        raise ConfigError(_unusable(given, said)) from error
+    WATCH.install()  # Ray has replaced the handler of SIGTERM
+    noise.keep_out()
     set_data_context()
+
+
+def _unusable(address: str, why: str) -> str:
+    return (
+        f"RAY_ADDRESS is {address!r}: {why}; set it to HOST:PORT of a running Ray cluster, or unset it "
+        "(`unset RAY_ADDRESS`) to run on this machine alone"
+    )
+
+
+def _not_started(why: str) -> ZsrError:
+    return ZsrError(f"Ray did not start on this machine: {why}; a busy machine may take too long, so run it again")
+
+
+def _answering(given: str) -> str:
+    """RAY_ADDRESS as Ray is to be given it, after a Ray cluster has answered there once.
+
+    A head that was started on loopback alone is reached there; Ray would put the machine's own address in its place.
+
+    Raises:
+        ConfigError: nothing answers within seconds, or it is not a Ray head.
+    """
+    scheme, separator, rest = given.rpartition("://")
+    if separator and scheme != "ray":
+        raise ConfigError(_unusable(given, f"{scheme}:// is no address of a Ray head"))
+    try:
+        address = rest if separator else services.canonicalize_bootstrap_address_or_die(given)
+        why = _refusal(address)
+        if why and address != given and _on_loopback(given) and not _refusal(given):
+            _leaving.enter_context(_loopback())
+            return given
+    except (ValueError, OSError) as error:
+        raise ConfigError(_unusable(given, " ".join(str(error).split()))) from error
+    if why:
+        raise ConfigError(_unusable(given, why))
+    return given if separator else address
+
+
+def _on_loopback(address: str) -> bool:
+    return address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+
+
+def _refusal(address: str) -> str:
+    """Why no gRPC server, as a Ray head is one, can be used at HOST:PORT; empty if one answers."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return "expected HOST:PORT"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER):
+            pass
+    except (OSError, OverflowError, UnicodeError) as error:
+        return f"nothing answers at {address} ({getattr(error, 'strerror', None) or error})"
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):  # Ray has the certificates
+        return ""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER)
+        except grpc.FutureTimeoutError:
+            return f"what answers at {address} is no Ray head"
+    return ""
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 for this machine's address, in this process and those that it starts."""
+    several_nodes = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # of this process, where Ray has read its environment
+    try:
+        with _environment(worker.LOOPBACK):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = several_nodes
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, and give them their old values afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def private_folder(parent: str | None = None) -> Iterator[str]:
+    """A folder for a cluster's sessions that is removed when the cluster ends.
+
+    In a folder that clusters share, Ray takes whichever cluster was started last for the current one.
+    """
+    folder = tempfile.mkdtemp(prefix="zsr-", dir=parent)
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    WATCH.at_end(remove)
+    try:
+        yield folder
+    finally:
+        remove()
+
+
+@contextmanager
+def session_folders() -> Iterator[tuple[str, str]]:
+    """Folders for Ray's sessions, whose sockets need a short path, and for objects that it spills, which need room.
+
+    Raises:
+        ConfigError: neither RAY_TMPDIR, TMPDIR nor /tmp can be written.
+    """
+    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    with ExitStack() as stack:
+        try:
+            spilled = stack.enter_context(private_folder(wanted))
+            short = len(os.fsencode(spilled)) <= SHORT
+            folder = spilled if short else stack.enter_context(private_folder("/tmp"))
+        except OSError as error:
+            raise ConfigError(
+                f"no folder for Ray's sessions: {error}; set RAY_TMPDIR or TMPDIR to a folder that can be written"
+            ) from error
+        yield folder, spilled
+
+
+@contextmanager
+def _token(folder: str) -> Iterator[None]:
+    """A token for a cluster of this process alone, where the environment asks for one and has none."""
+    loader = AuthenticationTokenLoader.instance()
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or loader.has_token(ignore_auth_mode=True):
+        yield
+        return
+    path = Path(folder, "token")
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    try:
+        with _environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
+            loader.reset_cache()
+            yield
+    finally:
+        loader.reset_cache()
 
 
 def _start_local() -> str:
@@ -61,15 +226,22 @@ def _start_local() -> str:
     """
     global _local
     cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
-    os.environ.update(worker.LOOPBACK)  # for the cluster's processes
-    ray_constants.ENABLE_RAY_CLUSTER = False  # and for this one, where Ray has read its environment
+    folder, spilled = _leaving.enter_context(session_folders())
+    _leaving.enter_context(_environment({"RAY_TMPDIR": folder}))
+    _leaving.enter_context(_loopback())
+    _leaving.enter_context(_token(folder))
     head = {
         "num_cpus": cpus,
         "object_store_memory": 512 << 20,
         "include_dashboard": False,
         "node_ip_address": "127.0.0.1",
+        "object_spilling_directory": spilled,
     }
-    _local = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
+    try:
+        _local = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
+    except Exception as error:  # Ray raises plain exceptions where its processes do not come up in time
+        raise _not_started(" ".join(str(error).split())) from error
+    WATCH.install()  # the node has put its own handler of SIGTERM there
     return str(_local.address)
 
 
@@ -83,9 +255,9 @@ def set_data_context() -> None:
     worker.setup()  # again: importing ray.data sets its own log levels
 
 
-def gpus() -> int:
-    """GPUs of the cluster, not of this machine: a head often has none."""
-    return int(resources().get("GPU", 0))
+def started_here() -> bool:
+    """Whether this process started the cluster that it is connected to: one node, which no autoscaler adds to."""
+    return _local is not None
 
 
 def resources() -> dict[str, float]:
@@ -93,29 +265,6 @@ def resources() -> dict[str, float]:
     connect()
     offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return offered
-
-
-def own_device() -> str:
-    """The device that Ray gave to the task or actor which asks."""
-    return "cuda" if ray.get_runtime_context().get_accelerator_ids().get("GPU") else "cpu"
-
-
-def require_workers(workers: int) -> None:
-    """Refuse more training workers than a local cluster has room for; they would wait for ever, and say nothing.
-
-    A cluster that was there before may still grow, so there it is a warning.
-
-    Raises:
-        Infeasible: naming the most that fit.
-    """
-    have = resources()
-    most = int(have["GPU"]) if have.get("GPU") else int(have.get("CPU", 0)) - 1  # one CPU reads what the workers eat
-    if workers <= most:
-        return
-    message = f"{workers} workers, and room for {most} in the cluster ({have.get('CPU', 0):.0f} CPUs, {gpus()} GPUs)"
-    if _local is not None:
-        raise Infeasible(f"{message}; use --num-workers {max(1, most)}")
-    logger.warning("%s: they wait until nodes are added", message)
 
 
 def decoders(ranks: int) -> tuple[int, float]:
@@ -137,9 +286,7 @@ def disconnect() -> None:
     if _local is not None:
         _local.shutdown()  # type: ignore[no-untyped-call]
         _local = None
-        for name in worker.LOOPBACK:
-            os.environ.pop(name, None)
-        ray_constants.ENABLE_RAY_CLUSTER = _several_nodes
+    _leaving.close()
 
 
 def map_pieces(
@@ -150,7 +297,13 @@ def map_pieces(
 
 
 def stream_pieces(
-    what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
+    what: str,
+    function: Callable[..., Any],
+    pieces: Sequence[dict[str, Any]],
+    *,
+    rows: Sequence[int] | None = None,
+    unit: str = "rows",
+    **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Run `function` once for every piece, each as a Ray task, and yield its results in the order of `pieces`.
 
@@ -158,6 +311,9 @@ def stream_pieces(
         what: a word for the progress lines and the metrics.
         function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of.
             It writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
+        rows: rows of each piece, for progress; `function` calls `progress.advance` as it goes through them. Left out,
+            finished pieces are counted.
+        unit: what `rows` counts.
         options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
 
     Raises:
@@ -173,21 +329,12 @@ def stream_pieces(
     else:
         options["fn_kwargs"] = {"stage": what, "function": function, "shared": options.pop("fn_kwargs", {})}
         counted = measure.task
-    dataset = ray.data.from_items(list(pieces), override_num_blocks=len(pieces)).map(counted, **options)
-    yield from track(what, dataset.iter_rows(), len(pieces))
-
-
-def track(what: str, items: Iterable[Any], total: int) -> Iterator[Any]:
-    """Pass `items` through, showing progress: a bar on a terminal, a line each 30 s elsewhere."""
-    if sys.stderr.isatty():
-        from rich.progress import track as bar  # imported here: only a terminal needs it
-
-        yield from bar(items, description=what, total=total)
-        return
-    started = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= 30:
-            last = now
-            logger.warning("%s: %d of %d, %.0f s", what, done, total, now - started)
+    sizes, unit = ([1] * len(pieces), "shards") if rows is None else (rows, unit)
+    items = measure.Items(sizes)
+    dataset = ray.data.from_items(items.numbered(pieces), override_num_blocks=len(pieces)).map(counted, **options)
+    try:
+        with progress.stage(what, sum(sizes), unit, poll=items.done) as shown:
+            yield from items.passed(dataset.iter_rows())
+            shown.done = sum(sizes)
+    finally:
+        items.forget()

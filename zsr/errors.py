@@ -10,7 +10,10 @@
     |-- NonFiniteLoss               6   a loss term is NaN or infinite
     |-- StorageError                7   a storage that fails or lacks what publishing needs
     |   `-- DiskFull                7   no space left
-    `-- AlreadyPublished            8   another publisher took the version first
+    |-- AlreadyPublished            8   another publisher took the version first
+    `-- Interrupted               143   a submitted job got SIGTERM (128 + 15)
+
+A command that gets a signal itself ends with 128 + its number: 130 for Ctrl-C, 143 for SIGTERM (see zsr.interrupt).
 
 A message says which artifact or row, what was found, what was expected and what to do.
 """
@@ -76,3 +79,9 @@ class AlreadyPublished(ZsrError):
     """Another publisher created this version first."""
 
     exit_code = 8
+
+
+class Interrupted(ZsrError):
+    """A submitted job was stopped, or its node told it to end; the same command continues it."""
+
+    exit_code = 143

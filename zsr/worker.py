@@ -4,22 +4,28 @@ Ray calls `setup` through the runtime environment. Nothing heavy is imported her
 """
 
 import ctypes
+import functools
 import logging
+import threading
 import warnings
+from collections.abc import Callable
 
 # Ray looks for an address that other machines can reach, unless it takes itself to be on a laptop's system, which it
 # decides when it is imported
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# Ray Train reports each `report` call at INFO
-ADVICE = ("ray.train", "DeepSpeed")
+# Ray Train reports each `report` call at INFO, a starting node that a signal came, and Ray that another cluster runs on
+# this machine
+ADVICE = ("ray.train", "ray._private.utils", "DeepSpeed", "ray._private.node")
 # Ray Data prints the stack of each exception that it also raises. Ray Train's placement-group cleaner asks the
 # dashboard each second whether its controller lives, and complains where none runs or where several clusters share a
 # machine
 COMPLAINTS = (
     "ray.data",
+    "ray.train.v2._internal.callbacks.placement_group_callback",
     "ray.train.v2._internal.execution.controller.placement_group_cleaner",
     "ray._private.services",
 )
+CLEANER = "PlacementGroupCleanerMonitor"  # Ray's name of the thread of that cleaner
 
 
 def setup() -> None:
@@ -29,6 +35,18 @@ def setup() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in COMPLAINTS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    inherited = threading.excepthook
+    if not (isinstance(inherited, functools.partial) and inherited.func is _thread_failed):
+        threading.excepthook = functools.partial(_thread_failed, inherited)
+
+
+def _thread_failed(inherited: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs) -> None:
+    """Print a failed thread's traceback, but not the cleaner's: it fails when its cluster ends, as that of a job does.
+
+    It is there to remove what a killed controller leaves behind, and the end of the cluster removes that, too.
+    """
+    if args.thread is None or args.thread.name != CLEANER:
+        inherited(args)
 
 
 # runtime environment of actors that call `keep_freed_memory`

@@ -74,7 +74,7 @@ def test_slices_hold_every_row_once_in_the_order_of_the_seeded_hash() -> None:
     ids = np.array([row_id("text", key) for key in keys])
     assert sorted(keys) == [f"t{i:04d}" for i in range(1000)]
     assert (np.diff(order_key(ids, 3).astype(object)) > 0).all()
-    assert listed.names(300) == [name for name, _ in slices]
+    assert list(listed.sizes(300).items()) == [(name, len(table)) for name, table in slices]
 
 
 def test_a_listing_depends_neither_on_runs_nor_on_the_order_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:

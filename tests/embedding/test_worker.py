@@ -1,4 +1,4 @@
-"""What an actor frees it gets back without asking the system for pages."""
+"""What an actor frees it gets back without asking the system for pages; what its making raises reaches the driver."""
 
 import resource
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 
 from zsr.artifact import Plan, Store
 from zsr.embedding.shards import compute
+from zsr.errors import ConfigError
 from zsr.worker import keep_freed_memory
 
 MEGABYTES = (51, 25, 154, 38, 10, 58, 58, 10, 58, 14, 5)  # activations of a batch of pictures, layer after layer
@@ -41,3 +42,21 @@ def test_an_actor_keeps_what_it_freed(tmp_path: Path) -> None:
     staging = store.staging(Plan("features", {}, {}))
     tally = compute("allocate", Allocator, {"shard": "fingerprint"}, store, staging, {}, 1)
     assert tally.results[0]["faults"] < TIMES * (sum(MEGABYTES) << 20) / resource.getpagesize() / 10
+
+
+class Refusing:
+    """An actor that cannot be made."""
+
+    def __init__(self, **shared: Any) -> None:
+        raise ConfigError("install the extra")
+
+    def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
+        return {"rows": 0}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_of_ours_in_making_an_actor_keeps_its_kind(tmp_path: Path) -> None:
+    store = Store.at(tmp_path)
+    staging = store.staging(Plan("features", {}, {}))
+    with pytest.raises(ConfigError, match="install the extra"):
+        compute("refuse", Refusing, {"shard": "fingerprint"}, store, staging, {}, 1)

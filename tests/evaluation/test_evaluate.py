@@ -91,6 +91,18 @@ def test_a_few_shot_draw_leaves_an_item_to_evaluate(tmp_path: Path, made: Set) -
         retrain.few_shot(bench, Store.at(tmp_path))
 
 
+def test_a_retrained_model_keeps_stage_and_precision_of_its_checkpoint(tmp_path: Path, made: Set) -> None:
+    flags = (*RIDGE, "--split", "random:3:0", "--zero-stage", 2, "--precision", "bf16")
+    ok("train", *made.flags, "--output", tmp_path / "sharded", *flags)
+    checkpoint = open_artifact(tmp_path / "sharded", "checkpoint")
+    bench = made.bench(checkpoints=(checkpoint,))
+    found = retrain.again(bench, checkpoint, Store.at(tmp_path / "again"), retrain.random_split(bench, 3))
+    assert found.config["split"]["source"] == "random:3:3"
+    assert found.config["deepspeed"] == checkpoint.config["deepspeed"]
+    assert found.config["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert found.config["deepspeed"]["torch_autocast"]["enabled"]
+
+
 def test_several_splits_give_mean_and_deviation(tmp_path: Path, made: Set) -> None:
     flags = ("--checkpoint", *made.checkpoints, "--splits", 1)
     results = ok("evaluate", *made.flags, *flags, "--output", tmp_path)

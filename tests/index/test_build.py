@@ -48,16 +48,31 @@ def test_recall_on_the_sketches_is_what_the_manifest_says(world: World, tmp_path
     assert any(p["recall_sketch"] < 0.95 for p in searcher.facts["curve"])
 
 
-def test_a_small_gallery_keeps_its_vectors_whole(tmp_path: Path) -> None:
-    world = make_world(tmp_path, photos=250, sketches=40, shards=2)
-    searcher = _build(world, tmp_path / "index", index_key=None)
-    assert searcher.facts["index_key"] == "IVF4,Flat"
-    assert _recall(searcher, world) >= 0.9 - 1e-9
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_small_gallery_is_searched_exactly(tmp_path: Path, metric: str) -> None:
+    world = make_world(tmp_path, photos=250, sketches=40, shards=2, metric=metric)
+    searcher = _build(world, tmp_path / "index", index_key=None, recall_target=1.0)
+    named = ("index_key", "exact", "nlist", "evidence", "tuned_on")
+    assert [searcher.facts[name] for name in named] == ["Flat", True, 1, [], "sketch"]
+    assert _recall(searcher, world) == 1
+    typed = _build(world, tmp_path / "typed", index_key="Flat", recall_target=1.0)
+    assert open_artifact(tmp_path / "typed", "index").digest == open_artifact(tmp_path / "index", "index").digest
+    assert np.array_equal(typed.search(world.sketches, 10).ids, searcher.search(world.sketches, 10).ids)
+
+
+def test_without_queries_an_index_is_tuned_on_rows_of_the_gallery(world: World, tmp_path: Path) -> None:
+    built = build(Job.of(world.gallery, None, IndexConfig()), Store.at(tmp_path))
+    assert built.artifact.facts["tuned_on"] == "gallery rows"
+    assert _recall(Searcher.open(tmp_path), world) == 1
 
 
 @pytest.mark.parametrize(
     "key",
     [
+        "Flat",
+        "SQ8",
+        "PQ16,RFlat",
+        "PQ16x4fs,Refine(SQ8)",
         "OPQ8_16,IVF16,PQ8x4,RFlat",
         "IVF32_HNSW16,SQ8",
         "PCAR16,IVF8,Flat,Refine(SQ8)",
@@ -150,7 +165,7 @@ def test_a_value_that_is_not_finite_is_refused_with_its_row(tmp_path: Path) -> N
     gallery = embeddings(tmp_path / "g", photos, "photo", shards=1)
     queries = embeddings(tmp_path / "q", clustered(20, 2), "sketch", shards=1)
     job = Job.of(gallery, queries, IndexConfig())
-    with pytest.raises(DamagedArtifact, match="row 7 holds a value that is not finite"):
+    with pytest.raises(ConfigError, match=r"'photo-7' \(row 7\) holds a value that is not finite"):
         job.gallery.read(0)
 
 
@@ -207,7 +222,7 @@ def test_the_jobs_build_inspect_verify_roll_back_and_search(
     place, index = tmp_path / "index", jobs.index.run
     inputs = ("--embeddings", world.root / "gallery", "--queries", world.root / "queries", "--index-dir", place)
     planned = run(index, "build", *inputs, "--plan")
-    assert (planned["index_key"], planned["shards"], place.exists()) == ("IVF64,Flat", 4, False)
+    assert (planned["index_key"], planned["shards"], place.exists()) == ("Flat", 4, False)
     built = run(index, "build", *inputs)
     assert (built["exit_code"], built["version"], built["ntotal"]) == (0, 1, 3000)
     assert run(index, "verify", "--index-dir", place)["digest"] == built["digest"]

@@ -18,8 +18,9 @@ from zsr.index.plan import (
     rank,
     refined,
     show_bytes,
-    small,
+    unmeasured,
 )
+from zsr.index.trial import by_promise
 
 
 @pytest.mark.parametrize(
@@ -41,15 +42,21 @@ def test_a_shown_size_reads_back_as_no_less(size: int) -> None:
     assert parse_bytes(show_bytes(size)) >= size
 
 
-@pytest.mark.parametrize(("count", "key"), [(20, "IVF1,Flat"), (400, "IVF8,Flat"), (9984, "IVF256,Flat")])
-def test_few_vectors_are_kept_whole(count: int, key: str) -> None:
-    assert small(count, 512)
-    assert plan(count, 512, "ip", IndexConfig()).index_key == key
+@pytest.mark.parametrize(
+    ("count", "dim", "key"),
+    [(1, 16, "Flat"), (300, 512, "Flat"), (50_000, 512, "Flat"), (50_001, 64, "IVF1024,Flat"), (50_001, 512, None)],
+)
+def test_few_vectors_are_searched_exactly_and_nothing_is_measured(count: int, dim: int, key: str | None) -> None:
+    assert unmeasured(count, dim, "ip", IndexConfig()) == key
+    if key is not None:
+        chosen = plan(count, dim, "ip", IndexConfig())
+        assert (chosen.index_key, chosen.exact) == (key, key == "Flat")
 
 
-def test_a_budget_shortens_the_codes_of_few_vectors() -> None:
-    tight = IndexConfig(max_index_memory_usage="8MB")
-    assert plan(10_000, 512, "ip", tight).index_key == "IVF256,SQ8"
+@pytest.mark.parametrize(("budget", "key"), [("21MB", "Flat"), ("11MB", "SQfp16"), ("6MB", "SQ8"), ("1MB", None)])
+def test_a_budget_shortens_the_codes_of_few_vectors(budget: str, key: str | None) -> None:
+    tight = IndexConfig(max_index_memory_usage=budget)
+    assert unmeasured(10_000, 512, "ip", tight) == key
 
 
 def _seen(key: str, size: int, recall: float, seconds: float = 1.0) -> Evidence:
@@ -77,11 +84,11 @@ def test_candidates_of_many_vectors_are_transformed_and_coded_in_many_ways() -> 
 
 
 def test_an_infeasible_budget_names_the_smallest_index_and_its_bytes() -> None:
-    with pytest.raises(Infeasible, match=r"smallest, IVF256,SQ4, needs \d+ bytes") as refused:
+    with pytest.raises(Infeasible, match=r"smallest, SQ8, needs \d+ bytes") as refused:
         plan(10_000, 512, "ip", IndexConfig(max_index_memory_usage="1KB"))
     named = re.search(r"at least (\S+)", str(refused.value))
     assert named is not None
-    assert plan(10_000, 512, "ip", IndexConfig(max_index_memory_usage=named[1])).index_key == "IVF256,SQ4"
+    assert plan(10_000, 512, "ip", IndexConfig(max_index_memory_usage=named[1])).index_key == "SQ8"
 
 
 def test_little_memory_trains_on_fewer_vectors_and_too_little_is_refused() -> None:
@@ -103,7 +110,28 @@ def test_little_memory_trains_on_fewer_vectors_and_too_little_is_refused() -> No
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("PQ16", "not understood"),
+        ("", "not understood"),
+        ("HNSW32", "not understood"),
+        ("IVF4", "not understood"),
+        ("flat", "not understood"),
+        (" Flat", "not understood"),
+        ("Flat;rm -rf", "not understood"),
+        ("IVF4,Flat\n", "not understood"),
+        ("IVF99999999999999999999,Flat", "not understood"),
+        ("IVF" + "9" * 5000 + ",Flat", "not understood"),
+        ("PQ16x0", "not understood"),
+        ("IVF16,PQ16x17", "not understood"),
+        ("IVF16_HNSW0,Flat", "not understood"),
+        ("PCA65,Flat", "PCA keeps 1 to 64 dimensions, found 65"),
+        ("PCAR0,IVF4,SQ8", "does not fit"),
+        ("OPQ7,IVF4,PQ7", "does not fit"),
+        ("OPQ8_128,PQ8", "does not fit"),
+        ("OPQ0,PQ8", "does not fit"),
+        ("PCA32,PQ64", "does not fit"),
+        ("PQ0", "does not fit"),
+        ("IVF1001,Flat", "at most IVF1000, or Flat"),
+        ("IVF16000000,Flat", "too few"),
+        ("PQ16x12", "too few"),
         ("IVF64,PQ16x8fs", "not understood"),
         ("IVF64,PQ16,Refine(PQ8)", "not understood"),
         ("IVF64,RaBitQ9", "not understood"),
@@ -112,14 +140,35 @@ def test_little_memory_trains_on_fewer_vectors_and_too_little_is_refused() -> No
         ("IVF2000,PQ16", "too few"),
     ],
 )
-def test_a_key_that_cannot_be_built_is_refused(key: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
+def test_a_key_that_cannot_be_built_is_refused_by_one_line_that_names_it(key: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as refused:
         plan(1000, 64, "ip", IndexConfig(index_key=key))
+    assert str(refused.value).startswith(f"--index-key {key[:100]!r}")
+    assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", ["IVF16,PQ8x6", "OPQ8_16,IVF16,PQ8x6", "PCAR16,IVF16,SQ8", "IVF9,RaBitQ3"])
+@pytest.mark.parametrize("key", ["Flat", "IVF1,Flat", "Flat,RFlat"])
+def test_these_keys_are_exact_search(key: str) -> None:
+    assert engine.is_exact(key)
+
+
+@pytest.mark.parametrize("key", ["SQ8", "IVF2,Flat", "PCA8,Flat", "Flat,Refine(SQ8)", "PQ16,RFlat"])
+def test_these_keys_are_not(key: str) -> None:
+    assert not engine.is_exact(key)
+
+
+@pytest.mark.parametrize(
+    "key", ["Flat", "SQ8", "PQ8x6", "IVF16,PQ8x6", "OPQ8_16,IVF16,PQ8x6", "PCAR16,IVF16,SQ8", "IVF9,RaBitQ3"]
+)
 def test_planned_bytes_are_those_of_the_index(key: str) -> None:
     vectors = clustered(3000, 1)
     index = engine.train(key, "ip", vectors, seed=0, count=1)
     index.add_with_ids(vectors, np.arange(len(vectors)))
     assert index_bytes(key, len(vectors), vectors.shape[1], "ip") == pytest.approx(len(engine.to_bytes(index)), rel=0.1)
+
+
+def test_the_codes_whose_length_promises_the_target_are_measured_first() -> None:
+    codes = ["IVF64,PQ8", "IVF64,PQ16", "IVF64,PQ32", "IVF64,SQ8"]  # 1, 2, 4 and 8 bits per dimension of 64
+    assert by_promise(codes, 64, 0.6)[0] == "IVF64,PQ16"
+    assert by_promise(codes, 64, 0.86)[0] == "IVF64,PQ32"
+    assert by_promise(codes, 64, 0.97)[0] == "IVF64,SQ8"

@@ -1,5 +1,7 @@
 """Measuring candidates on a gallery: what is measured, that it repeats, and that it is kept."""
 
+import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,21 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """6,000 photos, which a test takes for too many to be kept whole."""
+    """6,000 photos, which a test takes for too many to be searched exactly."""
     return make_world(Path(tmp_path_factory.mktemp("crowd")), photos=6000, sketches=100)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "EXACT_ROWS", 0)
     monkeypatch.setattr(plan, "WHOLE_BYTES", 0)
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate is measured, whatever that costs."""
+    monkeypatch.setattr(trial, "TRIAL_FRACTION", math.inf)
+    monkeypatch.setattr(trial, "_could_win", lambda *words: True)
 
 
 def _measure(crowd: World, **options: object) -> dict[str, plan.Evidence]:
@@ -31,6 +41,7 @@ def _measure(crowd: World, **options: object) -> dict[str, plan.Evidence]:
     return {evidence.index_key: evidence for evidence in found}
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_longer_codes_and_refine_codes_find_more_and_a_repetition_finds_the_same(crowd: World) -> None:
     seen = _measure(crowd, max_index_memory_usage="1MB")
     lists = plan.lists_key(6000, 6000)
@@ -42,6 +53,7 @@ def test_longer_codes_and_refine_codes_find_more_and_a_repetition_finds_the_same
     assert {e.index_key: e.lasting() for e in again.values()} == {e.index_key: e.lasting() for e in seen.values()}
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_trial_on_a_part_of_the_gallery_follows_its_line_to_the_full_size(
     crowd: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,3 +73,37 @@ def test_the_evidence_is_kept_beside_the_versions_and_measured_once(
     assert Job.of(crowd.gallery, crowd.queries, config, store).chosen == first
     assert first.evidence[0].index_key == first.index_key
     assert first.index_bytes <= 250_000
+
+
+def test_planning_ends_when_it_used_its_fraction_of_the_build_and_says_what_it_measured(
+    crowd: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trial, "TRIAL_FRACTION", 1e-9)
+    with caplog.at_level(logging.WARNING, "zsr"):
+        seen = _measure(crowd)
+    code, *others = seen
+    assert {key for key in others} == set(plan.refined(code)[1:])
+    lines = [record.getMessage() for record in caplog.records if "plan:" in record.getMessage()]
+    assert f"{code}: recall@10 {seen[code].recall:.3f}" in lines[1]
+    assert lines[2].startswith("index: plan: stop after")
+
+
+def test_a_small_gallery_over_its_budget_is_measured_for_shorter_codes(
+    crowd: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "EXACT_ROWS", 50_000)
+    chosen = Job.of(
+        crowd.gallery, crowd.queries, IndexConfig(max_index_memory_usage="200KB"), Store.at(tmp_path)
+    ).chosen
+    assert chosen.index_bytes <= 200_000
+    assert chosen.evidence
+
+
+def test_a_code_that_takes_more_bytes_than_one_that_reached_the_target_is_not_measured(
+    crowd: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "TRIAL_FRACTION", math.inf)
+    seen = list(_measure(crowd, recall_target=0.5))
+    lists = plan.lists_key(6000, 6000)
+    assert f"{lists},SQ8" not in seen
+    assert any(key.endswith("RaBitQ1") for key in seen)

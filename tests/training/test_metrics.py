@@ -112,15 +112,11 @@ class Told:
         self.said.append((-1, {}))
 
 
-def show(latest: Mapping[str, Any], *, last: bool = False) -> None:
-    assert latest or last
-
-
 def test_a_watcher_tells_every_line_once_and_none_of_another_driver(tmp_path: Path) -> None:
     path, told, failing = tmp_path / "metrics.jsonl", Told(), Told(bad=3)
     lines = [json.dumps({**STEP, "step": step}) + "\n" for step in (1, 2, 3, 4)]
     path.write_text(lines[0])
-    watcher = Watcher(path, {"told": told, "failing": failing}, show)
+    watcher = Watcher(path, {"told": told, "failing": failing})
     with path.open("a") as handle:
         handle.write(lines[1] + lines[2][:9])
     watcher.look()
@@ -138,9 +134,9 @@ def test_a_watcher_tells_every_line_once_and_none_of_another_driver(tmp_path: Pa
 
 
 def test_a_person_reads_where_it_stands_and_what_holds_it_up() -> None:
-    assert sentence(STEP, 40) == "step 2 of 40, 9 samples a second"
-    assert sentence({**STEP, **EPOCH}, 40) == (
-        "step 2 of 40, validation mAP 0.2500, 8 samples a second, bottleneck data (data 50%, network 10%, compute 40%)"
+    assert sentence(STEP) == "loss 1, 9 samples/s"
+    assert sentence({**STEP, **EPOCH}) == (
+        "loss 2, validation mAP 0.2500, 8 samples/s, bottleneck data (data 50%, network 10%, compute 40%)"
     )
     assert [bottleneck(0.5, 0.1), bottleneck(0.1, 0.5), bottleneck(0.3, 0.3)] == ["data", "network", "compute"]
 

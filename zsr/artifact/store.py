@@ -19,6 +19,7 @@ from zsr.artifact.format import MANIFEST, MANIFEST_CAP, SCHEMA_VERSION, Plan, ca
 from zsr.artifact.opened import Artifact
 from zsr.artifact.staging import Staging
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, StorageError
+from zsr.interrupt import WATCH
 from zsr.storage import local_path, url_of
 
 logger = logging.getLogger("zsr")
@@ -58,7 +59,9 @@ class Store:
 
     def staging(self, plan: Plan) -> Staging:
         """Where `plan` is worked on; finished pieces of a killed run are found there."""
-        return Staging(self.root, plan, self.url)
+        staging = Staging(self.root, plan, self.url)
+        WATCH.staging = staging.where
+        return staging
 
     def made(
         self, plan: Plan, check: Callable[[Artifact], None] | None = None, after: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
 from zsr.data.listing import Listing
@@ -77,12 +77,16 @@ def import_features(source: Source, rows: Listing, settings: Prepare, data: Arti
     guard = {"files": rows.guards, "source": dict(source.facts)}
     plan = Plan("features", {"backbone": "imported"}, {"data": data.digest}, guard)
     if done := output.made(plan):
+        progress.up_to_date("import features", output, output.versions())
         return done
     staging = output.staging(plan)
     stage_listing(staging, rows, settings.rows_per_shard)
     names = [entry.path for entry in data.shards()]
     todo = [{"name": name} for name in names if staging.finished(name) is None]
-    map_pieces("import features", _import_shard, todo, fn_kwargs={"source": source, "data": data, "staging": staging})
+    progress.found_finished("import features", len(names) - len(todo), len(names))
+    sizes = [int(data.entry(piece["name"]).facts["rows"]) for piece in todo]
+    shared = {"source": source, "data": data, "staging": staging}
+    map_pieces("import features", _import_shard, todo, rows=sizes, fn_kwargs=shared)
     return seal_features(staging, output, names, {"backbone": "imported"})
 
 
@@ -93,7 +97,10 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     items = {row_id(i.modality, i.key): i for i in staged_items(staging, slice_of(name))}
     items = {identity: item for identity, item in items.items() if identity in used}
     # each file once
-    found = {identity: source.feature(items[identity]) for identity in sorted(items, key=lambda i: items[i].where)}
+    found = {}
+    for identity in sorted(items, key=lambda i: items[i].where):
+        found[identity] = source.feature(items[identity])
+        progress.advance()
     ids = [identity for identity in items if found[identity] is not None]
     kept = [vector for identity in ids if (vector := found[identity]) is not None]
     widths = {vector.shape[0]: items[identity].key for identity, vector in zip(ids, kept, strict=True)}

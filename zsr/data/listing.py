@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from zsr import progress
 from zsr.artifact import canonical, disk_errors
 from zsr.data.rows import MODALITIES, order_key, row_id
 from zsr.data.sources import Item, Source, Walked
@@ -141,9 +142,10 @@ class Listing:
             if len(rest):
                 yield shard_name(modality, number), rest
 
-    def names(self, size: int) -> list[str]:
-        """Names of the shards that `slices` makes."""
-        return [shard_name(m, i) for m, rows in self.rows.items() for i in range(-(-rows // size))]
+    def sizes(self, size: int) -> dict[str, int]:
+        """Rows of each shard that `slices` makes, by name, in order."""
+        starts = [(modality, rows, at) for modality, rows in self.rows.items() for at in range(0, rows, size)]
+        return {shard_name(modality, at // size): min(size, rows - at) for modality, rows, at in starts}
 
     def items(self) -> Iterator[Item]:
         """Every item, in order."""
@@ -166,13 +168,16 @@ def listing(source: Source, seed: int) -> Listing:
     if isinstance(source, Walked):
         source.unread.clear()
     spans: dict[tuple[str, int], list[Span]] = {}
-    for run in _runs(source.items(), refused):
-        for place, batch in _bucketed(run, seed):
-            spans.setdefault(place, []).append(spill.add(batch))
-    unread = (
-        {name: count for name, count in sorted(source.unread.items()) if count} if isinstance(source, Walked) else {}
-    )
-    return _ordered(spill, spans, refused, unread)
+    with progress.stage("list"):
+        for run in _runs(source.items(), refused):
+            for place, batch in _bucketed(run, seed):
+                spans.setdefault(place, []).append(spill.add(batch))
+        unread = (
+            {name: count for name, count in sorted(source.unread.items()) if count}
+            if isinstance(source, Walked)
+            else {}
+        )
+        return _ordered(spill, spans, refused, unread)
 
 
 def _runs(items: Iterable[Item], refused: Refused) -> Iterator[list[Item]]:
@@ -180,6 +185,7 @@ def _runs(items: Iterable[Item], refused: Refused) -> Iterator[list[Item]]:
     run: list[Item] = []
     size = 0
     for item in items:
+        progress.advance()
         if problem := _unusable(item):
             refused.add(item.modality, str(item.key).encode(errors="backslashreplace").decode(), "bad_key", problem)
             continue

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
 from zsr.data.decode import reads
@@ -95,12 +95,15 @@ def prepare(source: Source, output: Store, settings: Prepare, listed: Listing | 
         raise ConfigError(f"source {source.facts.get('name')}: no rows found; check --input")
     work = plan(source, rows, settings)
     if done := output.made(work):
+        progress.up_to_date("prepare", output, output.versions())
         return done
     staging = output.staging(work)
     names = stage_listing(staging, rows, settings.rows_per_shard)
     todo = [{"name": name} for name in names if not files_of(staging, name)]
+    progress.found_finished("prepare", len(names) - len(todo), len(names))
     shared = {"source": source, "staging": staging, "bytes_per_shard": settings.bytes_per_shard}
-    map_pieces("prepare", write_slice, todo, fn_kwargs=shared)
+    sizes = rows.sizes(settings.rows_per_shard)
+    map_pieces("prepare", write_slice, todo, rows=[sizes[piece["name"]] for piece in todo], fn_kwargs=shared)
     return _seal(source, staging, output, rows, names, settings)
 
 

@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from typing import Any, Final
 
 from zsr.data.rows import canonical_label
+from zsr.errors import ConfigError
 
 SHOWN: Final = 5  # classes that a message names
 
@@ -45,6 +47,22 @@ class Spellings:
         label = canonical_label(name)
         found = self._by_squeezed.get(squeezed(name), [])
         return found[0] if label not in self._names and len(found) == 1 else label
+
+    def known(self, name: str) -> str:
+        """The known spelling of `name`.
+
+        Raises:
+            ConfigError: it is not known, or two known names fit; names the nearest.
+        """
+        label = name if name in self._names else self(name)
+        if label in self._names:
+            return label
+        near = get_close_matches(squeezed(name), self._by_squeezed, SHOWN, 0.5)
+        shown = [each for close in near for each in self._by_squeezed[close]] or sorted(self._names)[:SHOWN]
+        raise ConfigError(
+            f"class {name!r} is not among the {len(self._names)} known ones; {'near it are' if near else 'such as'} "
+            f"{', '.join(map(repr, shown)) or 'none: no item has a label'}"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Staging, canonical
 from zsr.data.decode import BadImage, Limits, decode
 from zsr.data.listing import Bad
@@ -95,6 +95,7 @@ def _load_all(source: Source, items: list[Item], name: str, spool: IO[bytes]) ->
     bad: dict[int, Bad] = {}
     end = 0
     for row, item in sorted(enumerate(items), key=lambda pair: pair[1].where):
+        progress.advance()
         identity = row_id(item.modality, item.key)
         try:
             data = _checked(source, item)

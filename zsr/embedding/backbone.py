@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import gpus, own_device
 from zsr.data.decode import VERSION
 from zsr.data.features import feature_table, seal_features
 from zsr.data.pictures import Decoded
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
+from zsr.devices import AUTO, Devices, DeviceSettings, choose, own_device
 from zsr.embedding.ahead import Decoders
 from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
 from zsr.embedding.nvjpeg import DeviceDecoders
@@ -73,33 +73,36 @@ def extract(
     output: Store,
     *,
     batch: int | None,
-    actors: int,
+    actors: int | None,
     decoders: int | None = None,
+    device: DeviceSettings = AUTO,
 ) -> tuple[Artifact, Tally]:
     """Compute FEATURES of every picture in `data` and publish them; see `shards.compute` for what is computed.
 
     Args:
         weights: see `plan`.
         batch: pictures in one forward pass; None takes `backbones.PICTURES`.
-        actors: Ray actors that hold the model.
+        actors, device: Ray actors that hold the model and what they run on, see `shards.compute`.
         decoders: tasks that decode ahead of each, see `shards.room_to_decode`.
 
     Raises:
         ConfigError: see `plan`; data without pictures; or JPEGs that a GPU shall decode, and no GPU.
-        Infeasible: more decoders than there are CPUs for.
+        Infeasible: more decoders than there are CPUs for; see `devices.choose`.
     """
-    require_gpus(settings)
     work = plan(data, settings, weights)
     names = shards(data, settings)
     if done := output.made(work):
+        progress.up_to_date("features", output, output.versions())
         return done, Tally(found=len(names))
+    require_gpus(settings, choose(device))
     staging = output.staging(work)
     if not names:
         raise ConfigError(f"data {data.digest[:12]} has no rows that --backbone or --texts make features of")
     shared = _shared(data, settings, weights, work, batch)
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}
     decoders = 0 if settings.jpegs == "gpu" else decoders
-    tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders)
+    rows = {name: int(data.entry(name).facts["rows"]) for name in names}
+    tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders, device, rows)
     about = {"backbone": settings.backbone, "size": work.config["size"]}
     return seal_features(staging, output, names, about), tally
 
@@ -110,33 +113,34 @@ def predict(
     weights: Path | Artifact,
     *,
     batch: int | None,
-    actors: int,
+    actors: int | None,
     prices: Prices,
+    device: DeviceSettings = AUTO,
 ) -> dict[str, Any]:
     """What `extract` would take, see `shards.forecast`, and rows a second of one actor by the number of pictures in a
-    forward pass, where `batch` leaves that open. Raises ConfigError, see `plan`.
+    forward pass, where `batch` leaves that open. Raises ConfigError, see `plan` and `devices.choose`.
 
     The job itself takes no batch size from a measurement: sums in another order are other bits, so that two runs of one
     command could end with different digests.
     """
-    require_gpus(settings)
+    require_gpus(settings, devices := choose(device))
     work, rows = plan(data, settings, weights), dict[str, int]()
     first = {side_of(name): name for name in reversed(shards(data, settings))}
     for side, name in first.items():
         rows[name] = int(data.facts["rows"][side])
     shared = _shared(data, settings, weights, work, batch)
-    found = forecast(Extractor, rows, shared, actors, prices)
+    found = forecast(Extractor, rows, shared, actors, prices, devices)
     pictured = next((name for side, name in first.items() if side != "text"), None)
     if batch is not None or pictured is None:
         return found
-    trials = {size: rates_of(Extractor, shared | {"batch": size}, [pictured])[pictured] for size in BATCHES}
+    trials = {size: rates_of(Extractor, shared | {"batch": size}, [pictured], devices)[pictured] for size in BATCHES}
     return found | {"rows_a_second_by_batch_size": {s: round(1 / sum(r.values()), 1) for s, r in trials.items()}}
 
 
-def require_gpus(settings: BackboneSettings) -> None:
-    """Raise ConfigError if a GPU shall decode and the cluster has none."""
-    if settings.jpegs == "gpu" and not gpus():
-        raise ConfigError("--jpegs gpu, and the cluster has no GPU; use --jpegs cpu, or add GPU nodes")
+def require_gpus(settings: BackboneSettings, devices: Devices) -> None:
+    """Raise ConfigError if JPEGs are to be decoded by the actors' GPUs and the actors run on CPUs."""
+    if settings.jpegs == "gpu" and not devices.gpus:
+        raise ConfigError(f"--jpegs gpu requires --device cuda, and actors run on CPUs: {devices.why}; use --jpegs cpu")
 
 
 def _shared(
@@ -261,7 +265,7 @@ class ShardExtractor:
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
         name, clocks = piece["name"], Clocks()
-        parts = [made for _, made in self.maker.made(name, clocks)]
+        parts = [made for _, made in progress.counted(self.maker.made(name, clocks))]
         with clocks.stage("write"):
             rows = self._stage(piece, parts)
         read, told = self.maker.data.entry(name).bytes, self.maker.decoders.as_json()

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn import functional
 
+from zsr import progress
 from zsr.artifact import Artifact
 from zsr.data.decode import BadImage, Limits, Pictures, decode
 from zsr.errors import ConfigError
@@ -128,5 +129,6 @@ def vectors_of(model: Embedder, modality: str, items: np.ndarray, device: str) -
     found = []
     for block in torch.split(torch.from_numpy(items), BATCH if items.ndim == 2 else backbones.pictures_at_once(device)):
         embedded = model.encode(modality, block.to(device))
+        progress.advance(len(block))
         found.append((functional.normalize(embedded, dim=-1) if model.metric == "cosine" else embedded).cpu())
     return torch.cat(found).numpy() if found else np.zeros((0, 1, model.dim), np.float32)

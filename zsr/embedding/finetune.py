@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from zsr.artifact import Artifact, Store
 from zsr.data import splits
+from zsr.devices import AUTO, DeviceSettings
 from zsr.embedding.encode import BackboneSettings
 from zsr.models import backbones, configure
 from zsr.models.protocol import Tower
@@ -42,6 +43,7 @@ def finetune(
     how: Finetune,
     output: Store,
     score: Score,
+    device: DeviceSettings = AUTO,
 ) -> Artifact:
     """The checkpoint of model `classifier` behind this backbone, trained on the seen classes of a split.
 
@@ -71,5 +73,6 @@ def finetune(
             settings=how.training,
             output=output,
             score=score,
+            device=device,
         )
     )

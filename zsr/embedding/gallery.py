@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault
-from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.cluster import own_device
+from zsr import fault, progress
+from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
+from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
+from zsr.devices import AUTO, DeviceSettings, choose, own_device
 from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
 from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast
@@ -50,30 +51,42 @@ def embed(
     output: Store,
     *,
     classes: Classes = "all",
-    actors: int = 2,
+    actors: int | None = None,
     decoders: int | None = None,
+    device: DeviceSettings = AUTO,
 ) -> tuple[Artifact, Tally]:
     """Embed every row of `modality` and publish EMB; see `shards.compute` for what is computed.
 
     Args:
         features: FEATURES, or None for a checkpoint with an image tower, which reads the pictures themselves.
+        actors, device: see `shards.compute`.
         decoders: tasks that decode those ahead of each actor, see `shards.room_to_decode`.
 
     Raises:
         ConfigError: see `source_of`.
-        Infeasible: more decoders than there are CPUs for.
+        Infeasible: more decoders than there are CPUs for; see `devices.choose`.
     """
     source = source_of(data, features, checkpoint, modality)
     work = plan(data, source, checkpoint, modality, classes)
     there = {entry.path: entry for entry in (features or data).files}
     names = [e.path for e in data.shards(modality) if e.path in there]
     if done := output.made(work):
+        progress.up_to_date(f"embed {modality}", output, output.versions())
         return done, Tally(found=len(names))
     staging = output.staging(work)
     wanted = {name: fingerprint(work, data.entry(name), there[name]) for name in names}
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
-    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, 0 if features else decoders)
+    ahead = 0 if features else decoders
+    rows = {name: _rows(data.entry(name), chosen_classes(checkpoint, classes)) for name in names}
+    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, ahead, device, rows)
     return _seal(staging, output, checkpoint, modality, names), tally
+
+
+def _rows(entry: FileEntry, classes: tuple[str, ...] | None) -> int:
+    """Rows of a DATA shard that are of `classes`; all for None."""
+    if classes is None:
+        return int(entry.facts["rows"])
+    return sum(int(entry.facts["classes"].get(name, 0)) for name in classes)
 
 
 def predict(
@@ -83,14 +96,15 @@ def predict(
     modality: str,
     *,
     classes: Classes,
-    actors: int,
+    actors: int | None,
     prices: Prices,
+    device: DeviceSettings = AUTO,
 ) -> dict[str, Any]:
-    """What `embed` would take, see `shards.forecast`. Raises ConfigError, see `source_of`."""
+    """What `embed` would take, see `shards.forecast`. Raises ConfigError, see `source_of` and `devices.choose`."""
     source = source_of(data, features, checkpoint, modality)
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
     rows = {data.shards(modality)[0].path: int((features or data).facts["rows"][modality])}
-    return forecast(Encoder, rows, shared, actors, prices)
+    return forecast(Encoder, rows, shared, actors, prices, choose(device))
 
 
 def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, modality: str) -> Source:
@@ -201,11 +215,18 @@ class ShardEmbedder:
 
 
 def embedding_table(rows: pa.Table, embeddings: np.ndarray) -> pa.Table:
-    """EMB rows of N items with embeddings (N, P, D): P consecutive rows an item."""
+    """EMB rows of N items with embeddings (N, P, D): P consecutive rows per item.
+
+    Raises:
+        ConfigError: an embedding that is not finite, or too long for float32 distances; names its key.
+    """
     count, parts, dim = embeddings.shape
     items = np.repeat(np.arange(count), parts)
     repeated = rows.take(pa.array(items))
-    flat = pa.array(np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1))
+    matrix = np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1, dim)
+    fix = "Check its features or image, and that the training of the checkpoint converged"
+    require_finite(matrix, repeated.column("key"), "embedding", fix)
+    flat = pa.array(matrix.reshape(-1))
     return pa.table(
         {
             "id": repeated.column("id"),

@@ -18,8 +18,10 @@ from typing import Any, Final, Protocol, TypeVar, cast
 import ray
 from ray.data import ActorPoolStrategy
 
+from zsr import progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
-from zsr.cluster import connect, gpus, map_pieces, resources
+from zsr.cluster import map_pieces
+from zsr.devices import AUTO, Devices, DeviceSettings, capacity, choose
 from zsr.embedding.ahead import PROBE
 from zsr.errors import DamagedArtifact, Infeasible, StorageError
 from zsr.worker import ONE_ARENA
@@ -87,7 +89,7 @@ class Tally:
         reused: shards taken from the last version. found: shards, or all of it, that a run before had finished.
         results: of each computed shard: rows, bytes that were read, seconds of each of STAGES, and the decoders of the
             actor that computed it, see `ahead.Decoders`.
-        seconds: wall, start-up of the actors included. actors: how many. gpu: whether each held a GPU.
+        seconds: wall, start-up of the actors included. actors: how many. gpus: that each held.
     """
 
     reused: int = 0
@@ -95,7 +97,7 @@ class Tally:
     results: Sequence[Mapping[str, Any]] = ()
     seconds: float = 0.0
     actors: int = 0
-    gpu: bool = False
+    gpus: float = 0.0
 
     def report(self, prices: Prices) -> dict[str, Any]:
         """For the job's JSON line. `limit` is the stage that takes the most of an actor's time."""
@@ -106,7 +108,7 @@ class Tally:
         spent = {stage: sum(r["seconds"][stage] for r in self.results) for stage in STAGES}
         busy = sum(spent.values())
         decoders = max((r["decoders"] for r in self.results), key=lambda d: d["running"] or 0)
-        per_row = cost_of(busy / rows, self.gpu, prices, 1 + (decoders["running"] or 0))
+        per_row = cost_of(busy / rows, self.gpus, prices, 1 + (decoders["running"] or 0))
         return {
             "shards": shards,
             "rows_computed": rows,
@@ -121,12 +123,12 @@ class Tally:
         }
 
 
-def cost_of(seconds: float, gpu: bool, prices: Prices, cpus: int = 1) -> dict[str, float]:
-    """What a million rows take, at so many seconds of an actor (with `cpus` CPUs, and perhaps a GPU) a row."""
+def cost_of(seconds: float, gpus: float, prices: Prices, cpus: int = 1) -> dict[str, float]:
+    """What a million rows take, at `seconds` per row of an actor with `cpus` CPUs and `gpus` GPUs."""
     hours = seconds * 1e6 / 3600
-    cost = hours * (prices.cpu_hour * cpus + prices.gpu_hour * gpu)
+    cost = hours * (prices.cpu_hour * cpus + prices.gpu_hour * gpus)
     found = {"cpu_hours_a_million": round(hours * cpus, 3)}
-    found |= {"gpu_hours_a_million": round(hours, 3)} if gpu else {}
+    found |= {"gpu_hours_a_million": round(hours * gpus, 3)} if gpus else {}
     return {**found, "cost_a_million": round(cost, 4)} if cost else found
 
 
@@ -139,25 +141,34 @@ class Maker(Protocol):
 
 
 def forecast(
-    kind: Callable[..., Maker], rows: Mapping[str, int], shared: Mapping[str, Any], actors: int, prices: Prices
+    kind: Callable[..., Maker],
+    rows: Mapping[str, int],
+    shared: Mapping[str, Any],
+    actors: int | None,
+    prices: Prices,
+    devices: Devices,
 ) -> dict[str, Any]:
     """What it takes to compute `rows` rows by modality, told by some seconds of each modality's first shard.
 
-    A Ray task, with a GPU where the cluster has some, makes what `compute`'s actors would, and writes nothing.
+    A Ray task makes what one of `compute`'s actors would, on the same device, and writes nothing.
 
     Args:
         rows: by name of a shard of the modality.
+        actors: see `compute`.
     """
-    rates = rates_of(kind, shared, list(rows))
-    gpu = bool(have := gpus())
+    size = actor_count(actors, devices)
+    devices.say(size)
+    rates = rates_of(kind, shared, list(rows), devices)
     busy = {name: count * sum(rates[name].values()) for name, count in rows.items()}
     spent = {stage: sum(count * rates[name][stage] for name, count in rows.items()) for stage in STAGES}
     every = sum(rows.values())
-    size = max(1, min(actors, have or actors))
-    found = {"seconds_a_row": {name.partition("/")[0]: round(sum(r.values()), 6) for name, r in rates.items()}}
+    found = {
+        "actors": size,
+        "seconds_a_row": {name.partition("/")[0]: round(sum(r.values()), 6) for name, r in rates.items()},
+    }
     if not every or not sum(busy.values()):
         return found
-    whole = cost_of(sum(busy.values()) / every, gpu, prices)
+    whole = cost_of(sum(busy.values()) / every, devices.gpus, prices)
     priced = {"cost": round(whole["cost_a_million"] * every / 1e6, 4)} if "cost_a_million" in whole else {}
     return {
         **found,
@@ -169,11 +180,10 @@ def forecast(
 
 
 def rates_of(
-    kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequence[str]
+    kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequence[str], devices: Devices
 ) -> dict[str, dict[str, float]]:
-    """Seconds a row of STAGES for each shard, by a Ray task that has a GPU where the cluster has some."""
-    connect()
-    task = ray.remote(num_cpus=1, num_gpus=int(bool(gpus())))(_rates)
+    """Seconds per row of STAGES for each shard, by a Ray task with the device of one worker."""
+    task = ray.remote(num_cpus=1, num_gpus=devices.gpus)(_rates)
     rates: dict[str, dict[str, float]] = ray.get(task.remote(kind, shared, names))
     return rates
 
@@ -203,8 +213,10 @@ def compute(
     output: Store,
     staging: Staging,
     shared: Mapping[str, Any],
-    actors: int,
+    actors: int | None,
     decoders: int | None = None,
+    device: DeviceSettings = AUTO,
+    rows: Mapping[str, int] | None = None,
 ) -> Tally:
     """Finish the shards `wanted` in `staging`; those of a killed run are there, those of the last version are kept.
 
@@ -212,36 +224,52 @@ def compute(
         kind: class of the actors: made with `shared`, `staging` and `decoders`, the most tasks that may decode for it;
             called with {"name": shard, "made_from": fingerprint}.
         wanted: fingerprints by name.
-        actors: at most; a GPU each where the cluster has some, and never more than GPUs or shards.
+        actors: at most; None for all that the cluster has room for, now or when its autoscaler has started nodes. Never
+            more than shards, nor than GPUs have room for.
         decoders: see `room_to_decode`.
+        device: what the actors run on.
+        rows: of each shard, for progress; left out, shards are counted.
 
     Raises:
-        Infeasible: see `room_to_decode`.
+        Infeasible: see `room_to_decode` and `devices.choose`.
     """
     todo = [name for name in wanted if staging.finished(name) is None]
     found = len(wanted) - len(todo)
     kept = _kept(f"{what}: reuse", {name: wanted[name] for name in todo}, output, staging)
     pieces = [{"name": name, MADE_FROM: wanted[name]} for name in todo if name not in kept]
-    have = gpus()
-    size = max(1, min(actors, len(pieces), have or actors))
-    options = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": 1 if have else 0}
+    progress.found_finished(what, found, len(wanted), reused=len(kept))
+    devices = choose(device)
+    size = max(1, min(actor_count(actors, devices), len(pieces)))
+    options = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": devices.gpus}
     options["runtime_env"] = ONE_ARENA
-    most = room_to_decode(size, decoders, bool(have))
+    most = room_to_decode(size, decoders, devices)
+    if pieces:
+        devices.say(size)
     began = time.perf_counter()
     shared = {**shared, "staging": staging, "decoders": most}
-    results = map_pieces(what, kind, pieces, fn_constructor_kwargs=shared, **options)
-    return Tally(len(kept), found, results, time.perf_counter() - began, size, bool(have))
+    sizes = None if rows is None else [rows[piece["name"]] for piece in pieces]
+    results = map_pieces(what, kind, pieces, rows=sizes, fn_constructor_kwargs=shared, **options)
+    return Tally(len(kept), found, results, time.perf_counter() - began, size, devices.gpus)
 
 
-def room_to_decode(actors: int, decoders: int | None, gpu: bool) -> int:
-    """Tasks that may decode ahead of each of `actors`: as many as asked for, or as a cluster with GPUs has CPUs for.
+def actor_count(actors: int | None, devices: Devices) -> int:
+    """Actors to start for `actors` of a job's flags; on GPUs never more than there is room for."""
+    if actors is None:
+        return devices.cores or devices.most
+    return min(actors, devices.most) if devices.gpus else actors
+
+
+def room_to_decode(actors: int, decoders: int | None, devices: Devices) -> int:
+    """Tasks that may decode ahead of each of `actors`: as many as requested, or as there are CPUs for beside GPUs.
+
+    CPUs of nodes that the autoscaler can start count: waiting tasks start them.
 
     Raises:
         Infeasible: there are fewer CPUs than asked for; the tasks would wait for ever.
     """
-    if not gpu and not decoders:  # they would take the CPUs that the models run on
+    if not devices.gpus and not decoders:  # they would take the CPUs that the models run on
         return 0
-    room = (int(resources().get("CPU", 1)) - actors) // actors
+    room = (capacity().fit(lambda node: int(node.get("CPU", 0))) - actors) // actors
     if decoders is not None and decoders > room:
         raise Infeasible(
             f"{decoders} tasks to decode for each of {actors} actors, and CPUs for {max(0, room)}; use --decoders "

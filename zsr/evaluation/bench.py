@@ -16,9 +16,11 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
+from zsr import progress
 from zsr.artifact import Artifact
 from zsr.data.shards import Source, collect
 from zsr.data.splits import Split
+from zsr.devices import AUTO, DeviceSettings
 from zsr.embedding.encode import vectors_of
 from zsr.embedding.gallery import source_of
 from zsr.errors import ConfigError, Leakage
@@ -96,6 +98,7 @@ class Bench:
         features: of that data; None where every checkpoint has an image tower.
         semantics: for the ridge floor; None leaves it out.
         support: ids of unseen items that were trained on, in the few-shot setting.
+        devices: what models run on, and are trained again on.
     """
 
     data: Artifact
@@ -104,6 +107,7 @@ class Bench:
     checkpoints: tuple[Artifact, ...]
     task: Task = Task()
     support: tuple[int, ...] = ()
+    devices: DeviceSettings = AUTO
     _held: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -149,8 +153,8 @@ class Bench:
 
     @property
     def device(self) -> str | None:
-        """Where models run and scores are ranked: a GPU if there is one; None is the CPU."""
-        return "cuda" if torch.cuda.is_available() else None
+        """Where models run and scores are ranked: this machine's GPU, unless CPUs are requested; None is the CPU."""
+        return "cuda" if torch.cuda.is_available() and self.devices.device != "cpu" else None
 
     @property
     def query_kind(self) -> str:
@@ -203,7 +207,9 @@ class Bench:
 
     def embed(self, model: Embedder, modality: str, pool: Pool) -> Side:
         """Rows embedded by `model`, several parts of an item one after the other. All embedding goes through here."""
-        embedded = vectors_of(model, modality, pool.features, self.device or "cpu")
+        slow = pool.features.ndim > 2  # features take no time worth a line, and are no queries of a stage around this
+        with progress.stage(f"embed {modality}", len(pool.ids)) if slow else progress.counting(progress.ignore):
+            embedded = vectors_of(model, modality, pool.features, self.device or "cpu")
         count, parts, dim = embedded.shape
         rows = np.repeat(np.arange(count), parts)
         part = np.tile(np.arange(parts, dtype=np.int16), count) if parts > 1 else None
@@ -237,9 +243,11 @@ class Bench:
         options: dict[str, Any] = {"metric": model.metric, "ks": ks, "sampling": self.sampling, "device": self.device}
         asked = self.asked(self.source(model))
         if asked.seen is None:
-            return protocol.evaluate(name, query, gallery, **options)
+            with progress.stage(f"evaluate {name}", len(asked.query.ids), "queries"):
+                return protocol.evaluate(name, query, gallery, **options)
         seen = self.embed(model, self.task.query, asked.seen)
-        return protocol.evaluate_generalised(name, query, seen, gallery, **options)
+        with progress.stage(f"evaluate {name}", len(asked.query.ids) + len(asked.seen.ids), "queries"):
+            return protocol.evaluate_generalised(name, query, seen, gallery, **options)
 
     def map_all(self, model: Embedder) -> float:
         """mAP@all alone, for the many checkpoints of one run."""

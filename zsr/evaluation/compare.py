@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
+from zsr import progress
 from zsr.artifact import Artifact, Store
 from zsr.errors import ConfigError
 from zsr.evaluation import metrics, protocol, published, retrain
@@ -205,7 +206,8 @@ def _groups(work: Work) -> list[Group]:
     found = []
     for name, members in named(work.bench.checkpoints).items():
         measured = [(work.of(checkpoint), checkpoint) for checkpoint in members]
-        scores = {_seed(given): work.bench.map_all(open_model(made)) for made, given in measured}
+        with progress.stage(f"evaluate {name}: mAP", unit="queries"):
+            scores = {_seed(given): work.bench.map_all(open_model(made)) for made, given in measured}
         wanted = median_low(scores.values())
         middle = next(made for made, given in measured if scores[_seed(given)] == wanted)
         found.append(Group(name, tuple(made for made, _ in measured), scores, middle))

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from zsr import progress
 from zsr.errors import ConfigError
 from zsr.models.protocol import Metric
 
@@ -160,7 +161,7 @@ def rank_scores(
     scorer = _scorer(query, gallery, metric, by_class, device)
     _same_length(scorer, q_label, g_label)
     blocks = list(_blocks(q_label, g_label[by_class], scorer.rows(block)))
-    parts = [_rank_block(scorer, each, tuple(ks)) for each in blocks]
+    parts = [part for _, part in progress.counted((len(b.rows), _rank_block(scorer, b, tuple(ks))) for b in blocks)]
     return _gather(parts, np.concatenate([b.rows for b in blocks]), tuple(ks), len(g_label))
 
 

@@ -4,7 +4,7 @@ Training is `train_model`, with the configuration that the checkpoint records; w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -56,9 +56,8 @@ def again(
             "jobs.train for each split, and give all checkpoints"
         )
     settings = TrainSettings.model_validate(config["settings"])
-    return train_model(
-        _run(bench, str(config["model"]), config["options"], settings, store, split or bench.split, shots)
-    )
+    run = _run(bench, str(config["model"]), config["options"], settings, store, split or bench.split, shots)
+    return train_model(replace(run, deepspeed=dict(config["deepspeed"])))
 
 
 def _run(
@@ -83,6 +82,7 @@ def _run(
         output=store,
         score=metrics.mean_average_precision,
         query="text" if bench.query_kind == "text" else "sketch",
+        device=bench.devices,
     )
 
 

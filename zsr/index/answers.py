@@ -1,7 +1,6 @@
 """Answers to the items of an embeddings artifact, and the file that they are written to."""
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from zsr.artifact import Artifact, write_atomically
 from zsr.errors import ConfigError
-from zsr.index.search import Hits, objects
+from zsr.index.search import Hits, Labels, objects
 from zsr.index.vectors import Block, Vectors
 
 
@@ -42,7 +41,7 @@ class Searches(Protocol):
         nprobe: int | None = None,
         refine_factor: int | None = None,
         *,
-        labels: Collection[str] | None = None,
+        labels: Labels = None,
     ) -> Hits: ...
 
 
@@ -122,10 +121,21 @@ def write_answers(answers: Answers, output: Path) -> None:
     write_atomically(output, data)
 
 
+def into_file(output: Path) -> bool:
+    """Whether answers go into one file, `output`, and not into an artifact with that ROOT.
+
+    A suffix of letters alone makes a file, unless there is a directory; that of neighbours-v1.0 is part of a name.
+    """
+    return output.suffix[1:].isalpha() and not output.is_dir()
+
+
 def require_suffix(output: Path) -> None:
     """Raise ConfigError unless `write_answers` knows how to write `output`."""
     if output.suffix not in (".json", ".parquet"):
-        raise ConfigError(f"{output}: neighbours are written as .json or .parquet; give one of these suffixes")
+        raise ConfigError(
+            f"--output {output}: a file of neighbors is .json or .parquet, found {output.suffix!r}; give one of "
+            "these, or no suffix for the ROOT of an artifact"
+        )
 
 
 def _group(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,17 +11,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.cluster import map_pieces
 from zsr.errors import DamagedArtifact
 from zsr.index import drift, engine, ledger, lists, trial
-from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, small
+from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import GOLDEN, Searcher, golden_table
 from zsr.index.segments import INDEX, LISTS, REFINE, Segment, Spec, ids_name, list_sizes, refine_name, segment_name
-from zsr.index.truth import Truth, exact
-from zsr.index.tune import QUERIES, tune
+from zsr.index.truth import K, Truth, exact
+from zsr.index.tune import queries_of, tune
 from zsr.index.vectors import Vectors
 
 STAGES: Final = ("sample", "train", "add", "merge", "tune", "verify", "publish")
@@ -54,7 +54,11 @@ def measured(gallery: Vectors, queries: Vectors, config: IndexConfig, store: Sto
 
 @dataclass(frozen=True)
 class Job:
-    """One build: its inputs, opened and found to belong together, and what will be made of them."""
+    """One build: its inputs, opened and found to belong together, and what will be made of them.
+
+    Attributes:
+        queries: what it is tuned on; the gallery itself where there are no others.
+    """
 
     gallery: Vectors
     queries: Vectors
@@ -62,21 +66,24 @@ class Job:
     chosen: IndexPlan
 
     @classmethod
-    def of(cls, embeddings: Artifact, queries: Artifact, config: IndexConfig, store: Store | None = None) -> "Job":
+    def of(
+        cls, embeddings: Artifact, queries: Artifact | None, config: IndexConfig, store: Store | None = None
+    ) -> "Job":
         """Plan the index of `embeddings`, to be tuned on `queries`.
 
         Args:
+            queries: such as those that will be asked; None tunes on rows of the gallery.
             store: of the index; what is measured for the plan is kept there and found again.
 
         Raises:
             ConfigError: queries of another checkpoint, width or metric; a key that does not fit; Infeasible budgets.
         """
-        gallery, sketches = Vectors.of(embeddings), Vectors.of(queries)
-        gallery.space.require(sketches.space, str(queries.directory))
+        gallery, sketches = Vectors.of(embeddings), Vectors.of(embeddings if queries is None else queries)
+        gallery.space.require(sketches.space, str(sketches.artifact.directory))
         largest = max(np.diff(gallery.starts).tolist())
         count, dim, metric = gallery.rows, gallery.space.dim, gallery.space.metric
         evidence: list[Evidence] = []
-        if config.index_key is None and not small(count, dim):
+        if config.index_key is None and unmeasured(count, dim, metric, config) is None:
             evidence = measured(gallery, sketches, config, store)
         chosen = plan(count, dim, metric, config, largest_shard=largest, evidence=evidence)
         return cls(gallery, sketches, config, chosen)
@@ -94,6 +101,13 @@ class Job:
         parents = {"embeddings": self.gallery.artifact.digest, "queries": self.queries.artifact.digest}
         return Plan("index", config, parents)
 
+    @property
+    def tuned_on(self) -> str:
+        """Which vectors recall is measured with: a modality, or rows of the gallery itself."""
+        if self.queries.artifact.digest == self.gallery.artifact.digest:
+            return "gallery rows"
+        return str(self.queries.artifact.facts.get("modality", "queries"))
+
     @cached_property
     def segments(self) -> list[range]:
         """Runs of shards that share one file of lists."""
@@ -107,6 +121,7 @@ class Job:
             "shards": len(self.gallery.shards),
             "segments": len(self.segments),
             "recall_target": self.config.recall_target,
+            "tuned_on": self.tuned_on,
             "plan_digest": self.artifact_plan().digest,
         }
 
@@ -131,21 +146,24 @@ def build(job: Job, store: Store) -> Published:
     """
     task = job.artifact_plan()
     if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
+        progress.up_to_date("index build", store, store.versions())
         return Published(made, version_of(store, made.digest))
-    staging, clock = store.staging(task), ledger.Ledger()
-    with clock.stage("sample"):
+    staging, clock, key = store.staging(task), ledger.Ledger(), job.chosen.index_key
+    rows = f"{job.gallery.rows} vectors in {len(job.gallery.shards)} shards"
+    ledger.note("%s", "; ".join(job.chosen.reasons))
+    asked = job.queries.sample(queries_of(key), job.config.seed)  # first: one that is not finite ends the job now
+    with clock.stage("sample", f"{job.chosen.train_size} of {rows}"):
         clock.tasks("sample", sample(job, staging))
-    with clock.stage("train"):
+    with clock.stage("train", f"{key} on {job.chosen.train_size} vectors"):
         train(job, staging)
-    with clock.stage("add"):
-        clock.tasks("add", add(job.gallery, job.chosen.index_key, staging, workers=job.config.num_workers))
-    with clock.stage("merge"):
-        for number, run in enumerate(job.segments):
-            merge(staging, segment_name(number), run)
-    with clock.stage("tune"):
-        facts, report = finish(job, staging)
+    with clock.stage("add", rows):
+        clock.tasks("add", add(job.gallery, key, staging, workers=job.config.num_workers))
+    with clock.stage("merge", f"{rows} into {len(job.segments)} segments"):
+        merge_all(job, staging)
+    with clock.stage("tune", f"recall@{K}, measured with {job.tuned_on}"):
+        facts, report = finish(job, staging, asked)
     artifact = staging.seal(facts=facts, rows={"in": job.gallery.rows, "used": job.gallery.rows, "quarantined": 0})
-    with clock.stage("verify"):
+    with clock.stage("verify", rows):
         published = publish(store, artifact)
     ledger.write(store, artifact, clock, job.chosen, report)
     return published
@@ -157,7 +175,8 @@ def sample(job: Job, staging: Staging) -> list[dict[str, Any]]:
         return []
     todo = [piece for piece in drawn(job) if staging.finished(sample_name(piece["shard"]), scratch=True) is None]
     shared = {"gallery": job.gallery, "staging": staging}
-    return map_pieces("sample", _sample_shard, todo, fn_kwargs=shared, num_cpus=1, concurrency=job.config.num_workers)
+    options = {"fn_kwargs": shared, "num_cpus": 1, "concurrency": job.config.num_workers}
+    return map_pieces("sample", _sample_shard, todo, rows=[len(piece["rows"]) for piece in todo], **options)
 
 
 def drawn(job: Job) -> list[dict[str, Any]]:
@@ -195,7 +214,8 @@ def train(job: Job, staging: Staging) -> None:
         return
     vectors = staged_sample(job, staging)
     key = job.chosen.index_key
-    with staging.piece(TEMPLATE, scratch=True) as path:
+    with progress.stage("train", unit="") as shown, staging.piece(TEMPLATE, scratch=True) as path:
+        shown.note = f"{key} on {len(vectors):,} vectors"
         fault.here("index.train")
         index = engine.train(key, job.chosen.metric, vectors, job.config.seed, job.config.threads)
         path.write_bytes(engine.to_bytes(index))
@@ -215,8 +235,10 @@ def add(
     """
     chosen = range(len(gallery.shards)) if shards is None else shards
     todo = [{"shard": i} for i in chosen if not all(_finished(staging, name) for name in scratch_names(i, key))]
+    progress.found_finished("add", len(chosen) - len(todo), len(chosen))
     shared = {"gallery": gallery, "staging": staging, "key": key}
-    return map_pieces("add", _add_shard, todo, fn_kwargs=shared, num_cpus=1, concurrency=workers)
+    rows = [gallery.starts[piece["shard"] + 1] - gallery.starts[piece["shard"]] for piece in todo]
+    return map_pieces("add", _add_shard, todo, rows=rows, fn_kwargs=shared, num_cpus=1, concurrency=workers)
 
 
 def scratch_names(shard: int, key: str) -> list[str]:
@@ -262,6 +284,15 @@ def _refine(vectors: np.ndarray, staging: Staging, key: str) -> bytes:
     return bytes(stored.tobytes())
 
 
+def merge_all(job: Job, staging: Staging) -> None:
+    """Stage every segment, see `merge`."""
+    starts = job.gallery.starts
+    with progress.stage("merge", job.gallery.rows):
+        for number, run in enumerate(job.segments):
+            merge(staging, segment_name(number), run)
+            progress.advance(starts[run.stop] - starts[run.start])
+
+
 def merge(staging: Staging, segment: str, shards: Sequence[int]) -> None:
     """Stage one segment from the indexes of its shards. Memory does not grow with the number of vectors."""
     codec = staging.read(CODEC, scratch=True)
@@ -303,8 +334,11 @@ def staged_segment(staging: Staging, spec: Spec, gallery_space: Any, key: str) -
     return Segment(files, spec, gallery_space, key)
 
 
-def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
+def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any], ledger.Tuning]:
     """Tune the staged index, stage its golden queries, and return the facts of its manifest.
+
+    Args:
+        asked: (Q, D) float32, queries to tune on.
 
     Raises:
         QualityGateFailed: the recall target cannot be met.
@@ -317,7 +351,9 @@ def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
         "ntotal": job.gallery.rows,
         "segments": [spec.as_json() for spec in specs],
         "index_key": key,
+        "exact": job.chosen.exact,
         "nlist": job.chosen.nlist,
+        "tuned_on": job.tuned_on,
         "recall_target": job.config.recall_target,
         "evidence": [evidence.lasting() for evidence in job.chosen.evidence],
         "trained_on": drift.Spread.from_bytes(staging.read(drift.FOUND, scratch=True)).as_json(),
@@ -325,8 +361,9 @@ def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
     segments = [staged_segment(staging, spec, job.gallery.space, key) for spec in specs]
     searcher = Searcher(segments, facts, np.empty(0, np.int64), {})
     require_unique(searcher)
-    sketches, own = truths(job.gallery, job.queries, job.config.seed)
-    point, curve = tune(searcher, sketches, own, job.config.recall_target)
+    sketches, own = truths(job.gallery, asked, queries_of(key), job.config.seed)
+    with progress.stage("tune", unit="settings"):
+        point, curve = tune(searcher, sketches, own, job.config.recall_target)
     staging.write_table(GOLDEN, golden_table(sketches))
     facts |= {
         "parts": most_parts(searcher),
@@ -338,9 +375,8 @@ def finish(job: Job, staging: Staging) -> tuple[dict[str, Any], ledger.Tuning]:
     return facts, ledger.Tuning.of(Searcher(segments, facts, np.empty(0, np.int64), {}), sketches, point, curve)
 
 
-def truths(gallery: Vectors, queries: Vectors, seed: int) -> tuple[Truth, Truth]:
-    """Exact neighbours of real queries, and of gallery vectors."""
-    sketches = queries.sample(QUERIES, seed)
-    own = gallery.sample(QUERIES, seed + 1)
+def truths(gallery: Vectors, sketches: np.ndarray, count: int, seed: int) -> tuple[Truth, Truth]:
+    """Exact neighbors of queries (Q, D) float32, and of `count` gallery vectors."""
+    own = gallery.sample(count, seed + 1)
     both = exact(gallery, np.concatenate([sketches, own]))
     return both.rows(slice(len(sketches))), both.rows(slice(len(sketches), None))

@@ -11,7 +11,6 @@ What the first two write are scratch pieces of the staging: a killed run goes on
 artifact, and they go with the staging when it is published.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -29,7 +28,7 @@ from zsr.index import engine
 from zsr.index.answers import Asked, queries_of
 from zsr.index.ledger import Clock
 from zsr.index.lists import staged
-from zsr.index.search import Hits, Searcher, flattened, merge_best, reach
+from zsr.index.search import Hits, Labels, Searcher, flattened, merge_best, reach
 from zsr.index.segments import list_sizes
 from zsr.index.vectors import Vectors
 
@@ -165,7 +164,7 @@ class Merged:
         nprobe: int | None = None,
         refine_factor: int | None = None,
         *,
-        labels: Collection[str] | None = None,
+        labels: Labels = None,
     ) -> Hits:
         """The k nearest items of the shard's queries (B, D) or (B, P, D), as it was asked of the ranges.
 

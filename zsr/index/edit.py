@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, sha256
@@ -19,7 +20,7 @@ from zsr.index import build, drift, engine, lists
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
 from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, list_sizes, refine_name, segment_name
-from zsr.index.truth import K, Truth, exact
+from zsr.index.truth import DEPTH, K, Truth, exact, floor_of
 from zsr.index.tune import Point, at_point, tune
 from zsr.index.vectors import Vectors
 
@@ -109,8 +110,10 @@ def _plan(live: Live, what: str, **inputs: str) -> Plan:
 def delete(store: Store, ids: Collection[int]) -> Changed:
     """A version in which no item of `ids` is found any more. Its vectors stay in the files until `compact` or `purge`.
 
+    What is deleted already is counted and changes nothing: the live version is returned where there is nothing else.
+
     Raises:
-        ConfigError: an id that the index does not hold.
+        ConfigError: an id that the index does not hold, or all items that it holds.
         QualityGateFailed: the recall target cannot be met any more.
         AlreadyPublished: other changes were published first, each of ATTEMPTS times.
     """
@@ -119,22 +122,32 @@ def delete(store: Store, ids: Collection[int]) -> Changed:
 
 def _delete(live: Live, ids: Collection[int]) -> Changed:
     wanted = np.unique(np.fromiter(ids, np.int64, len(ids)))
-    if missing := sorted(set(wanted.tolist()) - set(live.searcher.live_ids.tolist())):
+    if (missing := wanted[~np.isin(wanted, live.searcher.ids)]).size:
         raise ConfigError(
             f"{live.artifact.directory}: {len(missing)} of the ids to delete are not in the index, such as "
-            f"{missing[:3]}; leave them out"
+            f"{missing[:3].tolist()}; leave them out"
         )
-    dead = np.flatnonzero(np.isin(live.searcher.ids, wanted) | ~live.searcher.alive)
-    work = _plan(live, "delete", ids=sha256(wanted.tobytes()))
+    alive = live.searcher.live_ids
+    due = wanted[np.isin(wanted, alive)]
+    told = {"deleted": len(due), "already_deleted": len(wanted) - len(due)}
+    if not len(due):
+        return Changed(Published(live.artifact, version_of(live.store, live.artifact.digest)), told)
+    if len(due) == len(alive):
+        raise ConfigError(
+            f"{live.artifact.directory}: all {len(due)} items would be deleted, and an index holds at least one; "
+            "build an index of another gallery, or remove the directory"
+        )
+    dead = np.flatnonzero(np.isin(live.searcher.ids, due) | ~live.searcher.alive)
+    work = _plan(live, "delete", ids=sha256(due.tobytes()))
     change = Change(live.specs(), dead, live.searcher.golden.without(dead))
-    return _made(live, work, {"deleted": len(wanted)}, lambda _: change)
+    return _made(live, work, told, lambda _: change)
 
 
 def add(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
     """A version that also finds the items of `embeddings`, coded by the trained template in a segment of its own.
 
     Raises:
-        ConfigError: another checkpoint, width or metric, or an id that is there already.
+        ConfigError: another checkpoint, width or metric, or items that are in the index already.
         QualityGateFailed: the recall target cannot be met any more.
         AlreadyPublished: other changes were published first, each of ATTEMPTS times.
     """
@@ -218,24 +231,24 @@ def _extend(
     told: Mapping[str, Any],
 ) -> Changed:
     """Add some shards of `gallery` in a segment of their own, with `dead` deleted."""
-    truth = live.searcher.golden.without(dead)
     if not len(shards):
-        return _made(live, work, told, lambda _: Change(live.specs(), dead, truth))
+        return _made(live, work, told, lambda _: Change(live.specs(), dead, live.searcher.golden.without(dead)))
 
     def make(staging: Staging) -> Change:
-        spec, joined, seen = _new_segment(live, staging, gallery, shards, truth, workers)
+        spec, joined, seen = _new_segment(live, staging, gallery, shards, dead, workers)
         return Change([*live.specs(), spec], dead, joined, seen)
 
     return _made(live, work, told, make)
 
 
 def _new_segment(
-    live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], truth: Truth, workers: int | None
-) -> tuple[Spec, Truth, drift.Spread]:
+    live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], dead: np.ndarray, workers: int | None
+) -> tuple[Spec, Truth, drift.Spread | None]:
     """Stage a segment of some shards of `gallery`.
 
     Returns:
-        What it is, `truth` with its items, and how they lie under the template.
+        What it is, the golden queries' neighbors with its items and without `dead`, and how the items lie under the
+        template.
     """
     key = str(live.artifact.facts["index_key"])
     first = live.searcher.segments[0]
@@ -243,15 +256,38 @@ def _new_segment(
     codec = first.files[REFINE].read_bytes() if REFINE in first.files else b""
     staging.write(build.CODEC, codec, scratch=True)
     build.add(gallery, key, staging, shards=shards, workers=workers)
+    _require_new(live, staging, gallery, shards, dead)
     build.merge(staging, segment_name(0), shards)
     spec = build.staged_spec(staging, segment_name(0))
     numbers = np.full(gallery.rows, -1)
     rows = np.concatenate([np.arange(gallery.starts[i], gallery.starts[i + 1]) for i in shards])
     numbers[rows] = live.rows + np.arange(len(rows))
+    truth = live.searcher.golden.without(dead)
     joined = truth.joined(exact(gallery, truth.queries, shards=shards).renumbered(numbers))
     looked = np.sort(np.random.default_rng(0).permutation(rows)[:DRIFT_ROWS])
     template = engine.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
-    return spec, joined, drift.Spread.of(template, gallery.take(looked))
+    # exact search has no lists or codes that new vectors could fit badly
+    seen = None if engine.is_exact(key) else drift.Spread.of(template, gallery.take(looked))
+    return spec, joined, seen
+
+
+def _require_new(live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], dead: np.ndarray) -> None:
+    """Raise ConfigError if a staged item is in the index already and stays there, by what the add tasks staged."""
+    kept = np.ones(live.rows, bool)
+    kept[dead] = False
+    held, there, first = live.searcher.ids[kept], 0, ""
+    for shard in shards:
+        table = pq.read_table(lists.staged(staging, f"add/{ids_name(shard)}", scratch=True), columns=["id", "key"])
+        again = np.flatnonzero(np.isin(table.column("id").to_numpy(), held))
+        if not there and len(again):
+            first = table.column("key")[int(again[0])].as_py()
+        there += len(again)
+    if there:
+        raise ConfigError(
+            f"{gallery.artifact.directory}: {there} of {gallery.rows} vectors are of items that are in the index "
+            f"already, such as {first!r}; leave these out, delete them from the index first, or make the index one of "
+            "what the embeddings hold now with `rebuild`"
+        )
 
 
 def _made(live: Live, work: Plan, told: Mapping[str, Any], make: Callable[[Staging], Change]) -> Changed:
@@ -288,12 +324,7 @@ def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[st
         AlreadyPublished: the live version is not the newest any more.
         QualityGateFailed: see `delete`; or the golden queries do not find what the live version finds.
     """
-    staging, truth = live.store.staging(work), change.truth.sure()
-    if len(truth.queries) < FEWEST_GOLDEN:
-        raise QualityGateFailed(
-            f"{live.artifact.directory}: after this change the exact neighbours of {len(truth.queries)} golden queries "
-            f"are still known, and recall needs {FEWEST_GOLDEN}; build the index again"
-        )
+    staging = live.store.staging(work)
     fault.here("index.change")
     facts = {**live.artifact.facts, "segments": [spec.as_json() for spec in change.specs]}
     opened = {(spec.name, spec.object): s for spec, s in zip(live.specs(), live.searcher.segments, strict=True)}
@@ -303,6 +334,7 @@ def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[st
     ]
     searcher = Searcher(segments, facts, change.dead, {})
     require_unique(searcher)
+    truth = _golden(live, searcher, change.truth)
     if change.seen is not None:
         facts["drift"] = drift.report(facts["trained_on"], change.seen, list_sizes(segments))
     facts |= _measured(searcher, truth, facts)
@@ -315,6 +347,24 @@ def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[st
     artifact = staging.seal(facts=facts, rows={"in": len(searcher.ids), "used": count, "quarantined": 0})
     told = {"agreement": agreement, "golden_queries": len(truth.queries)}
     return publish(live.store, artifact, live.newest), told
+
+
+def _golden(live: Live, new: Searcher, truth: Truth) -> Truth:
+    """The golden queries whose exact neighbors in the new version are known.
+
+    Raises:
+        QualityGateFailed: too few to measure recall.
+    """
+    if engine.is_exact(str(new.facts["index_key"])):  # finds the neighbors itself, whatever a change took away
+        ordinals, scores = new.nearest(truth.queries, DEPTH)
+        return Truth(truth.queries, ordinals, scores, floor_of(ordinals, scores))
+    known, fewest = truth.sure(), min(FEWEST_GOLDEN, len(live.searcher.golden.queries))
+    if len(known.queries) < fewest:
+        raise QualityGateFailed(
+            f"{live.artifact.directory}: after this change the exact neighbors of {len(known.queries)} golden queries "
+            f"are still known, and recall needs {fewest}; build the index again"
+        )
+    return known
 
 
 def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,19 @@ from zsr.errors import ConfigError, DamagedArtifact
 
 faiss: Any = _faiss
 KEY: Final = re.compile(
-    r"(?P<transform>(?:OPQ\d+(?:_\d+)?|PCAR?\d+),)?IVF(?P<nlist>\d+)(?:_HNSW(?P<links>\d+))?,"
+    r"(?P<transform>(?:OPQ\d+(?:_[1-9]\d*)?|PCAR?\d+),)?(?:IVF(?P<nlist>\d+)(?:_HNSW(?P<links>\d+))?,)?"
     r"(?P<code>PQ\d+x4(?P<fast>fs)|PQ\d+(?:x\d+)?|RaBitQ[1-8]?|SQ4|SQ6|SQ8|SQfp16|Flat)"
-    r"(?:,(?:(?P<exact>RFlat)|Refine\((?P<refine>SQ4|SQ6|SQ8|SQfp16)\)))?"
+    r"(?:,(?:(?P<exact>RFlat)|Refine\((?P<refine>SQ4|SQ6|SQ8|SQfp16)\)))?",
+    re.ASCII,
 )
+ALLOWED: Final = (
+    "[OPQm|PCAd|PCARd,][IVFn[_HNSWm],](Flat|SQfp16|SQ8|SQ6|SQ4|PQm[xbits]|PQmx4fs|RaBitQ[1-8])"
+    "[,RFlat|,Refine(SQ4|SQ6|SQ8|SQfp16)]"
+)
+MAX_KEY: Final = 100  # characters; Python refuses to read numbers of thousands of digits
+MAX_LISTS: Final = 2**24  # faiss allocates every list of an empty index
+MAX_LINKS: Final = 256
+MAX_BITS: Final = 16  # of a product code
 REFINE: Final = {
     "SQ4": faiss.ScalarQuantizer.QT_4bit,
     "SQ6": faiss.ScalarQuantizer.QT_6bit,
@@ -36,15 +45,42 @@ SMALL: Final = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 
 
 def parse(key: str) -> re.Match[str]:
-    """The parts of an index key. Raises ConfigError for one that this package does not build."""
-    found = KEY.fullmatch(key)
-    if found is None or int(found["nlist"]) == 0:
+    """The parts of an index key. Without IVFn the vectors are in one list, which every query scans.
+
+    Raises:
+        ConfigError: a key that this package does not build.
+    """
+    found = KEY.fullmatch(key[: MAX_KEY + 1])
+    if found is None or len(key) > MAX_KEY:
         raise ConfigError(
-            f"index key {key!r} is not understood; expected [OPQm|PCAd|PCARd,]IVFn[_HNSWm],"
-            "(PQm[xbits]|PQmx4fs|RaBitQ[1-8]|SQ4|SQ6|SQ8|SQfp16|Flat)[,RFlat|,Refine(SQ4|SQ6|SQ8|SQfp16)], such as "
-            "IVF1024,PQ32,RFlat"
+            f"--index-key {key[:MAX_KEY]!r} is not understood; expected {ALLOWED}, spelled as here and without spaces, "
+            "such as Flat or IVF1024,PQ32,RFlat"
         )
+    numbers = {
+        "IVF lists": (found["nlist"], 1, MAX_LISTS),
+        "HNSW links": (found["links"], 2, MAX_LINKS),
+        "bits of a PQ code": (_bits(found["code"]), 1, MAX_BITS),
+    }
+    for name, (text, fewest, most) in numbers.items():
+        if text is not None and not fewest <= int(text) <= most:
+            raise ConfigError(f"--index-key {key!r} is not understood; expected {fewest} to {most} {name}")
     return found
+
+
+def _bits(code: str) -> str | None:
+    return code.partition("x")[2].removesuffix("fs") or None if code.startswith("PQ") else None
+
+
+def list_count(key: str) -> int:
+    """Inverted lists of an index of `key`: one where the key names none."""
+    return int(parse(key)["nlist"] or 1)
+
+
+def is_exact(key: str) -> bool:
+    """Whether a search of an index of `key` compares a query with every vector as it was embedded: exact search."""
+    parts = parse(key)
+    whole = parts["code"] == "Flat" and parts["transform"] is None and parts["refine"] is None
+    return whole and list_count(key) == 1
 
 
 def empty(key: str, dim: int, metric: str) -> Any:
@@ -54,15 +90,43 @@ def empty(key: str, dim: int, metric: str) -> Any:
     stored like other 4-bit codes and packed when an index is opened: see `packed`.
 
     Raises:
-        ConfigError: faiss refuses the key for this dimension.
+        ConfigError: the key does not fit this dimension.
     """
     parts = parse(key)
-    flat = f"{parts['transform'] or ''}IVF{parts['nlist']},{parts['code'].removesuffix('fs')}"
+    require_fit(key, dim)
+    flat = f"{parts['transform'] or ''}IVF{list_count(key)},{parts['code'].removesuffix('fs')}"
     try:
         return faiss.index_factory(dim, flat, METRIC[metric])
     except RuntimeError as error:
         reason = str(error).rpartition("Error: ")[2] or str(error)
-        raise ConfigError(f"index key {key!r} does not fit vectors of dimension {dim}: {reason}") from error
+        raise ConfigError(f"--index-key {key!r} does not fit vectors of dimension {dim}: {reason}") from error
+
+
+def require_fit(key: str, dim: int) -> None:
+    """Raise ConfigError where the transform or the code of `key` does not fit vectors of dimension `dim`.
+
+    faiss finds some of these in training only, and others by an assertion that names neither key nor dimension.
+    """
+    parts, width = parse(key), dim
+    if parts["transform"]:
+        kind, first, second = transform_parts(parts["transform"])
+        width = second or (dim if kind == "OPQ" else first)
+        if not 1 <= width <= dim:
+            _refuse_fit(key, dim, f"{kind} keeps 1 to {dim} dimensions, found {width}")
+        if kind == "OPQ" and (first < 1 or width % first):
+            _refuse_fit(key, dim, f"OPQ cuts {width} dimensions into {first} equal parts; {_divisors(width)} would do")
+    if parts["code"].startswith("PQ"):
+        count = int(re.findall(r"\d+", parts["code"])[0])
+        if count < 1 or width % count:
+            _refuse_fit(key, dim, f"PQ cuts {width} dimensions into {count} equal parts; {_divisors(width)} would do")
+
+
+def _refuse_fit(key: str, dim: int, reason: str) -> None:
+    raise ConfigError(f"--index-key {key!r} does not fit vectors of dimension {dim}: {reason}")
+
+
+def _divisors(width: int) -> str:
+    return ", ".join(str(m) for m in range(1, width + 1) if width % m == 0)
 
 
 def lists_interact(key: str) -> bool:
@@ -158,6 +222,8 @@ def train_transform(transform: Any, sample: np.ndarray, metric: str) -> None:
     an inner product with the mean, which differs from vector to vector, to every score.
     """
     moved = faiss.downcast_VectorTransform(transform)
+    if isinstance(moved, faiss.OPQMatrix) and moved.pq is None:
+        _quiet(moved)
     # of evenly spread rows: faiss copies what it is given, and more tell a covariance nothing new
     moved.train(np.ascontiguousarray(sample[:: max(1, len(sample) // TRANSFORM_POINTS)]))
     if metric == "ip" and isinstance(moved, faiss.PCAMatrix):
@@ -434,18 +500,30 @@ def top(ordinals: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
 
 def transform(key: str, dim: int) -> Any:
     """The untrained transform that the first part of a key, such as "PCAR64,", names."""
-    kind, first, second = re.fullmatch(r"(OPQ|PCAR?)(\d+)(?:_(\d+))?,", key).groups()  # type: ignore[union-attr]
+    kind, first, second = transform_parts(key)
     if kind == "OPQ":
-        return faiss.OPQMatrix(dim, int(first), int(second or dim))
-    return faiss.PCAMatrix(dim, int(first), 0, kind == "PCAR")
+        return faiss.OPQMatrix(dim, first, second or dim)
+    return faiss.PCAMatrix(dim, first, 0, kind == "PCAR")
+
+
+def transform_parts(key: str) -> tuple[str, int, int]:
+    """Kind of a transform such as "OPQ8_32,", its number, and its second number or 0."""
+    kind, first, second = re.fullmatch(r"(OPQ|PCAR?)(\d+)(?:_(\d+))?,", key).groups()  # type: ignore[union-attr]
+    return kind, int(first), int(second or 0)
+
+
+def _quiet(rotation: Any) -> None:
+    """Keep an OPQ rotation from printing hundreds of lines on how many vectors its k-means would like to have."""
+    codes = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
+    codes.cp.min_points_per_centroid = 1
+    rotation.pq = codes
+    rotation.referenced_objects = [codes]
 
 
 def shorten(rotation: Any, iterations: int, points: int) -> None:
     """Let an OPQ rotation learn quickly, on few vectors and without advice on how many it wants."""
-    codes = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
-    codes.cp.min_points_per_centroid = 1
-    rotation.niter, rotation.max_train_points, rotation.pq = iterations, points, codes
-    rotation.referenced_objects = [codes]
+    _quiet(rotation)
+    rotation.niter, rotation.max_train_points = iterations, points
 
 
 def kmeans(sample: np.ndarray, count: int, metric: str) -> np.ndarray:
@@ -480,4 +558,5 @@ def assigned(index: Any, vectors: np.ndarray) -> tuple[np.ndarray, float]:
     near = ivf.quantizer.search(moved, 1)[1][:, 0]
     sizes = np.bincount(near, minlength=ivf.nlist)
     left = moved - ivf.quantizer.reconstruct_batch(near)
-    return sizes, float(np.square(left).sum() / max(1e-30, np.square(moved).sum()))
+    lengths = [float(np.einsum("nw,nw->", x, x, dtype=np.float64)) for x in (left, moved)]
+    return sizes, lengths[0] / max(1e-30, lengths[1])

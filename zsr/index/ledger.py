@@ -5,6 +5,7 @@ ROOT/reports/DIGEST/build.json, curve.png
 
 import io
 import json
+import logging
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,13 @@ from zsr.index.plan import IndexPlan
 from zsr.index.search import Searcher
 from zsr.index.truth import Truth
 from zsr.index.tune import Point, timed
+
+logger = logging.getLogger("zsr")
+
+
+def note(line: str, *values: object) -> None:
+    """Write a progress line of an index job to standard error."""
+    logger.warning(f"index: {line}", *values)  # as `zsr.cluster.track` does: this level is shown without a set-up
 
 
 class Clock:
@@ -42,10 +50,16 @@ class Ledger:
         self.stages: dict[str, dict[str, float]] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measure this process during a stage; what its tasks cost is told by `tasks`."""
+    def stage(self, name: str, what: str) -> Iterator[None]:
+        """Measure this process during a stage, and note its begin and end; what its tasks cost is added by `tasks`.
+
+        Args:
+            what: the stage works on, for the line of progress.
+        """
         clock = Clock()
+        note("%s: %s", name, what)
         yield
+        note("%s: done in %.1f s", name, clock.spent()["wall"])
         self.stages[name] = {**self.stages.get(name, {}), **clock.spent()}
 
     def tasks(self, name: str, results: Sequence[dict[str, Any]]) -> None:

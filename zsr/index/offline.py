@@ -5,12 +5,12 @@ All ways to search give the same bytes.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 import ray
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Store
 from zsr.cluster import connect, map_pieces, resources
 from zsr.embedding.ahead import PROBE
@@ -20,7 +20,7 @@ from zsr.index import by_list
 from zsr.index.answers import Asked, Searches, answer_block, answers_table, queries_of
 from zsr.index.by_list import Merged, Work, actors
 from zsr.index.ledger import Clock
-from zsr.index.search import Searcher
+from zsr.index.search import Searcher, classes_of, resolved
 from zsr.index.sharded import ShardedSearcher
 from zsr.index.vectors import Vectors
 
@@ -34,6 +34,11 @@ def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
     config = asdict(asked) | {"nprobe": asked.nprobe or point["nprobe"], "labels": sorted(asked.labels)}
     config |= {"refine_factor": asked.refine_factor or point["refine_factor"]}
     return Plan("neighbours", config, {"index": index.digest, "queries": queries.digest})
+
+
+def spelled(index: Artifact, asked: Asked) -> Asked:
+    """`asked` with its labels as the index spells them. Raises ConfigError for a class that no item has."""
+    return replace(asked, labels=resolved(asked.labels or None, lambda: classes_of(index)) or ())
 
 
 def search_all(
@@ -58,18 +63,21 @@ def search_all(
         prices: of the CPU seconds that the answers took.
 
     Raises:
-        ConfigError: queries of another space, or what is not answered by ranges of lists.
+        ConfigError: queries of another space, a class that no item has, or what is not answered by ranges of lists.
         StorageError: no node was left that holds some segment; what was answered before stays.
     """
     if list_ranges:
         by_list.require(index, asked, replicas)
+    asked = spelled(index, asked)
     planned = plan(index, queries, asked)
     if done := output.made(planned):
+        progress.up_to_date("search", output, output.versions())
         return done, {"reused": True}
     source, staging = Vectors.of(queries), output.staging(planned)
     work = Work(index, source, asked, staging, min(list_ranges, int(index.facts["nlist"])))
     names = [entry.path for entry in source.shards]
     todo = [{"shard": i, "name": name} for i, name in enumerate(names) if staging.finished(name) is None]
+    progress.found_finished("search", len(names) - len(todo), len(names))
     clock = Clock()
     spent = _by_nodes(work, todo, replicas) if replicas else _by_actors(work, todo, workers)
     entries = staging.all_finished(names)
@@ -95,9 +103,10 @@ def predict(
     the index is not in it.
 
     Raises:
-        ConfigError: queries of another space.
+        ConfigError: queries of another space, or a class that no item has.
     """
     connect()
+    asked = spelled(index, asked)
     source = Vectors.of(queries)
     seconds: float = ray.get(ray.remote(num_cpus=1)(_seconds_a_row).remote(index, source, asked))
     size = max(1, min(len(source.shards), workers or int(resources().get("CPU", 1))))
@@ -128,15 +137,22 @@ def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dic
     """Answer some shards of queries by the hosts of the segments."""
     searcher = ShardedSearcher.open(f"{work.index.place}/objects/{work.index.digest}", replicas=replicas)
     searcher.check(work.source.artifact)
-    return [answered(searcher, work, piece) for piece in todo]
+    with progress.stage("search", sum(_rows(work, todo)), "queries"):
+        return [answered(searcher, work, piece) for piece in todo]
 
 
 def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> list[dict[str, Any]]:
     """Answer some shards of queries by actors that map the index, after scanning it by range where that is wanted."""
     most = workers or int(resources().get("CPU", 1))
     scanned = by_list.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
-    found = map_pieces("search", ShardSearcher, todo, fn_constructor_kwargs={"work": work}, **actors(todo, most))
-    return scanned + found
+    options = {"rows": _rows(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
+    return scanned + map_pieces("search", ShardSearcher, todo, **options, **actors(todo, most))
+
+
+def _rows(work: Work, todo: list[dict[str, Any]]) -> list[int]:
+    """Query vectors of each shard."""
+    starts = work.source.starts
+    return [starts[piece["shard"] + 1] - starts[piece["shard"]] for piece in todo]
 
 
 class ShardSearcher:
@@ -164,6 +180,7 @@ def answered(searcher: Searches, work: Work, piece: dict[str, Any]) -> dict[str,
             f"{piece['name']}: nobody holds {answers.hits.missing:.1%} of the gallery any more; add nodes or replicas "
             "and run the job again, which keeps the shards that were answered"
         )
+    progress.advance(sum(_rows(work, [piece])))
     table = answers_table(answers)
     fault.here("search.shard")
     facts = {"queries": len(answers.ids), "hits": len(table)}

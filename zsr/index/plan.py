@@ -17,7 +17,10 @@ from zsr.index import engine
 POINTS_PER_CENTROID: Final = 39  # below it faiss calls a k-means poorly trained
 TRAIN_POINTS_PER_LIST: Final = 64
 GRAPH_FROM_LISTS: Final = 16384  # from here on comparing a query with every centroid costs more than scanning lists
-WHOLE_BYTES: Final = 32 << 20  # galleries up to this size keep their vectors whole: no code is worth its loss
+EXACT_ROWS: Final = 50_000  # galleries up to this size are searched exactly: a query compares all in milliseconds
+WHOLE_BYTES: Final = 32 << 20  # larger ones up to this size keep their vectors whole: no code is worth its loss
+WHOLE_CODES: Final = ("Flat", "SQfp16", "SQ8")  # from the largest; what these lose of recall needs no measurement
+SCALAR_POINTS: Final = 65_536  # training vectors of scalar codes: each dimension's range, beyond which values are cut
 PROBING_LOSS: Final = 0.02  # of recall, that the lists not looked into may cost beside what the codes lose
 NEAR_RECALL: Final = 0.01  # candidates this close in recall are told apart by their cost
 NEAR_BYTES: Final = 1.05
@@ -33,7 +36,8 @@ class IndexConfig(BaseModel):
     """How to build an index.
 
     Attributes:
-        index_key: faiss factory key, such as IVF1024,PQ32,RFlat; measured and chosen if not given.
+        index_key: faiss factory key, such as Flat (exact search) or IVF1024,PQ32,RFlat; chosen if not given: exact
+            search up to 50,000 vectors, beyond that what is measured.
         recall_target: recall@10 against exact search that the sketches must reach, or nothing is published.
         max_index_memory_usage: most bytes of codes, ids, centroids and refine codes, such as 1GB or 900MiB.
         current_memory_available: most bytes of memory that one process of the build may use.
@@ -110,8 +114,12 @@ class IndexPlan:
     reasons: tuple[str, ...]
     evidence: tuple[Evidence, ...] = ()
 
+    @property
+    def exact(self) -> bool:
+        return engine.is_exact(self.index_key)
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "exact": self.exact}
 
 
 def parse_bytes(text: str) -> int:
@@ -151,13 +159,22 @@ def lists_key(count: int, points: int) -> str:
     return f"IVF{nlist}{'_HNSW32' if nlist >= GRAPH_FROM_LISTS else ''}"
 
 
-def small(count: int, dim: int) -> bool:
-    """Whether the gallery keeps its vectors whole. Nothing is measured then."""
-    return count * dim * 4 <= WHOLE_BYTES
+def unmeasured(count: int, dim: int, metric: str, config: IndexConfig) -> str | None:
+    """The key of a gallery that is small enough to keep its vectors whole, within the budget; nothing is measured then.
+
+    None where the gallery is too large, or the budget too small, to choose without a measurement.
+    """
+    if count <= EXACT_ROWS:
+        keys = list(WHOLE_CODES)
+    elif count * dim * 4 <= WHOLE_BYTES:
+        keys = [f"{lists_key(count, min(count, config.train_size or count))},{code}" for code in WHOLE_CODES]
+    else:
+        keys = []
+    return next((key for key in keys if index_bytes(key, count, dim, metric) <= limit_of(config)), None)
 
 
 def candidates(count: int, dim: int, points: int) -> list[str]:
-    """Keys to measure for a gallery that is not small, without refine codes: see `refined`."""
+    """Keys to measure where nothing is chosen `unmeasured`, without refine codes: see `refined`."""
     lists = lists_key(count, points)
     keys = []
     for transform, width in transforms(dim):
@@ -265,7 +282,7 @@ def plan(
 
     Args:
         largest_shard: rows of the largest shard, which one add task holds in memory.
-        evidence: candidates measured by `zsr.index.trial`, for a gallery that is not `small` and a key not given.
+        evidence: candidates measured by `zsr.index.trial`, where no key is given and none is `unmeasured`.
 
     Raises:
         ConfigError: a key or size that is not understood, or a key that does not fit `dim`.
@@ -273,17 +290,18 @@ def plan(
     """
     ranked: list[Evidence] = []
     if config.index_key is not None:
-        key, reasons = config.index_key, [f"{config.index_key} was asked for"]
+        key, reasons = config.index_key, [f"{config.index_key} was requested"]
+        _require_lists(key, count)
     elif evidence:
         ranked, why = rank(evidence, config.recall_target)
         key, reasons = ranked[0].index_key, [f"{ranked[0].index_key}: {why}"]
     else:
-        lists = lists_key(count, min(count, config.train_size or count))
-        keys = require_budget([f"{lists},{code}" for code in ("Flat", "SQ8", "SQ4")], count, dim, metric, config)
-        key, reasons = keys[0], [f"{count} vectors of {dim} dimensions are few: nothing was measured"]
+        key = unmeasured(count, dim, metric, config) or require_budget(WHOLE_CODES, count, dim, metric, config)[0]
+        reasons = [f"{key}: {count} vectors of {dim} dimensions are few, nothing was measured"]
     require_budget([key], count, dim, metric, config)
-    size = index_bytes(key, count, dim, metric)
-    nlist = int(engine.parse(key)["nlist"])
+    if engine.is_exact(key):
+        reasons.append("exact search: a query is compared with every vector")
+    size, nlist = index_bytes(key, count, dim, metric), engine.list_count(key)
     train_size = _train_size(key, count, dim, metric, config, reasons)
     # a shard as it arrives and as float32, its index twice while that is written
     adding = largest_shard * (dim * 16 + 2 * size // count)
@@ -292,24 +310,37 @@ def plan(
     return IndexPlan(key, count, dim, metric, nlist, train_size, size, peak, tuple(reasons), tuple(ranked))
 
 
+def _require_lists(key: str, count: int) -> None:
+    """Raise Infeasible for more lists than vectors, before faiss allocates them."""
+    if engine.list_count(key) > count:
+        raise Infeasible(
+            f"--index-key {key!r} makes {engine.list_count(key)} lists: {count} vectors are too few; give at most "
+            f"IVF{count}, or Flat for exact search"
+        )
+
+
 def _train_size(key: str, count: int, dim: int, metric: str, config: IndexConfig, reasons: list[str]) -> int:
     """Vectors to train on: enough for lists and codes, no more than the gallery, the cap and the memory allow."""
     ivf = engine.ivf_of(engine.empty(key, dim, metric))
     centroids = ivf.pq.ksub if hasattr(ivf, "pq") else 1
-    wanted = max(TRAIN_POINTS_PER_LIST * ivf.nlist, 256 * centroids)
+    scalar = SCALAR_POINTS if re.search("SQ[468]", key) else 0
+    wanted = max(TRAIN_POINTS_PER_LIST * ivf.nlist, 256 * centroids, scalar)
     available = min(count, config.train_size or count)
     fewest = max(ivf.nlist, centroids)
     if available < fewest:
         raise Infeasible(
-            f"{key} trains {ivf.nlist} lists and {centroids} centroids a code: {available} vectors are too few; "
-            f"give at least {fewest} vectors, or at most IVF{available} and {max(1, int(math.log2(available)))} bits"
+            f"--index-key {key!r} trains {ivf.nlist} lists and {centroids} centroids per code: {available} vectors are "
+            f"too few; give at least {fewest} vectors, or at most IVF{available} and "
+            f"{max(1, int(math.log2(available)))} bits"
         )
     size = min(available, wanted)
     if config.current_memory_available is not None:
         size = max(min(size, _affordable(config.current_memory_available, ivf.nlist, dim)), min(size, fewest))
-    reasons.append(f"{size} training vectors: {size // ivf.nlist} a list, {size // centroids} a centroid of the codes")
-    if size < POINTS_PER_CENTROID * max(ivf.nlist, centroids):
-        reasons.append(f"k-means wants {POINTS_PER_CENTROID} a centroid: these are coarse")
+    if max(ivf.nlist, centroids) > 1:
+        per = f"{size // ivf.nlist} per list, {size // centroids} per centroid of the codes"
+        reasons.append(f"{size} training vectors: {per}")
+    if max(ivf.nlist, centroids) > 1 and size < POINTS_PER_CENTROID * max(ivf.nlist, centroids):
+        reasons.append(f"k-means needs {POINTS_PER_CENTROID} per centroid: these are coarse")
     return int(size)
 
 

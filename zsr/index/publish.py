@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from zsr import progress
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.errors import ConfigError, DamagedArtifact, QualityGateFailed, StorageError
 from zsr.index import engine
@@ -26,13 +27,13 @@ class Published:
     def as_json(self) -> dict[str, Any]:
         """What a job prints."""
         facts = self.artifact.facts
-        named = ("ntotal", "index_key", "operating_point", "imbalance", "dim", "metric", "checkpoint")
+        named = ("ntotal", "index_key", "exact", "operating_point", "imbalance", "dim", "metric", "checkpoint")
         return {
             "digest": self.artifact.digest,
             "version": self.version,
             "bytes": sum(entry.bytes for entry in self.artifact.files),
             "recall": facts["operating_point"]["recall_sketch"],
-            **{name: facts[name] for name in named},
+            **{name: facts[name] for name in named if name in facts},  # "exact" is newer than some indexes
         }
 
 
@@ -43,10 +44,12 @@ def verify(searcher: Searcher) -> None:
         DamagedArtifact: a row is missing, doubled or unnamed.
         QualityGateFailed: recall at the operating point is not what it was when the index was tuned.
     """
-    for segment in searcher.segments:
-        _require_each_once(segment)
-    require_unique(searcher)
-    _require_recall(searcher)
+    with progress.stage("verify", sum(segment.spec.rows for segment in searcher.segments)):
+        for segment in searcher.segments:
+            _require_each_once(segment)
+            progress.advance(segment.spec.rows)
+        require_unique(searcher)
+        _require_recall(searcher)
 
 
 def _require_each_once(segment: Segment) -> None:

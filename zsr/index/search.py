@@ -12,16 +12,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from zsr.artifact import Artifact, Json, open_artifact
+from zsr.data.finite import require_finite
+from zsr.data.published import Spellings
 from zsr.errors import ConfigError
 from zsr.index import engine
 from zsr.index.names import Names
-from zsr.index.segments import Segment, Spec, segment_files
+from zsr.index.segments import Segment, Spec, ids_name, object_of, segment_files
 from zsr.index.truth import K, Truth
 from zsr.index.vectors import Space
 
 GOLDEN: Final = "golden.parquet"
 DEAD: Final = "deleted.parquet"
 RERANK_BYTES: Final = 64 << 20  # candidate vectors gathered at once
+Labels = str | Collection[str] | None  # a class, or several, that a search is restricted to
 WIDEN: Final = 4  # a query that a filter leaves too few hits looks into this many times the lists, again and again
 
 
@@ -42,6 +45,21 @@ class Hits:
     labels: np.ndarray
     scores: np.ndarray
     missing: float = 0.0
+
+
+def resolved(labels: Labels, known: Callable[[], Collection[str]]) -> tuple[str, ...] | None:
+    """`labels` as the index spells them, without repetitions; None stays None.
+
+    Args:
+        known: gives the classes of the index; called only if there are labels.
+
+    Raises:
+        ConfigError: a class that the index does not hold; names the nearest that it does.
+    """
+    if labels is None:
+        return None
+    spelling = Spellings(known())
+    return tuple(sorted({spelling.known(label) for label in ([labels] if isinstance(labels, str) else labels)}))
 
 
 def starts_of(specs: Sequence[Spec]) -> np.ndarray:
@@ -158,7 +176,7 @@ class Searcher:
         nprobe: int | None = None,
         refine_factor: int | None = None,
         *,
-        labels: Collection[str] | None = None,
+        labels: Labels = None,
         ids: Collection[int] | None = None,
     ) -> Hits:
         """The k nearest items.
@@ -167,11 +185,11 @@ class Searcher:
             queries: (B, D) float32, or (B, P, D) for queries of several parts, whose best one counts.
             nprobe: lists to look into; refine_factor: candidates to re-rank, in multiples of k. The published operating
                 point if not given.
-            labels, ids: only items of one of these labels, and only these ids. A query looks into more lists than
-                `nprobe` where it takes them to find k.
+            labels: only items of this class, or of one of these, under any spelling. ids: only these. A query looks
+                into more lists than `nprobe` where it takes them to find k.
 
         Raises:
-            ConfigError: queries of another shape, or a number below 1.
+            ConfigError: queries of another shape or not finite, a number below 1, or a class that no item has.
         """
         flat = flattened(queries)
         found = self.nearest(flat, k * self.parts, nprobe, refine_factor, wanted=self.mask(labels, ids))
@@ -182,8 +200,27 @@ class Searcher:
         ordinals, scores = (part.reshape(queries, -1) for part in found)
         return self.resolve(*merge_best(ordinals, scores, self.ids, k))
 
-    def mask(self, labels: Collection[str] | None = None, ids: Collection[int] | None = None) -> np.ndarray | None:
-        """(N,) bool over ordinals, those that a filter admits and nobody deleted; None without a filter."""
+    @cached_property
+    def labels(self) -> frozenset[str]:
+        """Classes of the items that are not deleted."""
+        alive = self.alive if len(self.dead) else None
+        found: set[str] = set()
+        for start, column in zip(self.names.starts, self.names.column("label"), strict=False):
+            kept = column if alive is None else column.filter(pa.array(alive[start : start + len(column)]))
+            found.update(kept.unique().drop_null().to_pylist())
+        return frozenset(found)
+
+    def mask(self, labels: Labels = None, ids: Collection[int] | None = None) -> np.ndarray | None:
+        """(N,) bool over ordinals, those that a filter admits and nobody deleted; None without a filter.
+
+        Raises:
+            ConfigError: a class that no item has.
+        """
+        among = resolved(labels, lambda: self.labels)
+        return self.admitted(among, ids)
+
+    def admitted(self, labels: Collection[str] | None, ids: Collection[int] | None) -> np.ndarray | None:
+        """`mask` for labels as the index spells them; one that no item has admits nothing."""
         if labels is None and ids is None:
             return None
         mask = self.alive
@@ -334,6 +371,27 @@ class Searcher:
         return golden_truth(pq.read_table(self.files[GOLDEN]), self.space.dim)
 
 
+def classes_of(index: Artifact) -> frozenset[str]:
+    """`Searcher.labels` of an index that is not opened: of its files only the id maps are hashed and read.
+
+    Raises:
+        DamagedArtifact: see `Artifact.read_table`.
+    """
+    specs = [Spec.of(spec) for spec in index.facts["segments"]]
+    dead = index.read_table(DEAD).column("ordinal").to_numpy() if any(e.path == DEAD for e in index.files) else None
+    found: set[str] = set()
+    for spec, start in zip(specs, starts_of(specs), strict=False):
+        owner = object_of(index, spec)
+        tables = [owner.read_table(f"{spec.name}/{ids_name(shard)}") for shard in range(len(spec.sources))]
+        column = pa.chunked_array([c for table in tables for c in table.column("label").chunks], pa.string())
+        if dead is not None:
+            kept = np.ones(spec.rows, bool)
+            kept[dead[(dead >= start) & (dead < start + spec.rows)] - start] = False
+            column = column.filter(pa.array(kept))
+        found.update(column.unique().drop_null().to_pylist())
+    return frozenset(found)
+
+
 def golden_table(truth: Truth) -> pa.Table:
     """Queries and their exact neighbours, kept in the index so that any reader can measure its recall again."""
 
@@ -362,10 +420,13 @@ def golden_truth(table: pa.Table, dim: int) -> Truth:
 
 
 def as_queries(queries: np.ndarray, dim: int) -> np.ndarray:
-    """(B, dim) float32 as faiss wants it. Raises ConfigError for another shape."""
+    """(B, dim) float32 as faiss requires it. Raises ConfigError for another shape, or values that are not finite."""
     if queries.ndim != 2 or queries.shape[1] != dim:
         raise ConfigError(f"queries are {queries.shape}, expected (B, {dim}) as in the gallery")
-    return np.ascontiguousarray(queries, np.float32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is refused below
+        vectors = np.ascontiguousarray(queries, np.float32)
+    require_finite(vectors, None, "queries", "Leave it out, or embed it again")
+    return vectors
 
 
 def flattened(queries: np.ndarray) -> np.ndarray:

@@ -124,9 +124,14 @@ class Segment:
         return out
 
 
+def object_of(artifact: Artifact, spec: Spec) -> Artifact:
+    """The object that holds the files of a segment of `artifact`."""
+    return open_artifact(f"{artifact.place}/objects/{spec.object}", "index") if spec.object else artifact
+
+
 def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
     """The verified files of a segment by their names inside it. Raises DamagedArtifact."""
-    owner = open_artifact(f"{artifact.place}/objects/{spec.object}", "index") if spec.object else artifact
+    owner = object_of(artifact, spec)
     prefix = f"{spec.name}/"
     return {e.path.removeprefix(prefix): owner.local(e.path) for e in owner.files if e.path.startswith(prefix)}
 

@@ -30,12 +30,14 @@ from zsr.index import engine
 from zsr.index.search import (
     WIDEN,
     Hits,
+    Labels,
     Searcher,
     as_queries,
     flattened,
     merge_best,
     objects,
     reach,
+    resolved,
     short,
     starts_of,
     unfilled,
@@ -109,7 +111,9 @@ class Part:
 
     def _mask(self, wanted: Wanted) -> np.ndarray | None:
         if wanted not in self.masks:
-            self.masks = {wanted: self.searcher.mask(wanted.labels, wanted.ids)}  # the last one: filters come in runs
+            self.masks = {
+                wanted: self.searcher.admitted(wanted.labels, wanted.ids)
+            }  # the last one: filters come in runs
         return self.masks[wanted]
 
     def candidates(
@@ -127,6 +131,10 @@ class Part:
         segment = np.searchsorted(searcher.starts, np.where(found, own, 0), side="right") - 1
         ordinals = np.where(found, own + self.shifts[segment], -1)
         return Candidates(ordinals, codes, scores, np.where(found, searcher.ids[own], -1), admitted)
+
+    def labels(self, numbers: Sequence[int]) -> frozenset[str]:
+        """Classes of all items that these segments hold; `numbers` are among them."""
+        return self.searcher.labels
 
     def names(self, ordinals: np.ndarray, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Keys and labels of vectors (n,) of segment numbers[0], as objects."""
@@ -158,6 +166,10 @@ class Host:
         """See Part."""
         return self._part(held).candidates(*words)
 
+    def labels(self, held: Held, *words: Any) -> frozenset[str]:
+        """See Part."""
+        return self._part(held).labels(*words)
+
     def names(self, held: Held, *words: Any) -> tuple[np.ndarray, np.ndarray]:
         """See Part."""
         fault.here("search.names")
@@ -173,6 +185,7 @@ class Serving:
         held: what each holds.
         replicas: of each segment, the numbers of its hosts, in the order in which they are asked.
         down: hosts that did not answer, each with the call that will tell when it does again.
+        labels: classes of the items, once they are known.
     """
 
     artifact: Artifact
@@ -182,6 +195,7 @@ class Serving:
     replicas: Sequence[Sequence[int]]
     down: dict[int, Any] = field(default_factory=dict)
     turn: int = 0
+    labels: frozenset[str] | None = None
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -303,17 +317,18 @@ class ShardedSearcher:
         nprobe: int | None = None,
         refine_factor: int | None = None,
         *,
-        labels: Collection[str] | None = None,
+        labels: Labels = None,
         ids: Collection[int] | None = None,
     ) -> Hits:
         """The k nearest items, as `Searcher.search`; `missing` is the share of the gallery that nobody was asked about,
         or whose hosts were lost before they named what they had found: such hits have neither key nor label.
 
         Raises:
-            ConfigError: queries of another shape, or a number below 1.
+            ConfigError: queries of another shape or not finite, a number below 1, or a class that no item has.
             DamagedArtifact: a host that was started again found damaged bytes.
         """
-        wanted = Wanted(None if labels is None else frozenset(labels), None if ids is None else frozenset(ids))
+        among = resolved(labels, self._labels)
+        wanted = Wanted(None if among is None else frozenset(among), None if ids is None else frozenset(ids))
         facts, width = self.artifact.facts, queries.shape[1] if queries.ndim == 3 else 1
         count = k * int(facts["parts"])
         depth, probes = reach(facts, count, nprobe, refine_factor)
@@ -328,6 +343,23 @@ class ShardedSearcher:
             np.concatenate([hits.scores for hits in found]),
             max(hits.missing for hits in found),
         )
+
+    def _labels(self) -> frozenset[str]:
+        """Classes of the items that are not deleted, as the hosts know them.
+
+        Raises:
+            StorageError: nobody answers for some segment, so that a class may be there or not.
+        """
+        serving = self._serving
+        if serving.labels is None:
+            found, missing = serving.scatter("labels", range(len(serving.sizes)), (), self.patience)
+            if missing:
+                raise StorageError(
+                    f"{len(missing)} of {len(serving.sizes)} segments have no host that answers, so that the classes "
+                    "of the index are not known; ask again later, or without labels"
+                )
+            serving.labels = frozenset().union(*found)
+        return serving.labels
 
     def _block(self, queries: np.ndarray, k: int, count: int, depth: int, probes: int, wanted: Wanted) -> Hits:
         """`search` for few queries."""

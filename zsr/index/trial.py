@@ -6,19 +6,33 @@ asks it to rank those neighbours. A uniform sample alone is too thin: its neares
 good. Galleries beyond `POPULATION` are measured at that and at a quarter of it, and the line through both, over the
 logarithm of the size, is followed to the full size.
 
+A trial costs at most TRIAL_FRACTION of the build: the codes whose length promises the target come first, and no further
+one is measured when those before have used it.
+
 Shapes: Q queries, N coded vectors, D dimensions, W dimensions after the transform.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
 
 from zsr.index import engine
-from zsr.index.plan import PROBING_LOSS, Evidence, IndexConfig, candidates, index_bytes, refined, require_budget
+from zsr.index.ledger import note
+from zsr.index.plan import (
+    NEAR_BYTES,
+    PROBING_LOSS,
+    Evidence,
+    IndexConfig,
+    candidates,
+    index_bytes,
+    refined,
+    require_budget,
+)
 from zsr.index.truth import K, Truth, exact
 from zsr.index.vectors import Vectors
 
@@ -26,6 +40,8 @@ POPULATION: Final = 1_000_000
 QUERIES: Final = 256
 NEAR: Final = 100  # exact neighbours of each query that the codes have to rank
 SAMPLE: Final = 32_768
+SMALLEST_SAMPLE: Final = 4096
+SAMPLED: Final = 8  # vectors of the gallery per vector of the sample: a small gallery builds quickly
 LISTS: Final = 2048  # with 256 the residuals were so long that PQ64 seemed .11 of recall worse than it was
 LIST_POINTS: Final = 16  # vectors of the sample a list
 FACTORS: Final = (1, 2, 4, 8)  # candidates re-ranked, in multiples of K
@@ -34,6 +50,9 @@ CODE_POINTS: Final = 32  # training vectors a centroid of product codes; a build
 OPQ_POINTS: Final = 4096
 OPQ_ITERATIONS: Final = 8
 PROBED: Final = 16  # lists that a query is taken to look into when its time is extrapolated
+TRIAL_FRACTION: Final = 0.2  # of the CPU seconds that the cheapest build measured so far is predicted to take
+# recall@10 by bits per dimension: RaBitQ1, 2, 4 and SQ8 on a million vectors; it orders the trials and decides nothing
+PROMISED: Final = ((0.45, 0.67, 0.88, 0.99), (1.0, 2.0, 4.0, 8.0))
 
 
 @dataclass(frozen=True)
@@ -71,11 +90,15 @@ def ground_of(gallery: Vectors, queries: Vectors, seed: int) -> Ground:
     places = np.where(truth.ordinals >= 0, np.searchsorted(chosen, truth.ordinals), -1)
     truth = Truth(truth.queries, places, truth.scores, truth.floor)
     quarter = np.random.default_rng(seed).random(len(chosen)) < 0.25
-    return Ground(gallery.sample(SAMPLE, seed), gallery.take(chosen), truth, round(gallery.rows * share), quarter)
+    size = min(SAMPLE, max(SMALLEST_SAMPLE, gallery.rows // SAMPLED))
+    return Ground(gallery.sample(size, seed), gallery.take(chosen), truth, round(gallery.rows * share), quarter)
 
 
 def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evidence]:
-    """Evidence for every candidate that fits the budget. Deterministic but for its timings.
+    """Evidence for the candidates that fit the budget, the promising ones first, for TRIAL_FRACTION of the build.
+
+    Deterministic but for its timings, and for how many candidates are measured: at least one, and none that takes more
+    bytes than one that reached the target.
 
     Raises:
         Infeasible: no candidate fits the budget.
@@ -85,20 +108,45 @@ def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evi
     every = [key for code in candidates(count, dim, points) for key in refined(code)]
     fitting = set(require_budget(every, count, dim, metric, config))
     codes = [code for code in candidates(count, dim, points) if fitting & set(refined(code))]
-    ground = ground_of(gallery, queries, config.seed)
+    note("plan: look for the exact neighbors of %d queries among %d vectors", QUERIES, min(count, POPULATION))
+    trial = _Trial(ground_of(gallery, queries, config.seed), metric, count, fitting, config.recall_target)
+    found: list[Evidence] = []
+    clock = time.process_time()
     with engine.threads(1):
-        return [
-            evidence
-            for transform, its in _by_transform(codes)
-            for evidence in _trials(ground, transform, its, metric, count, fitting, config.recall_target)
-        ]
+        for number, code in enumerate(by_promise(codes, dim, config.recall_target), 1):
+            if not _could_win(code, found, gallery, config.recall_target):
+                continue
+            seen = trial.of(code)
+            found += seen
+            spent, allowed = time.process_time() - clock, TRIAL_FRACTION * min(e.build_seconds for e in found)
+            note("plan: %d of %d, %s: %s, %.1f s so far", number, len(codes), code, _shown(seen), spent)
+            if spent > allowed:
+                note("plan: stop after %.1f s, %.0f%% of the build", spent, 100 * TRIAL_FRACTION)
+                break
+    return found
 
 
-def _by_transform(codes: Sequence[str]) -> list[tuple[str, list[str]]]:
-    found: dict[str, list[str]] = {}
-    for code in codes:
-        found.setdefault(engine.parse(code)["transform"] or "", []).append(code)
-    return list(found.items())
+def _shown(seen: Sequence[Evidence]) -> str:
+    """Recall of a code, and of the best of its refinements."""
+    own, best = seen[0].recall, max(evidence.recall for evidence in seen)
+    return f"recall@{K} {own:.3f}" + (f", {best:.3f} with refine codes" if len(seen) > 1 else "")
+
+
+def _could_win(code: str, found: Sequence[Evidence], gallery: Vectors, target: float) -> bool:
+    """Whether `code` takes about as few bytes as the smallest that has reached the target, or none has; see `rank`."""
+    reached = [evidence.bytes for evidence in found if evidence.recall >= target + PROBING_LOSS]
+    size = index_bytes(code, gallery.rows, gallery.space.dim, gallery.space.metric)
+    return size <= NEAR_BYTES * min(reached, default=size)
+
+
+def by_promise(codes: Sequence[str], dim: int, target: float) -> list[str]:
+    """`codes` by how near their bits per dimension of the gallery are to those that usually reach the target.
+
+    Those behind a rotation for product codes come last, since learning it takes longer than many trials.
+    """
+    wanted = float(np.interp(target + PROBING_LOSS, *PROMISED))
+    bits = {code: 8 * engine.ivf_of(engine.empty(code, dim, "ip")).code_size / dim for code in codes}
+    return sorted(codes, key=lambda code: (code.startswith("OPQ"), abs(math.log2(bits[code] / wanted))))
 
 
 @dataclass(frozen=True)
@@ -140,21 +188,24 @@ def _move(ground: Ground, transform: str, metric: str) -> Moved:
     return Moved(sample, near, queries, centroids, learning, applying, (time.process_time() - clock) / work)
 
 
-def _trials(
-    ground: Ground, transform: str, codes: Sequence[str], metric: str, count: int, fitting: set[str], target: float
-) -> Iterator[Evidence]:
-    moved = _move(ground, transform, metric)
-    for code in codes:
+class _Trial:
+    """Measures one code after the other; what codes behind one transform share is made once."""
+
+    def __init__(self, ground: Ground, metric: str, count: int, fitting: set[str], target: float) -> None:
+        self.ground, self.metric, self.count, self.fitting, self.target = ground, metric, count, fitting, target
+        self.moved = cache(lambda transform: _move(ground, transform, metric))
+
+    def of(self, code: str) -> list[Evidence]:
+        """Evidence for `code` and those of its refinements that fit the budget."""
+        moved, dim = self.moved(engine.parse(code)["transform"] or ""), self.ground.sample.shape[1]
         timing = _Timing(moved)
-        found = _coded(ground, moved, code, metric, timing)
-        dim = ground.sample.shape[1]
-        build = timing.build(code, count, dim)
-        for key in refined(code):
-            if key in fitting:
-                recall, factor = _recall(ground, key, found, metric, count, target)
-                size = index_bytes(key, count, dim, metric)
-                query = timing.query(code, count)
-                yield Evidence(key, size, recall, factor, round(build, 2), float(f"{query:.3g}"))
+        found = _coded(self.ground, moved, code, self.metric, timing)
+        build, query = round(timing.build(code, self.count, dim), 2), float(f"{timing.query(code, self.count):.3g}")
+        seen = []
+        for key in (key for key in refined(code) if key in self.fitting):
+            recall, factor = _recall(self.ground, key, found, self.metric, self.count, self.target)
+            seen.append(Evidence(key, index_bytes(key, self.count, dim, self.metric), recall, factor, build, query))
+        return seen
 
 
 class _Timing:
@@ -166,7 +217,7 @@ class _Timing:
 
     def build(self, code: str, count: int, dim: int) -> float:
         """Of a build of `count` vectors: transform, k-means over the lists, codebooks, and adding."""
-        nlist = int(engine.parse(code)["nlist"])
+        nlist = engine.list_count(code)
         points = min(count, 64 * nlist)
         links = engine.parse(code)["links"]
         compared = nlist if links is None else int(links) * 2 * math.log2(nlist)
@@ -177,7 +228,7 @@ class _Timing:
 
     def query(self, code: str, count: int) -> float:
         """Of a query that looks into PROBED lists."""
-        nlist = int(engine.parse(code)["nlist"])
+        nlist = engine.list_count(code)
         return nlist * self.moved.distance + PROBED * count / nlist * self.scan
 
 

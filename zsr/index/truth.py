@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from zsr import progress
 from zsr.cluster import map_pieces
 from zsr.index import engine
 from zsr.index.vectors import Vectors
@@ -64,7 +65,7 @@ class Truth:
             np.concatenate([self.scores, other.scores], axis=1),
             DEPTH,
         )
-        floor = np.maximum(np.maximum(self.floor, other.floor), _last(ordinals, scores))
+        floor = np.maximum(np.maximum(self.floor, other.floor), floor_of(ordinals, scores))
         known = scores >= floor[:, None]
         return Truth(self.queries, np.where(known, ordinals, -1), np.where(known, scores, -np.inf), floor)
 
@@ -84,8 +85,8 @@ def best(ordinals: np.ndarray, scores: np.ndarray, count: int) -> tuple[np.ndarr
     return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def _last(ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The last score of each full list; minus infinity for the others, which hold all there is."""
+def floor_of(ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(Q,) the last score of each full list (Q, N); minus infinity for the others, which hold all there is."""
     return np.where(ordinals[:, -1] >= 0, scores[:, -1], np.float32(-np.inf))
 
 
@@ -111,18 +112,15 @@ def exact(
         share: of the rows of each shard that are looked at, drawn by `seed`.
     """
     shared = {"gallery": gallery, "queries": queries, "depth": depth, "share": share, "seed": seed}
-    found = map_pieces(
-        "exact search",
-        _exact_shards,
-        grouped(range(len(gallery.shards)) if shards is None else shards),
-        fn_kwargs=shared,
-    )
+    pieces = grouped(range(len(gallery.shards)) if shards is None else shards)
+    rows = [sum(_count(gallery, shard, share) for shard in piece["shards"]) for piece in pieces]
+    found = map_pieces("exact search", _exact_shards, pieces, rows=rows, fn_kwargs=shared)
     ordinals = [np.frombuffer(f["ordinals"], np.int64).reshape(len(queries), -1) for f in found]
     scores = [np.frombuffer(f["scores"], np.float32).reshape(len(queries), -1) for f in found]
     near = best(np.concatenate(ordinals, axis=1), np.concatenate(scores, axis=1), depth)
     short = ((0, 0), (0, max(0, depth - near[0].shape[1])))
     padded = np.pad(near[0], short, constant_values=-1), np.pad(near[1], short, constant_values=-np.inf)
-    return Truth(queries, *padded, _last(*padded))
+    return Truth(queries, *padded, floor_of(*padded))
 
 
 def _exact_shards(
@@ -134,6 +132,7 @@ def _exact_shards(
     for shard in numbers:
         rows = drawn(gallery, shard, share, seed)
         vectors = gallery.read(shard).vectors[rows].astype(np.float32)
+        progress.advance(len(rows))
         near = engine.exact_nearest(queries, vectors, depth, SPARE, gallery.space.metric)
         joined = np.concatenate([ordinals, gallery.starts[shard] + rows[near[0]]], axis=1)
         ordinals, scores = best(joined, np.concatenate([scores, near[1]], axis=1), depth)
@@ -145,5 +144,11 @@ def drawn(gallery: Vectors, shard: int, share: float, seed: int) -> np.ndarray:
     rows = gallery.starts[shard + 1] - gallery.starts[shard]
     if share >= 1:
         return np.arange(rows)
-    count = max(1, round(rows * share))
+    count = _count(gallery, shard, share)
     return np.sort(np.random.default_rng([seed, shard]).choice(rows, count, replace=False))
+
+
+def _count(gallery: Vectors, shard: int, share: float) -> int:
+    """How many rows of a shard `drawn` takes."""
+    rows = gallery.starts[shard + 1] - gallery.starts[shard]
+    return rows if share >= 1 else max(1, round(rows * share))

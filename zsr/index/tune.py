@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from zsr import fault
+from zsr import fault, progress
 from zsr.errors import QualityGateFailed
 from zsr.index import engine
 from zsr.index.search import Searcher
 from zsr.index.truth import K, Truth
 
 QUERIES: Final = 1000  # of each kind: recall@10 of 0.9 is then known to about 0.01
+EXACT_QUERIES: Final = 200  # for exact search, whose recall is 1 but for rounding: enough to see that it is
+ROUNDING: Final = 1e-3  # recall that exact search may lose where faiss rounds two neighbors at a distance to one
 REFINE_FACTORS: Final = (1, 2, 4, 8, 16, 32)
 MOST_SCANNED: Final = 250_000  # vectors a query; beyond it a scan of the codes is no better than exact search
 BEYOND: Final = 2  # doublings of nprobe that the curve goes on after the target is met
@@ -43,6 +45,11 @@ class Point:
         return asdict(self)
 
 
+def queries_of(key: str) -> int:
+    """How many queries of each kind the recall of an index of `key` is measured with."""
+    return EXACT_QUERIES if engine.is_exact(key) else QUERIES
+
+
 def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tuple[Point, tuple[Point, ...]]:
     """The point that reads the fewest bytes a query among those whose recall on the sketches meets `target`; the curve.
 
@@ -50,6 +57,8 @@ def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tupl
         QualityGateFailed: none does; the message names the best.
     """
     fault.here("index.tune")
+    if engine.is_exact(str(searcher.facts["index_key"])):
+        target = min(target, 1 - ROUNDING)
     curve = tuple(measure(searcher, sketches, own, target))
     for point in sorted(curve, key=lambda p: (p.read, p.nprobe, p.refine_factor)):
         if point.recall_sketch >= target:
@@ -82,6 +91,7 @@ def measure(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> I
     last, after = 0.0, 0
     for nprobe, scanned in _nprobes(searcher, sketches):
         points = _at(searcher, (sketches, own), nprobe, scanned, factors)
+        progress.advance(len(points))
         yield from points
         most = max(point.recall_sketch for point in points)
         after += most >= target

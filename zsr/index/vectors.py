@@ -12,6 +12,7 @@ import pyarrow as pa
 from zsr.artifact import Artifact, FileEntry, Json
 from zsr.cluster import stream_pieces
 from zsr.data.features import vectors
+from zsr.data.finite import require_finite
 from zsr.errors import ConfigError, DamagedArtifact
 
 METRICS: Final = ("ip", "l2")
@@ -122,7 +123,8 @@ class Vectors:
         """Shard number `shard`, verified.
 
         Raises:
-            DamagedArtifact: wrong bytes, columns, width or row count, or a value that is not finite.
+            DamagedArtifact: wrong bytes, columns, width or row count.
+            ConfigError: a value that is not finite, or a vector too long for float32 distances; names its key.
         """
         name = self.shards[shard].path
         where = f"{self.artifact.directory / name}"
@@ -133,9 +135,8 @@ class Vectors:
         expected = (self.starts[shard + 1] - self.starts[shard], self.space.dim)
         if matrix.shape != expected or matrix.dtype not in (np.float16, np.float32):
             raise DamagedArtifact(f"{where}: found {matrix.shape} {matrix.dtype}, expected {expected} of float16 or 32")
-        if not np.isfinite(matrix).all():
-            row = int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
-            raise DamagedArtifact(f"{where}: row {row} holds a value that is not finite; make it again with jobs.embed")
+        fix = "Check its input and the checkpoint, and embed again"
+        require_finite(matrix, table.column("key"), where, fix)
         return Block(table.select(["id", "part", "key", "label"]), matrix)
 
     def sample(self, count: int, seed: int) -> np.ndarray:
@@ -153,9 +154,9 @@ class Vectors:
         pieces = self.pieces(ordinals)
         out = np.empty((len(ordinals), self.space.dim), np.float32)
         at = 0
-        for piece, found in zip(
-            pieces, stream_pieces("sample", _pick, pieces, fn_kwargs={"source": self}), strict=True
-        ):
+        sizes = [len(piece["rows"]) for piece in pieces]
+        picked = stream_pieces("sample", _pick, pieces, rows=sizes, fn_kwargs={"source": self})
+        for piece, found in zip(pieces, picked, strict=True):
             rows = len(piece["rows"])
             out[at : at + rows] = np.frombuffer(found["vectors"], np.float32).reshape(rows, -1)
             at += rows

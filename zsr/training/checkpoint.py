@@ -131,6 +131,13 @@ class Writer:
             self._last.result()
 
 
+def staged_step(staging: Staging) -> int:
+    """The step of the newest staged state, by its receipt; 0 where there is none."""
+    names = [name for name in staging.pieces(scratch=True) if name.startswith("state/")]
+    entries = [staging.finished(name, scratch=True) for name in names]
+    return max((int(entry.facts["step"]) for entry in entries if entry is not None), default=0)
+
+
 def last_progress(staging: Staging) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]] | None:
     """The newest staged state that is whole, or None: (progress, model tensors, optimizer tensors)."""
     names = [name for name in staging.pieces(scratch=True) if name.startswith("state/")]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from zsr.batch import Batch
 from zsr.errors import ConfigError
 from zsr.models.layers import world_size
 from zsr.models.protocol import Embedder, Group, Model, Phase, Terms
+from zsr.storage import read_text
 from zsr.training import accumulate
 from zsr.training.recompute import recomputed
 from zsr.training.zero import put_back, stage_of, whole_state
@@ -32,23 +33,26 @@ Stage = Literal[0, 1, 2, 3]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST: Final = "torch_autocast"  # DeepSpeed's section for computing in 16 bits with 32-bit weights
+SECTIONS: Final[Mapping[str, str]] = {  # that are read here, and an example of each
+    "zero_optimization": "{stage: 2}",
+    "fp16": "{enabled: false}",
+    "bf16": "{enabled: false}",
+    AUTOCAST: "{enabled: true, dtype: bfloat16}",
+}
 
 
 def deepspeed_config(stage: Stage | None = None, precision: Precision | None = None) -> dict[str, Any]:
-    """The content of deepspeed.yaml: $ZSR_DEEPSPEED if set, else cluster/deepspeed.yaml of the checkout.
+    """The DeepSpeed settings: the file $ZSR_DEEPSPEED if set, else deepspeed.yaml of this package.
 
     Args:
         stage, precision: in place of the file's own.
 
     Raises:
-        ConfigError: the file is missing, or asks for what the checkpoints do not cover.
+        ConfigError: the file is missing, of another shape, or asks for what the checkpoints do not cover.
     """
-    default = Path(str(resources.files("zsr"))).parent / "cluster" / "deepspeed.yaml"
-    path = Path(os.environ.get("ZSR_DEEPSPEED", default))
-    try:
-        config: dict[str, Any] = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}; it holds the DeepSpeed settings of every engine") from error
+    default = Path(str(resources.files("zsr.training"))) / "deepspeed.yaml"
+    path = Path(os.environ.get("ZSR_DEEPSPEED") or default)
+    config = _read_config(path)
     if wrapped := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]:
         raise ConfigError(
             f"{path}: section {wrapped[0]} keeps 16-bit weights beside 32-bit ones, which checkpoints do not cover; "
@@ -67,6 +71,27 @@ def deepspeed_config(stage: Stage | None = None, precision: Precision | None = N
         config[AUTOCAST] = {**config.get(AUTOCAST, {}), "enabled": precision != "fp32"}
         if precision != "fp32":
             config[AUTOCAST]["dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    return config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed settings. Raises ConfigError where it is not a mapping whose sections are mappings."""
+    what = "the DeepSpeed settings of every engine"
+    try:
+        config = yaml.safe_load(read_text(path, "ZSR_DEEPSPEED"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected {what}, YAML") from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"{path}: found {type(config).__name__}, expected {what}, a mapping as in zsr/training/deepspeed.yaml"
+        )
+    for name in SECTIONS:
+        if not isinstance(config.get(name, {}), dict):
+            found = config[name]
+            raise ConfigError(f"{path}: {name}: found {found!r}, expected a mapping such as {name}: {SECTIONS[name]}")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in get_args(Stage) or isinstance(stage, bool):
+        raise ConfigError(f"{path}: zero_optimization.stage: found {stage!r}, expected one of {get_args(Stage)}")
     return config
 
 

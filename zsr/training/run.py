@@ -25,16 +25,17 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from zsr import measure
+from zsr import measure, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import gpus, own_device, require_workers, resources, set_data_context
+from zsr.cluster import set_data_context, started_here
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, seed_of
 from zsr.data.semantics import class_vectors
 from zsr.data.shards import Source, collect, stream
 from zsr.data.splits import Split
 from zsr.data.stream import first_pictures, survey
-from zsr.errors import ConfigError, DamagedArtifact, Leakage
+from zsr.devices import AUTO, FAKE, Devices, DeviceSettings, choose, own_device
+from zsr.errors import ConfigError, DamagedArtifact, Infeasible, Leakage
 from zsr.models import MODELS, backbones, build
 from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Tower
 from zsr.models.protocol import Rows as FitRows
@@ -76,6 +77,7 @@ class Run:
         chosen: in the second stage of a refit, the checkpoint whose step and options it takes over.
         tracking: how the run is watched.
         recompute: an image tower forgets its activations and makes them again; the same bits in less memory.
+        device: what its workers run on.
     """
 
     data: Artifact
@@ -92,6 +94,7 @@ class Run:
     deepspeed: dict[str, Any] = field(default_factory=deepspeed_config)
     tracking: Tracking = field(default_factory=Tracking)
     recompute: bool = False
+    device: DeviceSettings = AUTO
 
     @property
     def source(self) -> Source:
@@ -177,7 +180,7 @@ class Run:
 
 def describe(run: Run) -> dict[str, Any]:
     """What `--plan` prints: sizes, steps and rows, without training. Of a refit it is the first stage's plan."""
-    _refuse_combinations(run, "cuda")  # whether there are GPUs is seen when it runs
+    _refuse_combinations(run, "cpu" if run.device.device == "cpu" else "cuda")  # auto is decided when it runs
     with torch.device("meta"):  # sizes alone are wanted
         model = build(run.model, run.options, run.inputs)
     settings = run.settings
@@ -210,6 +213,7 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
 
     Raises:
         NonFiniteLoss: see the loop.
+        Infeasible: see `devices.choose` and `require_workers`.
         ConfigError: the data, the features, the vectors and the split do not fit each other.
     """
     if run.settings.refit and run.chosen is None:
@@ -221,13 +225,15 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
     _refuse_leaks(run)
     plan = run.plan()
     if done := run.output.made(plan):
+        progress.up_to_date("train", run.output, run.output.versions())
         return done
     if fresh:
         run.output.discard(plan)
     staging = run.output.staging(plan)
-    _refuse_combinations(run, "cuda" if gpus() else "cpu")
     if learns_by_gradient(run.model) or run.settings.workers[1] > 1:
-        with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, metrics_path(run, plan.digest).parent):
+        done_steps, output = checkpoint.staged_step(staging), metrics_path(run, plan.digest).parent
+        progress.found_finished("train", done_steps, run.last_step, "steps")
+        with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, done_steps, output):
             (_fit_alone if alone else _fit)(run, staging)
     else:  # closed form needs no worker group: the stream does the reading, one process the sums
         torch.set_num_threads(run.settings.threads)
@@ -287,14 +293,14 @@ def _fit(run: Run, staging: Staging) -> None:
 
     Ray Train's own FailureConfig would retry errors of the code too; states are ours, so a fresh start is a resumption.
     """
-    require_workers(run.settings.workers[0])
+    devices = _devices(run)
     place = run.output.root / "ray" / staging.plan.digest[:12]
     shutil.rmtree(place, ignore_errors=True)  # what a driver has left that was killed
     for attempt in range(RESTARTS + 1):
         try:
             # a name of its own each time: Ray Train would otherwise restore from its own state file, which is written
             # in place; ours is written once
-            _trainer(run, staging, place / uuid.uuid4().hex).fit()
+            _trainer(run, staging, place / uuid.uuid4().hex, devices).fit()
             return
         except (WorkerGroupError, ControllerError, RayActorError) as error:
             failures = _failures(error)
@@ -309,6 +315,7 @@ def _fit(run: Run, staging: Staging) -> None:
 def _fit_alone(run: Run, staging: Staging) -> None:
     """Train in this process, on the device that Ray gave it."""
     device = own_device()
+    _refuse_combinations(run, device)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device == "cuda" else "gloo"
@@ -333,28 +340,76 @@ def _is_loss(error: Exception) -> bool:
     return isinstance(error, RayActorError) or any(sign in str(error) for sign in signs)
 
 
-def _trainer(run: Run, staging: Staging, folder: Path) -> TorchTrainer:
-    use_gpu = gpus() > 0
+def _devices(run: Run) -> Devices:
+    """What the workers run on; said in one line.
+
+    Raises:
+        Infeasible: see `devices.choose` and `require_workers`.
+        ConfigError: workers that share a GPU; or see `_refuse_combinations`.
+    """
+    least, most = run.settings.workers
+    devices = choose(run.device, cpus=0)  # as Ray Train requests: nodes have more CPUs than GPUs
+    if devices.gpus and devices.gpus < 1 and most > 1:
+        raise ConfigError(
+            f"--gpus-per-worker {devices.gpus:g}: NCCL connects no workers that share a GPU; use 1, or --num-workers 1"
+        )
+    _refuse_combinations(run, devices.name)
+    require_workers(least, devices)
+    devices.say(min(most, max(least, devices.most)))
+    return devices
+
+
+def require_workers(workers: int, devices: Devices) -> None:
+    """Refuse more workers than a local cluster has room for; they would wait forever, and say nothing.
+
+    A cluster that was there before may get nodes from elsewhere, so there it is a warning.
+
+    Raises:
+        Infeasible: naming the most that fit.
+    """
+    if workers <= devices.most:
+        return
+    message = f"{workers} workers, and room for {devices.most} in the cluster ({devices.why})"
+    if started_here():
+        raise Infeasible(f"{message}; use --num-workers {devices.most}")
+    logger.warning("%s: they wait until nodes are added", message)
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # known at run time
+    """Joins the workers, each of which has looked at its device first."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(own_device)  # its error names node and remedy; NCCL's would not
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class _Distributed(TorchConfig):
+    @property
+    def backend_cls(self) -> type[Any]:
+        return _Backend
+
+
+def _trainer(run: Run, staging: Staging, folder: Path, devices: Devices) -> TorchTrainer:
+    use_gpu = bool(devices.gpus)
+    nccl = use_gpu and FAKE not in os.environ
     return TorchTrainer(
         _worker,
         train_loop_config={"run": run, "staging": staging},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=_Distributed(backend="nccl" if nccl else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=_number(run.settings),  # type: ignore[arg-type]  # typed by a class that it shadows
+            num_workers=_number(run.settings, devices),  # type: ignore[arg-type]  # typed by a class that it shadows
             use_gpu=use_gpu,
+            resources_per_worker={"GPU": devices.gpus} if use_gpu else {"CPU": 1},
         ),
         run_config=RunConfig(name=folder.name, storage_path=str(folder.parent)),
     )
 
 
-def _number(settings: TrainSettings) -> int | tuple[int, int]:
-    """How many workers to ask for. On CPUs one stays free of them: tasks read there what the workers eat."""
+def _number(settings: TrainSettings, devices: Devices) -> int | tuple[int, int]:
+    """How many workers to request."""
     least, most = settings.workers
-    if least == most:
-        return most
-    offered = resources()
-    room = most if offered.get("GPU") else max(least, int(offered.get("CPU", 0)) - 1)
-    return least, min(most, room)
+    return most if least == most else (least, max(least, min(most, devices.most)))
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Shows a run while it is on: a progress bar or a line each 30 s, and TensorBoard, mlflow or wandb by choice.
+"""Shows a run while it is on: its progress, and TensorBoard, mlflow or wandb by choice.
 
 All of it reads the lines that rank 0 writes (see `metrics`), in the driver: workers know nothing of it, a tracker that
 fails costs a warning, and one that was not there can be filled from the same file later.
@@ -7,7 +7,6 @@ fails costs a warning, and one that was not there can be filled from the same fi
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
+from zsr import progress
 from zsr.artifact import Plan, write_atomically
 from zsr.errors import ConfigError
 from zsr.storage import files_below
@@ -28,7 +28,6 @@ Name = Literal["tensorboard", "mlflow", "wandb"]
 Line = Mapping[str, Any]
 
 POLL: Final = 0.5  # seconds between two looks at the file
-QUIET: Final = 30.0  # seconds between two lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -139,21 +138,25 @@ TRACKERS: Final[Mapping[Name, Callable[[Path, Plan], Tracker]]] = {
 
 
 @contextmanager
-def follow(path: Path, last_step: int, tracking: Tracking, plan: Plan, output: Path | None = None) -> Iterator[None]:
+def follow(
+    path: Path, last_step: int, tracking: Tracking, plan: Plan, done: int = 0, output: Path | None = None
+) -> Iterator[None]:
     """Watch the metrics file `path` of a run of `plan` while the body runs, and once more after it.
 
     Args:
         last_step: where the run ends, at the latest.
         output: folder beside the artifact, where it is another than that of `path`: a bucket's. What trackers have
             written is put there at the end.
+        done: steps that an interrupted run finished.
 
     Raises:
         ConfigError: a tracker is not installed.
     """
     trackers: dict[str, Tracker] = {name: TRACKERS[name](path.parent, plan) for name in tracking.names}
     over = threading.Event()
-    with _screen(last_step) as show:
-        watcher = Watcher(path, trackers, show)
+    watcher = Watcher(path, trackers)
+    with progress.stage("train", last_step, "steps", done=done, poll=lambda: watcher.step) as stage:
+        watcher.show = partial(_show, stage)
         thread = threading.Thread(target=_watch, args=(watcher, over), daemon=True)
         thread.start()
         try:
@@ -162,7 +165,7 @@ def follow(path: Path, last_step: int, tracking: Tracking, plan: Plan, output: P
             over.set()
             thread.join()
             watcher.look()
-            show(watcher.latest, last=True)
+            stage.look()
             watcher.close()
             if output not in (None, path.parent):
                 _put(path, output)
@@ -175,15 +178,16 @@ def _put(path: Path, output: Path) -> None:
             write_atomically(output / file.relative_to(path.parent), file.read_bytes())
 
 
+def _show(stage: progress.Stage, latest: Line) -> None:
+    """Show the newest numbers; on a terminal each epoch leaves a line."""
+    stage.note = sentence(latest)
+    if latest["kind"] == "epoch" and stage.terminal:
+        progress.say(f"train: step {latest['step']}, {stage.note}")
+
+
 def _watch(watcher: "Watcher", over: threading.Event) -> None:
     while not over.wait(POLL):
         watcher.look()
-
-
-class Show(Protocol):
-    """Shows the newest numbers to a person."""
-
-    def __call__(self, latest: Line, *, last: bool = False) -> None: ...
 
 
 class Watcher:
@@ -191,11 +195,15 @@ class Watcher:
 
     Attributes:
         latest: the newest value of every number.
+        step: the newest step.
+        show: shows `latest` to a person.
     """
 
-    def __init__(self, path: Path, trackers: dict[str, Tracker], show: Show) -> None:
-        self.path, self.trackers, self.show = path, trackers, show
+    def __init__(self, path: Path, trackers: dict[str, Tracker]) -> None:
+        self.path, self.trackers = path, trackers
+        self.show: Callable[[Line], object] = lambda _: None
         self.latest: dict[str, Any] = {}
+        self.step = 0
         self.offset, self.inode = 0, 0
         self.done: dict[str, int] = {}  # the last step by kind of line
         for line in self._lines():
@@ -209,6 +217,7 @@ class Watcher:
                 continue  # logged again after a lost worker
             self.done[kind] = step
             self.latest.update(line)
+            self.step = step
             self._track(kind, step, line)
             self.show(self.latest)
 
@@ -252,52 +261,13 @@ def _forgiven(name: str, otherwise: Callable[[], object] = lambda: None) -> Iter
         otherwise()
 
 
-@contextmanager
-def _screen(last_step: int) -> Iterator[Show]:
-    """A bar on a terminal, lines elsewhere."""
-    if not sys.stderr.isatty():
-        yield _Lines(last_step)
-        return
-    from rich.console import Console  # imported here: only a terminal needs it
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as progress:
-        yield _Bar(progress, last_step)
-
-
-class _Lines:
-    """A line each 30 s, and one at the end."""
-
-    def __init__(self, last_step: int) -> None:
-        self.last_step, self.shown = last_step, time.monotonic()
-
-    def __call__(self, latest: Line, *, last: bool = False) -> None:
-        if latest and (last or time.monotonic() - self.shown >= QUIET):
-            self.shown = time.monotonic()
-            logger.warning("train: %s", sentence(latest, self.last_step))
-
-
-class _Bar:
-    """A progress bar, and a line above it after each epoch."""
-
-    def __init__(self, progress: Any, last_step: int) -> None:
-        self.progress, self.last_step = progress, last_step
-        self.task = progress.add_task("train", total=last_step)
-
-    def __call__(self, latest: Line, *, last: bool = False) -> None:
-        if not latest or last:
-            return
-        self.progress.update(self.task, completed=latest["step"])
-        if latest["kind"] == "epoch":
-            self.progress.console.print(sentence(latest, self.last_step))
-
-
-def sentence(latest: Line, last_step: int) -> str:
-    """One line for a person: where a run stands, how good and how fast it is, and what holds it up."""
-    said = [f"step {latest['step']} of {last_step}"]
+def sentence(latest: Line) -> str:
+    """What a person wants to know of a run beside its step: how good and how fast it is, and what holds it up."""
+    losses = [value for name, value in latest.items() if name.startswith("loss/") and value is not None]
+    said = [f"loss {sum(losses):.4g}"] if losses else []
     if latest.get("validation_map_all") is not None:
         said.append(f"validation mAP {latest['validation_map_all']:.4f}")
-    said.append(f"{latest['samples_a_second']:.0f} samples a second")
+    said.append(f"{latest['samples_a_second']:.0f} samples/s")
     if "bottleneck" in latest:
         data, network = latest[WAIT], latest[NETWORK]
         shares = f"data {data:.0%}, network {network:.0%}, compute {1 - data - network:.0%}"

@@ -22,7 +22,8 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
 
 from zsr import errors
 from zsr.artifact import Store
-from zsr.cluster import connect, gpus, resources
+from zsr.cluster import connect
+from zsr.devices import AUTO, DeviceSettings, capacity, choose
 from zsr.errors import ConfigError, Infeasible, ZsrError
 from zsr.training.run import Run, train_model
 
@@ -62,7 +63,7 @@ class Sweep:
         samples: settings that are drawn; a `grid` is tried whole for each.
         seeds: each setting is trained with every one of them; its score is the mean.
         searcher: `random` draws from the space; `optuna` (TPE) draws near what was good.
-        per_gpu: trials that share a GPU.
+        device: of a trial.
         seed: of the drawing.
     """
 
@@ -70,7 +71,7 @@ class Sweep:
     samples: int
     seeds: tuple[int, ...]
     searcher: SearcherName = "random"
-    per_gpu: int = 1
+    device: DeviceSettings = AUTO
     seed: int = 0
 
 
@@ -117,12 +118,16 @@ def run_sweep(make: Callable[[Overrides], Run], sweep: Sweep, output: Path) -> l
 
     Raises:
         ConfigError: the searcher is not installed, or cannot do with several seeds or a grid.
+        Infeasible: a single CPU; see `devices.choose`.
         ZsrError: what the first trial raised, where every one failed.
     """
     connect()
     # trials stay in this directory, so that paths mean what they mean here; and no boxes around a job's own lines
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AIR_NEW_OUTPUT": "0"}
-    share = {"cpu": 1, "gpu": 1 / sweep.per_gpu if gpus() else 0}
+    devices = choose(sweep.device)
+    together = min(devices.most, _spare_cpus())
+    devices.say(together)
+    share = {"cpu": 1, "gpu": devices.gpus}
     folder = output / "ray" / uuid.uuid4().hex
     trainable = tune.with_parameters(_trial, make=make, trials=output / "trials")
     tuner = tune.Tuner(
@@ -133,7 +138,7 @@ def run_sweep(make: Callable[[Overrides], Run], sweep: Sweep, output: Path) -> l
             mode="max",
             search_alg=searcher_of(sweep),
             num_samples=sweep.samples,
-            max_concurrent_trials=_together(sweep),
+            max_concurrent_trials=together,
         ),
         run_config=tune.RunConfig(
             name=folder.name,
@@ -217,13 +222,13 @@ def searcher_of(sweep: Sweep) -> Searcher | SearchAlgorithm:
     return OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed))
 
 
-def _together(sweep: Sweep) -> int:
-    """Trials at a time: as many as there are shares of GPUs, or CPUs but one, which reads what the trials eat.
+def _spare_cpus() -> int:
+    """The CPUs that trials may take, on nodes that are up or can start: all but one, which reads their data.
 
     Raises:
         Infeasible: a single CPU.
     """
-    cpus = int(resources().get("CPU", 0)) - 1
+    cpus = capacity().fit(lambda node: int(node.get("CPU", 0))) - 1
     if cpus < 1:
-        raise Infeasible("a sweep wants two CPUs: one trains, one reads what it eats; add a node")
-    return min(cpus, gpus() * sweep.per_gpu) if gpus() else cpus
+        raise Infeasible("a sweep requires two CPUs: one trains, one reads its data; add a node")
+    return cpus

@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from zsr import progress
 from zsr.artifact import Artifact, Plan, Store, canonical
 from zsr.data.semantics import sentences, wordnet, words
 from zsr.data.semantics.settings import Kind, Settings
@@ -63,6 +64,7 @@ def build(labels: Sequence[str], kinds: Sequence[str], output: Store, settings: 
         raise ConfigError("no class names; give --labels or --data")
     work = plan(labels, kinds, settings)
     if done := output.made(work):
+        progress.up_to_date("semantics", output, output.versions())
         return done
     found = {kind: KINDS[kind].make(sorted(labels), settings) for kind in sorted(kinds)}
     for kind, made in found.items():

@@ -1,0 +1,228 @@
+"""Show how far a stage is: a bar on a terminal, elsewhere a line every 30 s; at its end one line with rows and rate.
+
+    with stage("tune", total=1000, unit="queries"):
+        ...
+        advance(len(batch))  # wherever the rows are handled, in this process or in a Ray task that the stage waits for
+
+Tasks tell their counts through the cluster, see `measure.Items`.
+"""
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Final, TypeVar
+
+QUIET: Final = 30.0  # seconds between two lines where there is no terminal
+LOOK: Final = 5.0  # seconds between two looks at the counts there; the rate needs more than those that are printed
+REFRESH: Final = 1.0  # seconds between two looks on a terminal, and between two reports of a task
+WINDOW: Final = 60.0  # seconds that the rate is an average of, so that the start-up of workers soon no longer counts
+
+T = TypeVar("T")
+
+_sink: Callable[[int], None] | None = None  # takes what `advance` counts: the stage of this process, or a task's report
+
+
+def advance(count: int = 1) -> None:
+    """Count rows (or whatever the unit of the running stage is) as done. Does nothing outside of a stage."""
+    if _sink is not None:
+        _sink(count)
+
+
+def counted(parts: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
+    """Pass parts of some work through, each with its number of rows, which are counted when it comes."""
+    for count, part in parts:
+        advance(count)
+        yield count, part
+
+
+def say(line: str) -> None:
+    """One line for the person who watches; above the bar where there is one."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def found_finished(what: str, found: int, total: int, unit: str = "shards", *, reused: int = 0) -> None:
+    """Say what a run need not do again. Says nothing if nothing was found.
+
+    Args:
+        found: items that an earlier, interrupted run finished.
+        reused: items that were taken over from the last version.
+    """
+    if not found and not reused:
+        return
+    parts = [f"{found:,} of {total:,} {unit} found finished"] if found else []
+    parts += [f"{reused:,} of {total:,} {unit} reused from the last version"] if reused else []
+    say(f"{what}: {', '.join(parts)}, {total - found - reused:,} to compute")
+
+
+def up_to_date(what: str, where: object, versions: Sequence[int]) -> None:
+    """Say that an equal run already made what was asked for, the last of `versions`."""
+    say(f"{what}: nothing to do: version {versions[-1]} of {where} is up to date")
+
+
+class Stage:
+    """One stage as it is shown.
+
+    Attributes:
+        what: its name.
+        total: rows in all; None where that is unknown.
+        unit: what is counted; empty where nothing is, and time alone is shown.
+        done: rows done.
+        note: what else is worth knowing now, such as a loss.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, unit: str, done: int = 0, poll: Callable[[], int] | None = None
+    ) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done, self.note = done, ""
+        self.terminal = sys.stderr.isatty()
+        self._poll, self._first = poll, done
+        self._began = self._printed = time.monotonic()
+        self._seen: deque[tuple[float, int]] = deque([(self._began, done)])
+        self._over = threading.Event()
+        self._bar: Any = None
+
+    def advance(self, count: int) -> None:
+        """Count rows of this process as done."""
+        self.done += count
+
+    def look(self) -> None:
+        """Bring the display up to date."""
+        if self._poll is not None:
+            self.done = max(self.done, self._poll())
+        now = time.monotonic()
+        self._seen.append((now, self.done))
+        while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW:
+            self._seen.popleft()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.done, said=self.sentence())
+        elif now - self._printed >= QUIET:
+            self._printed = now
+            say(f"{self.what}: {self.sentence()}")
+
+    @property
+    def rate(self) -> float:
+        """Rows per second over the last `WINDOW` seconds."""
+        (since, before), (now, done) = self._seen[0], self._seen[-1]
+        return (done - before) / (now - since) if now > since else 0.0
+
+    def sentence(self) -> str:
+        """How far the stage is, how fast, and how long it still takes."""
+        rate, total = self.rate, self.total
+        of = "" if total is None else f" of {total:,}"
+        said = [f"{self.done:,}{of} {self.unit}"] if self.unit else []
+        said += [self.note] if self.note else []
+        if rate > 0:
+            said.append(f"{_number(rate)} {self.unit}/s")
+            if total is not None and total > self.done:
+                said.append(f"{duration((total - self.done) / rate)} left")
+        else:
+            said.append(f"{duration(time.monotonic() - self._began)} so far")
+        return ", ".join(said)
+
+    def summary(self) -> str:
+        """The line at the end."""
+        seconds = time.monotonic() - self._began
+        done = self.done - self._first
+        said = [f"{done:,} {self.unit} in {duration(seconds)}" if self.unit else duration(seconds)]
+        said += [f"{_number(done / max(seconds, 1e-9))} {self.unit}/s"] if done else []
+        return ", ".join([*said, *([self.note] if self.note else [])])
+
+    @contextmanager
+    def shown(self) -> Iterator["Stage"]:
+        """Refresh the display while the body runs; the line at the end is said where the body succeeds."""
+        with self._screen():
+            thread = threading.Thread(target=self._watch, name="zsr-progress", daemon=True)
+            thread.start()
+            try:
+                yield self
+            finally:
+                self._over.set()
+                thread.join()
+        say(f"{self.what}: {self.summary()}")
+
+    def _watch(self) -> None:
+        while not self._over.wait(REFRESH if self.terminal else LOOK):
+            # a display is not worth a stage: the store of the counts may be away for some time, as after a lost head
+            with suppress(Exception):
+                self.look()
+
+    @contextmanager
+    def _screen(self) -> Iterator[None]:
+        """A bar on a terminal; it leaves nothing behind, the line at the end does."""
+        if not self.terminal:
+            yield
+            return
+        from rich.console import Console  # imported here: only a terminal needs it
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[said]}"),
+        )
+        # stdout stays as it is: a job's JSON line may go to a file
+        bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, transient=True)
+        with bar:
+            bar.add_task(self.what, total=self.total, completed=self.done, said="")
+            self._bar = bar
+            try:
+                yield
+            finally:
+                self._bar = None
+
+
+@contextmanager
+def stage(
+    what: str, total: int | None = None, unit: str = "rows", *, done: int = 0, poll: Callable[[], int] | None = None
+) -> Iterator[Stage]:
+    """Show a stage while the body runs. Within another stage it shows nothing.
+
+    Args:
+        what, total, unit: see `Stage`.
+        done: rows that were done before.
+        poll: how many are done, for rows that other processes handle; called from another thread. What this process
+            counts by `advance` is then no part of the stage.
+    """
+    shown = Stage(what, total, unit, done, poll)
+    with shown.shown() if _sink is None else nullcontext(), counting(shown.advance if poll is None else ignore):
+        yield shown
+
+
+def ignore(count: int) -> None:
+    """Take what `advance` counts, and drop it."""
+
+
+@contextmanager
+def counting(sink: Callable[[int], None]) -> Iterator[None]:
+    """Give `sink` what `advance` counts while the body runs."""
+    global _sink
+    outer, _sink = _sink, sink
+    try:
+        yield
+    finally:
+        _sink = outer
+
+
+def duration(seconds: float) -> str:
+    """A time span for a person.
+
+    >>> duration(3.21), duration(200), duration(7500)
+    ('3.2 s', '3 min 20 s', '2 h 5 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _number(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
