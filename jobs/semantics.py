@@ -12,7 +12,7 @@ from zsr.data import semantics
 from zsr.data.rows import canonical_label
 from zsr.data.semantics.settings import Settings
 from zsr.errors import ConfigError
-from zsr.storage import read_text
+from zsr.storage import local_path, read_text
 
 
 class Config(JobConfig):
@@ -71,7 +71,7 @@ def _paths(flag: str, values: Sequence[str]) -> dict[str, Path]:
     pairs = [value.partition("=") for value in values]
     if wrong := [value for value, (kind, _, path) in zip(values, pairs, strict=True) if not kind or not path]:
         raise ConfigError(f"{flag} {wrong[0]!r}: expected KIND=PATH, such as word2vec=GoogleNews-vectors.bin.gz")
-    return {kind: Path(path) for kind, _, path in pairs}
+    return {kind: local_path(path) for kind, _, path in pairs}
 
 
 def _table(flag: str, file: Path | None) -> dict[str, str]:

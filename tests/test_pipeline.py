@@ -333,7 +333,8 @@ def test_bad_pictures_are_quarantined_and_counted(tmp_path: Path) -> None:
     raw = toy.write_pictures(tmp_path / "raw", classes=toy.CLASSES[:4])
     for number, data in enumerate([b"", b"no image", b"\x89PNG\r\n\x1a\n broken"]):
         (raw / "photo" / "apple" / f"{number}.png").write_bytes(data)
-    strict = job("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "strict")
+    strict = job("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "strict",
+                 "--max-bad-rows", "1%")  # fmt: skip
     assert strict["exit_code"] == 3
     assert "'empty': 1, 'undecodable': 1, 'wrong_type': 1" in strict["error"]
     assert not (tmp_path / "strict" / "versions").exists()

@@ -40,7 +40,7 @@ def write_pictures(root: Path, classes: tuple[str, ...] = CLASSES, each: int = 8
 def write_features(
     root: Path, classes: tuple[str, ...] = CLASSES, each: int = 12, poison: tuple[str, ...] = ()
 ) -> Path:
-    """modality=NAME/rows.parquet with 24-d sketch and 32-d photo features; those of `poison` classes are NaN."""
+    """modality=NAME/rows.parquet with 24-d sketch and 32-d photo features; those of `poison` classes overflow."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(len(classes), 16))
     for modality, dim in (("sketch", 24), ("photo", 32)):
@@ -48,7 +48,7 @@ def write_features(
         rows = [(label, number) for label in range(len(classes)) for number in range(each)]
         features = [(centres[label] + 0.5 * rng.normal(size=16)) @ view for label, _ in rows]
         bad = [classes[label] in poison for label, _ in rows]
-        values = [np.full(dim, np.nan) if b else f for b, f in zip(bad, features, strict=True)]
+        values = [np.full(dim, 1e30) if b else f for b, f in zip(bad, features, strict=True)]
         table = pa.table(
             {
                 "key": [f"{classes[label]}/{number}" for label, number in rows],

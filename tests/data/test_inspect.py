@@ -84,5 +84,5 @@ def test_the_sheet_is_the_same_each_time(data: Path, tmp_path: Path) -> None:
 def test_what_is_missing_on_the_command_line_is_named(flags: tuple[str, ...]) -> None:
     results = job("prepare", *flags)
     assert results["exit_code"] == 2
-    assert "missing" in results["error"] or "wants --input" in results["error"]
+    assert "missing" in results["error"] or "requires --input" in results["error"]
     assert json.dumps(results)

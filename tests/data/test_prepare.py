@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.data.sources.helpers import files
 from tests.pipeline import job, ok
 from zsr.artifact import Plan, Store, open_artifact
 from zsr.data import decode, writing
@@ -191,11 +192,87 @@ def test_rows_in_are_rows_used_and_quarantined_whatever_is_done_at_once(tmp_path
     assert again["data"] == found["data"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "allowed"),
+    [(1, 0), (2, 1), (12, 6), (20, 10), (53, 10), (100, 10), (101, 10), (1_000, 100), (10_009, 1_000)],
+)
+def test_the_limit_is_a_tenth_or_ten_rows_but_at_most_half_of_them(rows: int, allowed: int) -> None:
+    assert Prepare().allowed(rows) == allowed
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed"), [("0", 0), ("7", 7), ("0%", 0), ("1%", 0), ("2.5%", 2), ("100%", 99), (" 5% ", 4)]
+)
+def test_a_limit_that_is_given_is_taken_as_it_is(limit: str, allowed: int) -> None:
+    assert Prepare(max_bad_rows=limit).allowed(99) == allowed
+
+
+@pytest.mark.parametrize("limit", ["-1", "-5%", "nan%", "inf%", "1e2%", "ten", "%", ""])
+def test_a_limit_that_is_none_is_refused(limit: str) -> None:
+    with pytest.raises(ConfigError, match="expected auto, a count such as 20, or a percentage such as 1%"):
+        Prepare(max_bad_rows=limit)
+
+
+def test_a_phones_folder_passes_with_a_warning_and_a_row_of_each_kind(
+    tmp_path: Path, ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = pictures(tmp_path / "raw", count=26, bad=1)
+    (raw / "photo" / "class_0" / "scan.psd").write_bytes(b"8BPS")
+    (raw / "photo" / "class_0" / "clip.mp4").write_bytes(b"film")
+    with caplog.at_level("WARNING", "zsr"):
+        found = ok("prepare", "--source", "folders", "--input", raw, "--output", tmp_path / "data")
+    assert found["rows"] == {"in": 54, "used": 52, "quarantined": 2}
+    assert found["not_read"] == {".mp4": 1}
+    said = [record.getMessage() for record in caplog.records if record.name == "zsr"]
+    assert "not read: 1 files (.mp4 1)" in said
+    (line,) = [each for each in said if each.startswith("2 of 54 rows bad {'unsupported': 1, 'wrong_type': 1}")]
+    assert "photo/class_0/bad_0.jpg: not an image" in line
+    assert "photo/class_0/scan.psd: a Photoshop document: export it as PNG" in line
+
+
+def test_no_good_row_at_all_stops_whatever_is_allowed(tmp_path: Path, ray_cluster: None) -> None:
+    raw = files(tmp_path / "raw", "photo/cat/1.jpg")
+    (raw / "photo" / "cat" / "1.jpg").write_bytes(b"no image")
+    flags = ("--source", "folders", "--input", raw, "--output", tmp_path / "data", "--max-bad-rows", "100%")
+    assert job("prepare", *flags)["exit_code"] == 3
+
+
+def test_features_that_are_not_finite_are_quarantined_and_the_others_imported(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    (tmp_path / "raw" / "modality=photo").mkdir(parents=True)
+    values = [[float(n), 1.0] for n in range(30)]
+    values[3][1], values[7][0], values[9][0] = float("nan"), float("inf"), 1e39
+    table = pa.table({"key": [f"k{n}" for n in range(30)], "feature": values})
+    pq.write_table(table, tmp_path / "raw" / "modality=photo" / "a.parquet")
+    flags = ("--source", "parquet", "--input", tmp_path / "raw", "--output", tmp_path / "data")
+    found = ok("prepare", *flags, "--features-output", tmp_path / "features")
+    assert (found["quarantine"], found["feature_rows"]) == ({"not_finite": 3}, {"photo": 27})
+    features = open_artifact(tmp_path / "features", "features")
+    matrix = np.array([row for e in features.shards() for row in features.read_table(e.path)["feature"].to_pylist()])
+    assert matrix.shape == (27, 2)
+    assert np.isfinite(matrix).all()
+    data = open_artifact(tmp_path / "data", "data")
+    lines = [json.loads(line) for e in data.files if e.path.startswith("_q") for line in data.read(e.path).splitlines()]
+    assert {line["key"] for line in lines} == {"k3", "k7", "k9"}
+
+
+def test_a_feature_of_another_width_is_named(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "raw" / "modality=photo").mkdir(parents=True)
+    table = pa.table({"key": ["a", "b", "c"], "feature": [[1.0, 2.0], [1.0, 2.0, 3.0], [1.0, 2.0]]})
+    pq.write_table(table, tmp_path / "raw" / "modality=photo" / "a.parquet")
+    flags = ("--source", "parquet", "--input", tmp_path / "raw", "--output", tmp_path / "data")
+    found = job("prepare", *flags, "--features-output", tmp_path / "features")
+    assert found["exit_code"] == 2
+    assert "3 ('b')" in found["error"]
+
+
 def test_too_many_bad_rows_stop_with_their_kinds(tmp_path: Path, ray_cluster: None) -> None:
     raw = pictures(tmp_path / "raw")
     found = job("prepare", "--source", "folders", "--input", raw, "--output", tmp_path / "data", "--max-bad-rows", 1)
     assert found["exit_code"] == 3
-    assert "2 of 62 rows bad {'wrong_type': 2}" in found["error"]
+    assert "2 of 62 rows bad {'wrong_type': 2}; --max-bad-rows 1 allows 1. For example: " in found["error"]
+    assert "photo/class_0/bad_" in found["error"]
 
 
 def test_prepare_from_a_bucket_to_a_bucket_equals_the_one_on_a_disk(

@@ -64,7 +64,7 @@ def test_what_cannot_be_built_is_explained(tmp_path: Path, labels: list[str], ki
 def test_flags_become_settings(tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(json.dumps({"Table Lamp": "lamp"}))
     flags = Config(output=tmp_path, vectors=("glove=a=b.txt",), names=tmp_path / "names.json")
-    assert flags.settings() == Settings(vectors={"glove": Path("a=b.txt")}, names={"table_lamp": "lamp"})
+    assert flags.settings() == Settings(vectors={"glove": Path("a=b.txt").absolute()}, names={"table_lamp": "lamp"})
     with pytest.raises(ConfigError, match="KIND=PATH"):
         Config(output=tmp_path, vectors=("glove.txt",)).settings()
 
@@ -128,6 +128,27 @@ def test_files_that_are_no_vectors_are_explained(tmp_path: Path) -> None:
     short.write_text("once upon a time\n")
     with pytest.raises(ConfigError, match="neither"):
         read_vectors(short, {"cat"})
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e400", "1e39"])
+def test_vectors_that_are_not_finite_are_refused_by_their_word(tmp_path: Path, number: str) -> None:
+    file = tmp_path / "vectors.txt"
+    file.write_text(f"cat 1 2 3\nnan 1 2 3\ndog 1 {number} 3\n")
+    assert read_vectors(file, {"cat", "nan"})["nan"].tolist() == [1, 2, 3]
+    with pytest.raises(DamagedArtifact, match=r"vectors.txt: the vectors of \['dog'\] hold NaN"):
+        build(["cat", "dog"], ["glove"], Store.at(tmp_path / "out"), Settings(vectors={"glove": file}))
+    assert not (tmp_path / "out" / "versions").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1", "utf-16"])
+def test_tables_of_names_are_utf8(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "names.json").write_text('{"k\u00e4tzchen": "kitten"}', encoding=encoding)
+    flags = Config(output=tmp_path, names=tmp_path / "names.json")
+    if encoding == "utf-8-sig":
+        assert flags.settings().names == {"k\u00e4tzchen": "kitten"}
+        return
+    with pytest.raises(ConfigError, match=r"--names .*names.json: byte .* is not UTF-8"):
+        flags.settings()
 
 
 def test_fasttext_makes_a_word_that_it_never_saw_of_its_n_grams(tmp_path: Path) -> None:

@@ -115,3 +115,44 @@ def test_published_splits_name_classes_of_their_data_set(name: str, data: str) -
     for split in published():
         if split.startswith(name):
             assert set(load(split).unseen) <= set(published_data(data).classes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        "5",
+        '"a"',
+        "[]",
+        '[{"unseen": ["a"]}]',
+        '{"unseen": [1, 2]}',
+        '{"unseen": "a"}',
+        '{"unseen": null}',
+        '{"unseen": ["a"], "validation": null}',
+        '{"unseen": [{"name": "a"}]}',
+        '{"unseen": ["a"], "source": 3}',
+        '{"unseen": ["a"], "test": []}',
+        '{"validation": ["a"]}',
+        "[" * 50_000,
+        "{",
+        "",
+    ],
+)
+def test_a_file_of_another_shape_is_refused_with_what_it_is_to_hold(tmp_path: Path, content: str) -> None:
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(ConfigError, match=r'expected \{"unseen": \["NAME", ...\]\}') as error:
+        load(str(tmp_path / "split.json"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_in_utf8_is_read_with_or_without_its_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "split.json").write_text('{"unseen": ["K\u00e4tzchen"]}', encoding=encoding)
+    assert load(str(tmp_path / "split.json")).unseen == ("k\u00e4tzchen",)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "split.json").write_text('{"unseen": ["K\u00e4tzchen"]}', encoding=encoding)
+    with pytest.raises(ConfigError, match=r"split.json: byte .* is not UTF-8"):
+        load(str(tmp_path / "split.json"))

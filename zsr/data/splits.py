@@ -8,9 +8,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from zsr.data.published import Spellings, squeezed
 from zsr.data.rows import canonical_label
 from zsr.errors import ConfigError, Leakage
+from zsr.storage import is_file, read_text
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,18 @@ class Split:
         }
 
 
+class _File(BaseModel):
+    """What a file of a split holds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    unseen: list[str]
+    validation: list[str] = []
+    training: list[str] = []
+    seen: list[str] = []
+    source: str | None = None
+
+
 def draw(classes: Collection[str], count: int, seed: int) -> tuple[str, ...]:
     """`count` classes by a seeded draw from the sorted names.
 
@@ -123,26 +138,25 @@ def load(name: str) -> Split:
         Leakage: a class stands in two roles.
     """
     if name in published():
-        content = published()[name]
+        content = json.dumps(published()[name])
+    elif is_file(name):
+        content = read_text(name, "split")
     else:
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(
-                f"split {name!r} is neither a file nor one of {sorted(published())} nor random:UNSEEN:SEED"
-            )
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"split {path}: not JSON: {error}") from error
-    known = {"unseen", "validation", "training", "source", "seen"}
-    if not isinstance(content, dict) or "unseen" not in content or not set(content) <= known:
-        raise ConfigError(f"split {name}: expected {sorted(known)} with at least 'unseen', found {sorted(content)[:8]}")
+        raise ConfigError(f"split {name!r} is neither a file nor one of {sorted(published())} nor random:UNSEEN:SEED")
+    try:
+        found = _File.model_validate_json(content)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
+        raise ConfigError(
+            f'split {name}: {wrong}; expected {{"unseen": ["NAME", ...]}}, and perhaps lists called '
+            f"{sorted(_File.model_fields.keys() - {'unseen', 'source'})}"
+        ) from error
     return Split(
-        unseen=_names(content["unseen"]),
-        validation=_names(content.get("validation", [])),
-        source=str(content.get("source", Path(name).name)),
-        training=_names(content.get("training", [])),
-        seen=_names(content.get("seen", [])),
+        unseen=_names(found.unseen),
+        validation=_names(found.validation),
+        source=Path(name).name if found.source is None else found.source,
+        training=_names(found.training),
+        seen=_names(found.seen),
     )
 
 

@@ -20,7 +20,7 @@ from zsr import progress
 from zsr.artifact import Artifact, Plan, Store, canonical
 from zsr.data.semantics import sentences, wordnet, words
 from zsr.data.semantics.settings import Kind, Settings
-from zsr.errors import ConfigError
+from zsr.errors import ConfigError, DamagedArtifact
 
 SCHEMA: Final = pa.schema([("label", pa.string()), ("kind", pa.string()), ("vector", pa.list_(pa.float32()))])
 
@@ -67,6 +67,11 @@ def build(labels: Sequence[str], kinds: Sequence[str], output: Store, settings: 
         progress.up_to_date("semantics", output, output.versions())
         return done
     found = {kind: KINDS[kind].make(sorted(labels), settings) for kind in sorted(kinds)}
+    for kind, made in found.items():
+        if wrong := sorted(label for label, vector in made.vectors.items() if not np.isfinite(vector).all()):
+            raise DamagedArtifact(
+                f"{kind}: the vectors of the classes {wrong[:5]} are not finite; check what makes them"
+            )
     rows = [
         {"label": label, "kind": kind, "vector": vector.tolist()}
         for kind, made in found.items()

@@ -179,7 +179,7 @@ def read_vectors(file: Path, wanted: set[str]) -> Lookup:
 
     Raises:
         ConfigError: gensim is missing, or the layout is unknown.
-        DamagedArtifact: a file that is cut short, or whose rows differ in length.
+        DamagedArtifact: a file that is cut short, whose rows differ in length, or a number of it is not finite.
     """
     try:
         from gensim.models import KeyedVectors
@@ -191,13 +191,20 @@ def read_vectors(file: Path, wanted: set[str]) -> Lookup:
         if form == "fasttext":
             table = load_facebook_vectors(str(file))
         else:
-            table = KeyedVectors.load_word2vec_format(str(file), binary=form == "binary", no_header=form == "glove")
+            with np.errstate(over="ignore"):  # what overflows is refused by its word below
+                table = KeyedVectors.load_word2vec_format(str(file), binary=form == "binary", no_header=form == "glove")
     except (ValueError, EOFError, OSError, AssertionError) as error:
         raise DamagedArtifact(f"{file}: not readable as word vectors ({form}): {error}; fetch it again") from error
     known = wanted & table.key_to_index.keys()
     if form == "fasttext":
         known |= {text for text in wanted if len(words_of(text)) == 1}
-    return {word: np.asarray(table[word], dtype=np.float32) for word in known}
+    found = {word: np.asarray(table[word], dtype=np.float32) for word in known}
+    if wrong := sorted(word for word, vector in found.items() if not np.isfinite(vector).all()):
+        raise DamagedArtifact(
+            f"{file}: the vectors of {wrong[:5]} hold NaN, or numbers that do not fit float32; fix these "
+            "lines, or fetch the file again"
+        )
+    return found
 
 
 def kind(name: str) -> Kind:
