@@ -102,12 +102,13 @@ def _answering(given: str) -> str:
         raise ConfigError(_unusable(given, f"{scheme}:// is no address of a Ray head"))
     try:
         address = rest if separator else services.canonicalize_bootstrap_address_or_die(given)
-        why = _refusal(address)
-        if why and address != given and _on_loopback(given) and not _refusal(given):
-            _leaving.enter_context(_loopback())
-            return given
+        why = _unreachable(address) if separator else _refusal(address)
+        if why and address != given and _on_loopback(given):
+            address, why = given, _refusal(given)
+            if not why:
+                _leaving.enter_context(_loopback())
     except (ValueError, OSError) as error:
-        raise ConfigError(_unusable(given, " ".join(str(error).split()))) from error
+        why = " ".join(str(error).split())
     if why:
         raise ConfigError(_unusable(given, why))
     return given if separator else address
@@ -118,23 +119,30 @@ def _on_loopback(address: str) -> bool:
 
 
 def _refusal(address: str) -> str:
-    """Why no gRPC server, as a Ray head is one, can be used at HOST:PORT; empty if one answers."""
+    """Why no Ray head can be used at HOST:PORT; empty if one answers."""
+    if why := _unreachable(address):
+        return why
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):  # Ray has the certificates
+        return ""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=ANSWER, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return f"what answers at {address} is no Ray head"
+    return ""
+
+
+def _unreachable(address: str) -> str:
+    """Why no connection can be made to HOST:PORT; empty if one can."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return "expected HOST:PORT"
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER):
-            pass
+            return ""
     except (OSError, OverflowError, UnicodeError) as error:
         return f"nothing answers at {address} ({getattr(error, 'strerror', None) or error})"
-    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):  # Ray has the certificates
-        return ""
-    with grpc.insecure_channel(address) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=ANSWER)
-        except grpc.FutureTimeoutError:
-            return f"what answers at {address} is no Ray head"
-    return ""
 
 
 @contextmanager
@@ -191,6 +199,7 @@ def session_folders() -> Iterator[tuple[str, str]]:
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     with ExitStack() as stack:
         try:
+            os.makedirs(wanted, exist_ok=True)
             spilled = stack.enter_context(private_folder(wanted))
             short = len(os.fsencode(spilled)) <= SHORT
             folder = spilled if short else stack.enter_context(private_folder("/tmp"))

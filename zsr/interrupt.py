@@ -146,20 +146,15 @@ def _kill_children() -> None:
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     deadline = time.monotonic() + KILLING
     while time.monotonic() < deadline:
-        alive = [child for child in psutil.Process().children(recursive=True) if _lives(child)]
-        if not alive:
-            return
-        for child in alive:
+        for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 child.kill()
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:  # none is left
+            return
         time.sleep(0.02)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
 
 
 WATCH: Final = Watch()
