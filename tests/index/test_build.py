@@ -249,3 +249,53 @@ def test_the_jobs_end_with_the_code_of_what_is_wrong(
     hard = ("--queries", tmp_path / "noise", "--index-key", "IVF64,PQ1x4", "--recall-target", 1)
     assert run(index, "build", *inputs[:2], *inputs[4:], *hard)["exit_code"] == 4
     assert run(index, "inspect", "--index-dir", tmp_path / "nowhere")["exit_code"] == 7
+
+
+def test_the_jobs_delete_by_key_filter_by_class_and_name_what_is_wrong(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = make_world(tmp_path, photos=300, sketches=20)
+    place, index, search = tmp_path / "index", jobs.index.run, jobs.search.run
+    where = ("--index-dir", place)
+    gallery, queries = ("--embeddings", world.root / "gallery"), ("--queries", world.root / "queries")
+    built = run(index, "build", *gallery, *where)  # without queries
+    assert (built["index_key"], built["exact"], built["exit_code"]) == ("Flat", True, 0)
+    shown = run(index, "inspect", *where)
+    assert (shown["index_key"], shown["exact"], shown["tuned_on"]) == ("Flat", True, "gallery rows")
+    listed = tmp_path / "keys.txt"
+    listed.write_bytes("\ufeffphoto-1\r\nphoto-2\r\n".encode())
+    delete = ("delete", *where, "--keys-from", listed)
+    assert run(index, *delete, "--plan")["items"] == 2
+    assert run(index, *delete)["deleted"] == 2
+    assert run(index, *delete, "--keys", "photo-3", "--plan")["items"] == 1
+    told = run(index, *delete, "--keys", "photo-3")
+    assert (told["deleted"], told["already_deleted"]) == (1, 2)
+    assert run(index, *delete)["deleted"] == 0
+    unknown = run(index, *delete, "--keys", "photo-9999")
+    assert (unknown["exit_code"], "'photo-9999'" in unknown["error"]) == (2, True)
+    listed.write_bytes("photo-\xe9".encode("latin-1"))
+    assert run(index, *delete)["exit_code"] == 2
+    again = run(index, "add", *where, *gallery)
+    assert (again["exit_code"], "are in the index already" in again["error"]) == (2, True)
+    output = tmp_path / "neighbors-v1.0"
+    assert run(search, *where, *queries, "--output", output, "--labels", "Class 3")["exit_code"] == 0
+    assert {
+        row["label"] for entry in open_artifact(output, "neighbours").files for row in _rows(output, entry.path)
+    } == {"class-3"}
+    for target in (output, tmp_path / "near.json"):
+        refused = run(search, *where, *queries, "--output", target, "--labels", "klass-3")
+        assert (refused["exit_code"], "'class-3'" in refused["error"]) == (2, True)
+    assert run(search, *where, *queries, "--output", tmp_path / "near.csv")["exit_code"] == 2
+    bad = world.sketches.copy()
+    bad[4, 0] = 1e20
+    embeddings(tmp_path / "bad", bad, "sketch", shards=1)
+    other = ("build", *gallery, "--index-dir", tmp_path / "other")
+    key = run(index, *other, "--index-key", "PCA64,Flat")
+    assert (key["exit_code"], len(key["error"].splitlines())) == (2, 1)
+    huge = run(index, *other, "--queries", tmp_path / "bad")
+    assert (huge["exit_code"], "'sketch-4' (row 4) is 1e+20 long" in huge["error"]) == (2, True)
+
+
+def _rows(root: Path, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = open_artifact(root, "neighbours").read_table(name).to_pylist()
+    return rows

@@ -71,8 +71,15 @@ def test_added_items_are_found_beside_the_old_ones(store: Store, world: World, t
     expected = named[np.argsort(-(world.sketches @ every.T), axis=1, kind="stable")[:, :K]]
     hits = Searcher.open(store.root).search(world.sketches, K, nprobe=64, refine_factor=300)
     assert (hits.keys == expected).mean() > 0.999
-    with pytest.raises(ConfigError, match="50 of 50 vectors are of items that are in the index already"):
-        edit.add(store, embeddings(tmp_path / "again", more[:50], "photo", keys=keys[:50], shards=1))
+    some = embeddings(
+        tmp_path / "again", more[:70], "photo", keys=[*keys[:50], *(f"x-{i}" for i in range(20))], shards=2
+    )
+    with pytest.raises(
+        ConfigError, match="50 of 70 vectors are of items that are in the index already, such as 'new-0'"
+    ):
+        edit.add(store, some)
+    edit.delete(store, Searcher.open(store.root).ids[3000:3050].tolist())
+    assert edit.add(store, some).told["added"] == 70
 
 
 def test_a_rebuild_writes_only_what_changed_and_finds_what_a_full_build_finds(
