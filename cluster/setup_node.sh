@@ -54,15 +54,24 @@ if command -v nvidia-smi >/dev/null && ! nvidia-smi --list-gpus | grep -q GPU; t
     complain "nvidia-smi lists no GPU; install the driver, or take the CPU image"
 fi
 
+# the client of artifacts in buckets
+if ! python -c 'import s3fs' 2>/dev/null; then
+    if [ -z "$shared" ]; then
+        complain "no shared folder was named and s3fs is not installed; install zsr[cluster], or name the folder"
+    else
+        echo "setup_node: s3fs is not installed; artifacts can be in $shared, and not in a bucket"
+    fi
+fi
+
 [ "$failed" = 0 ] || exit 1
 python - <<'PYTHON' || complain "the environment is not whole; build the image from cluster/Dockerfile"
 import sys
 from importlib.metadata import version
 
-import deepspeed, faiss, ray, torch  # noqa: E401
+import deepspeed, faiss, ray, torch  # noqa: E401, F401
 
 print("setup_node: python", sys.version.split()[0], *(f"{p} {version(p)}" for p in ("zsr", "ray", "torch", "deepspeed")))
-print("setup_node: GPUs seen by torch", torch.cuda.device_count(), "and faiss", faiss.get_num_gpus())
+print("setup_node: GPUs seen by torch", torch.cuda.device_count())
 PYTHON
 
 exit "$failed"

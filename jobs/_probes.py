@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Facts = dict[str, Any]
@@ -35,6 +36,8 @@ PACKAGES: Final = (
     "pillow",
     "simplejpeg",
 )
+# that stages use on every node; `nvjpeg` is for nodes with GPUs alone
+EXTRAS: Final = ("demo", "mlflow", "optuna", "report", "s3", "text", "towers", "wandb")
 WAIT: Final = 120.0  # seconds until a node that answers nothing counts as unreachable
 
 
@@ -54,16 +57,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+def extras() -> list[str]:
+    """The extras of zsr whose packages are all installed in this process's environment."""
+    missing = set()
+    for requirement in map(Requirement, metadata.requires("zsr") or ()):
+        try:
+            metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            missing |= {
+                extra for extra in EXTRAS if requirement.marker and requirement.marker.evaluate({"extra": extra})
+            }
+    known = metadata.metadata("zsr").get_all("Provides-Extra") or []
+    return sorted(set(EXTRAS) & set(known) - missing)
+
+
 @ray.remote
 def describe(folder: str) -> Facts:
-    """Versions, GPUs and free disk of this node; `folder` is where Ray spills and logs."""
-    import faiss  # here: jobs that need no index do not load it
-
+    """Versions, extras, GPUs and free disk of this node; `folder` is where Ray spills and logs."""
     return {
         "host": socket.gethostname(),
         "versions": versions(),
+        "extras": extras(),
         "gpus_torch": torch.cuda.device_count(),
-        "gpus_faiss": int(faiss.get_num_gpus()) if hasattr(faiss, "get_num_gpus") else 0,
         "free_bytes": shutil.disk_usage(folder).free,
     }
 

@@ -2,7 +2,7 @@
 
     python -m jobs.doctor                    # inside of a cluster, or through python -m cluster.submit doctor
 
-Compared over nodes: versions, the GPUs that Ray, torch and faiss see, free disk and clocks. Measured: the bandwidth of
+Compared over nodes: versions, extras, the GPUs that Ray and torch see, free disk and clocks. Measured: the bandwidth of
 an all-reduce (NCCL over GPUs, gloo without) and of an object on its way between two object stores.
 """
 
@@ -132,18 +132,28 @@ def comparable(versions: Mapping[str, str]) -> dict[str, str]:
     return plain | {"faiss": " and ".join(version for version in faiss if version)}
 
 
+def same_extras(nodes: Sequence[Node]) -> Iterator[Check]:
+    """One line per extra that some nodes lack, and one for those that all have."""
+    found = {node.name: set(node.facts["extras"]) for node in nodes}
+    everywhere = set.intersection(*found.values())
+    for extra in sorted(set().union(*found.values()) - everywhere):
+        lacking = [name for name, extras in found.items() if extra not in extras]
+        fix = f"install zsr[{extra}] there, or start these nodes from the image of the others"
+        yield Check(f"extra {extra}", f"not on {', '.join(lacking)}", fix)
+    without = "" if "s3" in everywhere else "; without s3, no artifact can be in a bucket"
+    yield Check("extras on all nodes", (", ".join(sorted(everywhere)) or "none") + without)
+
+
 def gpus(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Whether torch and faiss see what Ray offers."""
+    """Whether torch sees what Ray offers."""
     for node in nodes:
-        offered, torch, faiss = int(node.offered.get("GPU", 0)), node.facts["gpus_torch"], node.facts["gpus_faiss"]
+        offered, torch = int(node.offered.get("GPU", 0)), node.facts["gpus_torch"]
         fix = ""
         if torch < offered:
-            fix = "torch has no CUDA there: install the GPU image, or a driver that its CUDA version wants"
-        elif faiss < offered:
-            fix = "faiss has no CUDA there: install zsr[gpu] in place of zsr[cpu]; both together break one"
+            fix = "torch has no CUDA there: install the GPU image, or a driver that its CUDA version requires"
         elif torch > offered:
             fix = "Ray offers fewer than there are: start the node with --num-gpus, or leave it out"
-        yield Check(f"GPUs of {node.name}", f"Ray {offered}, torch {torch}, faiss {faiss}", fix)
+        yield Check(f"GPUs of {node.name}", f"Ray {offered}, torch {torch}", fix)
 
 
 def disks(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
@@ -188,7 +198,14 @@ def examine(config: Config) -> list[Check]:
     nodes = nodes_of(ray.nodes())  # type: ignore[no-untyped-call]
     checks = list(answers(nodes))
     well = [node for node in nodes if "failed" not in node.facts]
-    checks += [*same_versions(well), *gpus(well), *disks(well, config), *clocks(well, config), *links(well, config)]
+    checks += [
+        *same_versions(well),
+        *same_extras(well),
+        *gpus(well),
+        *disks(well, config),
+        *clocks(well, config),
+        *links(well, config),
+    ]
     return checks
 
 
@@ -201,7 +218,7 @@ def show(checks: Sequence[Check]) -> None:
 
 
 def plan(config: Config) -> Results:
-    return {"checks": [check.__name__ for check in (answers, same_versions, gpus, disks, clocks, links)]}
+    return {"checks": [check.__name__ for check in (answers, same_versions, same_extras, gpus, disks, clocks, links)]}
 
 
 def work(config: Config) -> Results:

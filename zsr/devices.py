@@ -124,7 +124,9 @@ class Capacity:
             return f"{up}, node type{'s' if len(kinds) > 1 else ''} {' and '.join(kinds)} can start {most}"
         if self.unknown:
             return f"{up}, and what the autoscaler can start is not known: {self.unknown}"
-        return f"{up}, and no node type has any" if self.types else up
+        if self.types:
+            return f"{up}, and no node type has any"
+        return up if self.up("GPU") else "the cluster has no GPU"
 
 
 def gpu_workers(node: Mapping[str, float], gpus: float, cpus: float) -> int:
@@ -186,7 +188,9 @@ def chosen(settings: DeviceSettings, have: Capacity, cpus: float = 1) -> Devices
         )
     if settings.device == "cuda" or (settings.device == "auto" and most):
         return Devices(each, max(1, most), have.gpus())
-    return Devices(0, have.cpu_workers(), "as requested" if settings.device == "cpu" else have.gpus(), have.cores)
+    return Devices(
+        0, have.cpu_workers(), "--device cpu is given" if settings.device == "cpu" else have.gpus(), have.cores
+    )
 
 
 def own_device() -> Literal["cpu", "cuda"]:

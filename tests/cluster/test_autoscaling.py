@@ -59,7 +59,7 @@ def test_a_worker_of_a_fraction_of_a_gpu_requires_a_cpu_too() -> None:
 
 def test_cpus_are_those_of_nodes_without_gpus_but_one() -> None:
     have = Capacity((HEAD,), SHIPPED, most_nodes=64)
-    assert chosen(DeviceSettings(device="cpu"), have) == Devices(0, 32 * 32 - 1, "as requested")
+    assert chosen(DeviceSettings(device="cpu"), have) == Devices(0, 32 * 32 - 1, "--device cpu is given")
     static = Capacity(({"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0}))
     assert chosen(DeviceSettings(device="cpu"), static).most == 7
     # all nodes have GPUs, and CPUs are requested
@@ -67,9 +67,11 @@ def test_cpus_are_those_of_nodes_without_gpus_but_one() -> None:
 
 
 def test_cuda_without_a_gpu_anywhere_is_refused_in_one_sentence() -> None:
-    for have in (Capacity((CPU,)), Capacity((CPU,), SHIPPED[:1], 8)):
-        with pytest.raises(Infeasible, match=r"--device cuda requires 1 GPU per worker on one node, and 0 GPUs are up"):
-            chosen(DeviceSettings(device="cuda"), have)
+    refused = "--device cuda requires 1 GPU per worker on one node, and "
+    with pytest.raises(Infeasible, match=f"{refused}the cluster has no GPU"):
+        chosen(DeviceSettings(device="cuda"), Capacity((CPU,)))
+    with pytest.raises(Infeasible, match=f"{refused}0 GPUs are up, and no node type has any"):
+        chosen(DeviceSettings(device="cuda"), Capacity((CPU,), SHIPPED[:1], 8))
     with pytest.raises(Infeasible, match="requires 2 GPUs per worker"):
         chosen(DeviceSettings(device="cuda", gpus_per_worker=2), Capacity((HEAD,), SHIPPED, 64))
 
@@ -90,11 +92,11 @@ def test_gpus_that_ray_cannot_give_are_refused(count: float) -> None:
 def test_the_line_names_device_workers_and_reason(caplog: pytest.LogCaptureFixture) -> None:
     Devices(1, 8, "0 GPUs are up, node type gpu-l4 can start 8").say(8)
     Devices(0.5, 8, "4 GPUs are up").say(1)
-    Devices(0, 3, "0 GPUs are up", cores=2).say(2)
+    Devices(0, 3, "the cluster has no GPU", cores=2).say(2)
     assert [record.getMessage() for record in caplog.records] == [
         "device: cuda, 1 GPU per worker, 8 workers: 0 GPUs are up, node type gpu-l4 can start 8",
         "device: cuda, 0.5 GPU per worker, 1 worker (up to 8 fit): 4 GPUs are up",
-        "device: cpu, 2 workers: 0 GPUs are up",
+        "device: cpu, 2 workers: the cluster has no GPU",
     ]
 
 
@@ -185,7 +187,7 @@ def test_features_start_a_gpu_node_from_zero_unless_cpus_are_requested(tmp_path:
     with autoscaling_cluster(TYPES) as cluster:
         made, said = submitted(cluster, *flags, "--device", "cpu", "--output", tmp_path / "on-cpus")
         assert made["exit_code"] == 0, made
-        assert said == ["device: cpu, 1 worker: as requested"]
+        assert said == ["device: cpu, 1 worker: --device cpu is given"]
         assert cluster.started() == Counter(cpu=1)
 
         made, said = submitted(cluster, *flags, "--output", tmp_path / "on-gpus")
@@ -213,6 +215,6 @@ def test_cuda_is_refused_on_a_cluster_without_gpus(tmp_path: Path, pictures: Pat
     made = job("features", "--data", pictures, "--output", tmp_path / "features", "--device", "cuda")
     assert made["exit_code"] == 2
     assert made["error"] == (
-        "--device cuda requires 1 GPU per worker on one node, and 0 GPUs are up; add nodes or a node type with GPUs, "
-        "or use --device cpu"
+        "--device cuda requires 1 GPU per worker on one node, and the cluster has no GPU; add nodes or a node type "
+        "with GPUs, or use --device cpu"
     )

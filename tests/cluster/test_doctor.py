@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ROOT, LocalCluster
+from jobs import _probes
 from jobs._job import Results
-from jobs.doctor import Check, Node, comparable, gpus, same_versions
+from jobs.doctor import Check, Node, comparable, gpus, same_extras, same_versions
 
 
 def examine(cluster: LocalCluster) -> tuple[int, Results, str]:
@@ -36,7 +37,17 @@ def with_another_version(folder: Path, package: str, version: str) -> Path:
 def test_the_doctor_finds_a_node_with_another_version(tmp_path: Path, local: LocalCluster) -> None:
     code, healthy, table = examine(local)
     assert code == 0, healthy
-    assert all(word in table for word in ("versions alike", "all-reduce over 3 nodes, gloo", "free disk", "clock of"))
+    assert all(
+        word in table
+        for word in (
+            "versions alike",
+            "extras on all nodes",
+            "s3",
+            "all-reduce over 3 nodes, gloo",
+            "free disk",
+            "clock of",
+        )
+    )
     name = local.add("cpu", str(with_another_version(tmp_path / "venv", "simplejpeg", "1.0.0")))
     try:
         code, results, table = examine(local)
@@ -55,8 +66,8 @@ def test_builds_and_the_two_packages_of_faiss_may_differ() -> None:
     assert comparable(cpu) == comparable(gpu) == {"torch": "2.13.0", "faiss": "1.15.1"}
 
 
-def node(name: str, torch: str, seen: tuple[int, int] = (0, 0), offered: int = 0) -> Node:
-    facts = {"versions": {"torch": torch}, "gpus_torch": seen[0], "gpus_faiss": seen[1]}
+def node(name: str, torch: str, seen: int = 0, offered: int = 0, extras: tuple[str, ...] = ()) -> Node:
+    facts = {"versions": {"torch": torch}, "gpus_torch": seen, "extras": list(extras)}
     return Node(name, name, {"GPU": float(offered)}, facts)
 
 
@@ -68,8 +79,30 @@ def test_the_odd_node_is_named_with_what_to_install() -> None:
 
 @pytest.mark.parametrize(
     ("seen", "offered", "word"),
-    [((1, 1), 1, ""), ((0, 0), 1, "torch has no CUDA"), ((1, 0), 1, "faiss has no CUDA"), ((2, 2), 1, "--num-gpus")],
+    [(1, 1, ""), (0, 1, "torch has no CUDA"), (2, 1, "--num-gpus")],  # faiss runs on CPUs
 )
-def test_gpus_that_are_not_seen_are_told(seen: tuple[int, int], offered: int, word: str) -> None:
+def test_gpus_that_are_not_seen_are_told(seen: int, offered: int, word: str) -> None:
     (check,) = gpus([node("a", "2.13.0", seen, offered)])
     assert (word in check.fix) if word else not check.fix
+
+
+def test_an_extra_that_a_node_lacks_is_named() -> None:
+    nodes = [node("a", "2", extras=("s3", "text")), node("b", "2", extras=("text",))]
+    fix = "install zsr[s3] there, or start these nodes from the image of the others"
+    missing = "text; without s3, no artifact can be in a bucket"
+    assert list(same_extras(nodes)) == [Check("extra s3", "not on b", fix), Check("extras on all nodes", missing)]
+    assert list(same_extras(nodes[:1])) == [Check("extras on all nodes", "s3, text")]
+
+
+def test_an_extra_is_there_when_all_of_its_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _probes.extras()
+    assert {"s3", "text", "towers", "demo"} <= set(whole)
+    version = _probes.metadata.version
+
+    def without(package: str) -> str:
+        if package == "nltk":
+            raise _probes.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(_probes.metadata, "version", without)
+    assert set(_probes.extras()) == set(whole) - {"text"}

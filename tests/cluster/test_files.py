@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,39 @@ def test_the_dockerfile_passes_its_linter() -> None:
     assert re.findall(r"^FROM \S+ AS (\w+)$", file.read_text(), re.MULTILINE) == ["base", "cpu", "gpu"]
 
 
+def test_the_images_hold_what_the_documented_commands_need() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    (given,) = re.findall(r"^ARG EXTRAS=(\S+)$", text, re.MULTILINE)
+    assert set(given.split(",")) == {"cluster", "aws"}  # boto3 is what the head starts nodes with
+    assert set(re.findall(r'--editable "\.\[(\S+)\]"', text)) == {"${EXTRAS}", "${EXTRAS},nvjpeg"}
+    (whole,) = extras["cluster"]
+    stages = set(whole.removeprefix("zsr[").removesuffix("]").split(","))
+    assert {"s3", "demo", "text", "towers", "report"} <= stages <= set(extras)
+    docs = (ROOT / "docs" / "cluster.md").read_text()
+    assert "--editable '.[cluster]'" in docs
+    named = {
+        extra for words in re.findall(r"\.\[([\w,]+)\]|EXTRAS=([\w,]+)", docs) for extra in ",".join(words).split(",")
+    }
+    assert named - {""} <= set(extras)
+
+
+def test_kubernetes_objects_that_the_job_names_are_made() -> None:
+    job = yaml.safe_load((ROOT / "cluster" / "kuberay-rayjob.yaml").read_text())
+    pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    made = {
+        (each["kind"], each["metadata"]["name"])
+        for each in yaml.safe_load_all((ROOT / "cluster" / "kuberay-storage.yaml").read_text())
+    }
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume
+    }
+    assert made == {
+        ("ServiceAccount", pod["serviceAccountName"]),
+        *(("PersistentVolumeClaim", name) for name in claims),
+    }
+
+
 def tool(name: str) -> str:
     """A command of this environment, or of the system."""
     return shutil.which(name, path=f"{Path(sys.executable).parent}") or name
@@ -248,6 +282,18 @@ def test_a_node_without_a_token_does_not_pass_its_setup(tmp_path: Path) -> None:
     assert f"no token file {tmp_path}/.ray/auth_token" in done.stderr
     assert "RAY_AUTH_MODE is ''" in done.stderr
     assert not list(tmp_path.glob(".zsr-probe*"))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_node_without_an_s3_client_is_told(tmp_path: Path, shared: bool) -> None:
+    (tmp_path / "s3fs.py").write_text("raise ImportError('not here')\n")
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    environment = {"PATH": path, "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    script = ["bash", str(ROOT / "cluster" / "setup_node.sh"), *([str(tmp_path)] if shared else [])]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    needed = "no shared folder was named and s3fs is not installed; install zsr[cluster]"
+    assert (needed in done.stderr) is not shared
+    assert ("s3fs is not installed; artifacts can be in" in done.stdout) is shared
 
 
 def test_the_dashboard_shows_exactly_the_metrics_that_are_counted() -> None:

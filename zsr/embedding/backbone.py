@@ -140,7 +140,7 @@ def predict(
 def require_gpus(settings: BackboneSettings, devices: Devices) -> None:
     """Raise ConfigError if JPEGs are to be decoded by the actors' GPUs and the actors run on CPUs."""
     if settings.jpegs == "gpu" and not devices.gpus:
-        raise ConfigError(f"--jpegs gpu requires --device cuda, and actors run on CPUs: {devices.why}; use --jpegs cpu")
+        raise ConfigError(f"--jpegs gpu, and {devices.why}; use --jpegs cpu")
 
 
 def _shared(
