@@ -63,7 +63,7 @@ class Delete(Inspect):
 
     Attributes:
         keys: of the items.
-        keys_from: a text file with a key a line.
+        keys_from: a UTF-8 text file with one key per line.
     """
 
     keys: tuple[str, ...] = ()
@@ -76,9 +76,15 @@ class Delete(Inspect):
             ConfigError: no key, an unreadable file, or a key that the index does not hold.
         """
         try:
-            lines = self.keys_from.read_text().splitlines() if self.keys_from else []
+            # spreadsheets begin such a file with a byte order mark
+            lines = self.keys_from.read_text("utf-8-sig").splitlines() if self.keys_from else []
         except OSError as error:
             raise ConfigError(f"--keys-from {self.keys_from}: {error}") from error
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(10) + 1
+            raise ConfigError(
+                f"--keys-from {self.keys_from}: line {line} is not UTF-8; save it as UTF-8 text, one key per line"
+            ) from error
         wanted = {*self.keys, *filter(None, lines)}
         searcher = Searcher.open(self.index_dir)
         found: dict[str, int] = {}
