@@ -66,7 +66,7 @@ class Delete(Inspect):
 
     Attributes:
         keys: of the items.
-        keys_from: a text file with a key per line.
+        keys_from: a UTF-8 text file with one key per line.
     """
 
     keys: tuple[str, ...] = ()

@@ -67,8 +67,9 @@ def test_pictures_to_report(tmp_path: Path, pictured: list[object]) -> None:
 def test_an_image_tower_is_trained_along_and_again_with_the_validation_classes(
     tmp_path: Path, pictured: list[object]
 ) -> None:
-    tower = ("--tower", "tiny", "--random-weights", "--size", 16, "--model", "doodle2search", "--augment", "--refit")
-    refitted = ok("train", *tower, *pictured, *SHORT, "--num-workers", 1, "--output", tmp_path / "tower")
+    flags = ["--tower", "tiny", "--random-weights", "--size", 16, "--model", "doodle2search", "--augment", "--refit"]
+    flags += ["--tower-rate", 0.5, "--tower-tune", "norms", "--window", 4]
+    refitted = ok("train", *flags, *pictured, *SHORT, "--num-workers", 1, "--output", tmp_path / "tower")
     final, chosen = (
         open_artifact(tmp_path / "tower" / "objects" / d, "checkpoint") for d in _versions(tmp_path / "tower")
     )
@@ -79,6 +80,8 @@ def test_an_image_tower_is_trained_along_and_again_with_the_validation_classes(
     before = build("doodle2search", {}, Inputs.model_validate(final.config["inputs"])).towers.state_dict()
     after = open_model(final).towers.state_dict()
     assert any(not value.equal(before[name]) for name, value in after.items())
+    tower = final.config["inputs"]["tower"]
+    assert (tower["rate"], tower["tune"], final.config["settings"]["window"]) == (0.5, "norms", 4)
     embedded = ok(
         "embed", *pictured[:2], "--checkpoint", tmp_path / "tower", "--modality", "sketch", "--output", tmp_path / "e"
     )
@@ -230,9 +233,11 @@ def test_ridge_is_refitted_with_the_penalty_that_validation_chose(tmp_path: Path
 def test_without_validation_classes_the_last_step_is_kept(
     tmp_path: Path, featured: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = (*featured, *SHORT, "--num-workers", 1, "--validation-classes", 0)
-    done = ok("train", *flags, "--output", tmp_path / "all")
+    flags = (*featured, *SHORT, "--num-workers", 1, "--validation-classes", 0, "--keep-checkpoints", "all")
+    done = ok("train", *flags, "--output", tmp_path / "all", "--rows-per-class", 6)
     assert (done["best_step"], done["steps"], done["validation_map_all"]) == (10, 10, None)
+    report = ("--checkpoint", tmp_path / "all", "--output", tmp_path / "report")
+    assert set(ok("evaluate", *featured, *report)["peaks"]) == {"sem-pcyc (peak)"}
     refused = job("train", *flags, "--refit", "--output", tmp_path / "x")
     assert refused["exit_code"] == 2
     assert "--refit wants validation classes" in refused["error"]

@@ -113,8 +113,9 @@ def read_text(place: str | Path, what: str) -> str:
     except OSError as error:
         raise ConfigError(f"{what} {place}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
         raise ConfigError(
-            f"{what} {place}: byte {error.start} is not UTF-8; save the file as UTF-8, for example with "
+            f"{what} {place}: line {line} is not UTF-8; save the file as UTF-8, for example with "
             "`iconv -f LATIN1 -t UTF-8`"
         ) from error
 

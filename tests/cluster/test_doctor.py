@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ROOT, LocalCluster
-from jobs import _probes
+from jobs import _probes, doctor
 from jobs._job import Results
 from jobs.doctor import Check, Node, comparable, gpus, same_extras, same_versions
 
@@ -58,6 +58,13 @@ def test_the_doctor_finds_a_node_with_another_version(tmp_path: Path, local: Loc
     assert [check["what"] for check in wrong] == ["version of simplejpeg"]
     assert "1.0.0 on cpu" in wrong[0]["found"]
     assert "FIX" in table
+
+
+@pytest.mark.parametrize(("flags", "well"), [({}, False), ({"max_skew": 3.0}, True)])
+def test_a_clock_may_differ_by_max_skew(flags: dict[str, float], well: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_probes, "clock_skew", lambda _: -2.0)
+    (check,) = doctor.clocks([node("a", "2.13.0")], doctor.Config(**flags))
+    assert (check.found, not check.fix) == ("-2.000 s", well)
 
 
 def test_builds_and_the_two_packages_of_faiss_may_differ() -> None:

@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Set:
 
 
 def test_generalised_adds_seen_classes_to_the_gallery_and_seen_queries_beside(tmp_path: Path, made: Set) -> None:
-    report = made.report(tmp_path, "--protocol", "generalised")
+    report = made.report(tmp_path, "--protocol", "generalised", "--title", "Shapes <by hand>")
     row = report["rows"][0]
     assert (row["queries"], row["gallery"]) == (3 * EACH, 10 * EACH)
     assert row["generalised"]["seen_queries"] == 7 * EACH
@@ -64,6 +64,7 @@ def test_generalised_adds_seen_classes_to_the_gallery_and_seen_queries_beside(tm
     page = (tmp_path / "report.html").read_text()
     assert f"{row['generalised']['harmonic']['mAP@all']:.3f}" in page
     assert "Yelamarthi" in page
+    assert "<title>Shapes &lt;by hand&gt;</title>" in page
 
 
 def test_the_released_generalised_rule_adds_a_fifth_of_seen_items(made: Set) -> None:

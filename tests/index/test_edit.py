@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jobs.index import Delete
 from tests.index.helpers import KEY, World, clustered, embeddings
 from zsr.artifact import Store, open_artifact
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact
@@ -54,6 +55,18 @@ def test_nothing_deleted_is_found_and_compacting_changes_no_answer(store: Store,
     again = compacted.search(world.sketches, K)
     assert np.array_equal(again.ids, point.ids)
     assert np.array_equal(again.scores, point.scores)
+
+
+def test_keys_to_delete_may_come_from_a_file(store: Store, tmp_path: Path) -> None:
+    listed = tmp_path / "keys.txt"
+    listed.write_bytes("\ufeffphoto-3\r\nphoto-5\r\n\r\n".encode())  # as spreadsheets write it
+    chosen = Delete(index_dir=store.root, keys_from=listed)
+    searcher = Searcher.open(store.root)
+    found = searcher.names.take(np.array([3, 5])).column("id").to_pylist()
+    assert sorted(chosen.ids()) == sorted(found)
+    listed.write_bytes(b"photo-3\nph\xf6to-5\n")
+    with pytest.raises(ConfigError, match="line 2 is not UTF-8"):
+        chosen.ids()
 
 
 def test_an_id_that_is_not_there_cannot_be_deleted(store: Store) -> None:

@@ -107,6 +107,12 @@ def test_little_memory_trains_on_fewer_vectors_and_too_little_is_refused() -> No
     assert again.peak_memory <= parse_bytes(named[1])
 
 
+def test_train_size_bounds_the_vectors_to_train_on() -> None:
+    free = plan(1_000_000, 128, "ip", IndexConfig(index_key="IVF1024,PQ32"))
+    bound = plan(1_000_000, 128, "ip", IndexConfig(index_key="IVF1024,PQ32", train_size=20_000))
+    assert bound.train_size == 20_000 < free.train_size
+
+
 @pytest.mark.parametrize(
     ("key", "reason"),
     [

@@ -76,6 +76,7 @@ def test_every_seed_gets_the_same_settings_and_a_restarted_sweep_draws_them_agai
     assert all(1e-5 <= trial["lr"] <= 1e-3 for trial in found)
     again = drawn(Sweep(space, samples=3, seeds=(0,)))
     assert [{**trial, "seed": 0} for trial in found[::2]] == again
+    assert drawn(Sweep(space, samples=3, seeds=(0,), seed=1)) != again
 
 
 def test_optuna_draws_from_the_same_space_and_takes_no_grid() -> None:

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from zsr.artifact.disk import disk_errors, hash_handle, write_atomically
+from zsr.artifact.disk import disk_errors, hash_handle
 from zsr.artifact.format import FileEntry, canonical
 from zsr.errors import ConfigError, DamagedArtifact, StorageError
 from zsr.storage import filesystem, remote_errors
@@ -200,10 +200,6 @@ class Bucket:
             found = hash_handle(handle)
         if found != entry.sha256:
             raise DamagedArtifact(f"{where}: sha256 {found[:12]} but the manifest says {entry.sha256[:12]}; {advice}")
-
-    def remember(self, name: str, data: bytes) -> None:
-        """Keep `data`, whose digest was checked, in the mirror."""
-        write_atomically(self.mirror / name, data)
 
 
 def _code(error: BaseException) -> str:

@@ -175,7 +175,7 @@ class Run:
         if isinstance(self.features, Artifact):
             parents["features"] = self.features.digest
         else:
-            config["decode"] = VERSION
+            config["decode"] = VERSION  # type: ignore[assignment]
         if self.chosen:
             parents["chosen"] = self.chosen.digest
         return Plan("checkpoint", config, parents)
