@@ -147,7 +147,7 @@ def test_tables_of_names_are_utf8(tmp_path: Path, encoding: str) -> None:
     if encoding == "utf-8-sig":
         assert flags.settings().names == {"k\u00e4tzchen": "kitten"}
         return
-    with pytest.raises(ConfigError, match=r"--names .*names.json: byte .* is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"--names .*names.json: line .* is not UTF-8"):
         flags.settings()
 
 

@@ -154,5 +154,5 @@ def test_a_file_in_utf8_is_read_with_or_without_its_mark(tmp_path: Path, encodin
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_a_file_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "split.json").write_text('{"unseen": ["K\u00e4tzchen"]}', encoding=encoding)
-    with pytest.raises(ConfigError, match=r"split.json: byte .* is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"split.json: line .* is not UTF-8"):
         load(str(tmp_path / "split.json"))

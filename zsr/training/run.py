@@ -159,7 +159,7 @@ class Run:
 
     def plan(self) -> Plan:
         """What shapes the checkpoint."""
-        config = {
+        config: dict[str, Any] = {
             "model": self.model,
             "options": checkpoint.canonical_options(self.options),
             "inputs": checkpoint.canonical_options(self.inputs.model_dump()),
@@ -175,7 +175,7 @@ class Run:
         if isinstance(self.features, Artifact):
             parents["features"] = self.features.digest
         else:
-            config["decode"] = VERSION  # type: ignore[assignment]
+            config["decode"] = VERSION
         if self.chosen:
             parents["chosen"] = self.chosen.digest
         return Plan("checkpoint", config, parents)
