@@ -1,14 +1,16 @@
 """Named points at which a test may kill the process or fill the disk.
 
 `here("artifact.seal")` is one dictionary look-up in production. A test arms a point through the environment variable
-ZSR_FAULT, `NAME=kill` (SIGKILL to this process) or `NAME=enospc` (OSError ENOSPC), with `@N` to fire at the N-th
-passing, and with `@N@FILE` to do so only in the one process that can create FILE, so that its peers and a restart are
-spared. `POINTS` lists every name, so that a test which iterates it covers a new point on the day it appears.
+ZSR_FAULT, `NAME=kill` (SIGKILL to this process), `NAME=enospc` (OSError ENOSPC) or `NAME=wait` (ten minutes), with `@N`
+to fire at the N-th passing, and with `@N@FILE` to do so only in the one process that can create FILE, so that its peers
+and a restart are spared. `POINTS` lists every name, so that a test which iterates it covers a new point on the day it
+appears.
 """
 
 import errno
 import os
 import signal
+import time
 from collections import Counter
 from typing import Final
 
@@ -54,6 +56,8 @@ def here(point: str) -> None:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "wait":
+        time.sleep(600)
     if action == "enospc":
         raise OSError(errno.ENOSPC, "no space left on device (injected)", point)
 
