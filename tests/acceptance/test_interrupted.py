@@ -31,7 +31,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> dict[
     raw, images = toy.write_features(root / "features"), toy.write_pictures(root / "images", toy.CLASSES[:3], each=2)
     artifacts = features_only(root, raw)
     checkpoint, common = ("--checkpoint", root / "checkpoint"), artifacts[:4]
-    ok("train", *artifacts, "--model", "ridge", *SPLIT, "--output", checkpoint[1])
+    # with another penalty than the report's own ridge, which is trained then
+    ok("train", *artifacts, "--model", "ridge", "--options.penalties", 3000, *SPLIT, "--output", checkpoint[1])
     for modality in ("photo", "sketch"):
         ok("embed", *common, *checkpoint, "--modality", modality, "--output", root / modality, "--actors", 1)
     queries = ("--queries", root / "sketch")
