@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, create_model
 
@@ -19,6 +20,8 @@ from zsr.training import metrics, trackers
 from zsr.training.config import TrainSettings
 from zsr.training.engines import Precision, Stage, deepspeed_config
 from zsr.training.run import Run, TowerStart, describe, metrics_path, train_model
+
+DEFAULT_MODEL: Final = "contrastive"  # the best of docs/results.md
 
 
 class Config(TrainSettings, DeviceSettings, JobConfig):
@@ -75,7 +78,7 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
     tower_tune: str = "all"
     invert_sketches: bool = False
     query: Query = "sketch"
-    model: str = "sem-pcyc"
+    model: str = DEFAULT_MODEL
     preset: str | None = None
     track: tuple[trackers.Name, ...] = ()
     log_every: int = Field(10, ge=1)
@@ -154,17 +157,23 @@ def work(config: Any) -> Results:
 
 
 def config_for(argv: Sequence[str]) -> type[Any]:
-    """The flags of this model: `--options.NAME` is typed by the model that `--model` (or the file) names.
+    """The flags of this model: `--options.NAME` is typed by the model that `--model` (or the file) names, which also
+    has its own defaults of the run's length.
 
     Raises:
         ConfigError: no such model or preset.
     """
-    name = str(peek(argv, "model", "sem-pcyc"))
+    name = str(peek(argv, "model", DEFAULT_MODEL))
     preset = peek(argv, "preset", None)
     if name not in MODELS:
         raise ConfigError(f"no model {name!r}; known are {sorted(MODELS)}")
     options = configure(name, {}, None if preset is None else str(preset))
-    return create_model("Config", __base__=Config, __module__=__name__, options=(type(options), options))
+    fields: dict[str, Any] = {"options": (type(options), options)}
+    for flag, value in MODELS[name].schedule.items():
+        about = copy(Config.model_fields[flag])
+        about.default = value
+        fields[flag] = (about.annotation, about)
+    return create_model("Config", __base__=Config, __module__=__name__, **fields)
 
 
 def peek(argv: Sequence[str], name: str, default: str | None) -> str | None:

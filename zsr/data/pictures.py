@@ -82,6 +82,14 @@ def shard(data: Artifact, name: str) -> Shard:
     return _opened(str(Path(data.local(name))))
 
 
+def has_images(data: Artifact, modality: str) -> bool:
+    """Whether a row of `modality` has an image; of DATA that does not count them, shards are opened to see."""
+    return any(
+        entry.facts["images"] if "images" in entry.facts else shard(data, entry.path).pictured().any()
+        for entry in data.shards(modality)
+    )
+
+
 class Cache:
     """The encoded pictures of the row groups that were used last, at most `limit` bytes of them."""
 

@@ -129,7 +129,7 @@ def _decode(
 ) -> Iterator[pa.Table]:
     """One DATA shard with its pictures decoded, some rows at a time. Runs in a Ray task."""
     for rows, found in pictured_rows(data, pictures, str(batch["item"][0]), classes):
-        yield _table(rows, found.reshape(len(found), -1), classes, keys)
+        yield _table(rows, found.reshape(len(found), int(np.prod(found.shape[1:]))), classes, keys)  # of no row, too
 
 
 def featured_rows(

@@ -148,6 +148,7 @@ def _write(staging: Staging, name: str, groups: list[list[Good]], spool: IO[byte
     facts = {
         "rows": sum(map(len, groups)),
         "quarantined": quarantined,
+        "images": sum(row.length > 0 for group in groups for row in group),
         "classes": {str(label): classes[label] for label in sorted(classes)},
     }
     # encoded pictures do not get smaller; their statistics tell a stream how many rows have none

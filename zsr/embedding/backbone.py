@@ -14,7 +14,7 @@ from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.data.decode import VERSION
 from zsr.data.features import feature_table, seal_features
-from zsr.data.pictures import Decoded
+from zsr.data.pictures import Decoded, has_images
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
 from zsr.devices import AUTO, Devices, DeviceSettings, choose, own_device
 from zsr.embedding.ahead import Decoders
@@ -98,6 +98,11 @@ def extract(
     staging = output.staging(work)
     if not names:
         raise ConfigError(f"data {data.digest[:12]} has no rows that --backbone or --texts make features of")
+    if not any(side == "text" or has_images(data, side) for side in sorted(set(map(side_of, names)))):
+        raise ConfigError(
+            f"data {data.digest[:12]} have no images to make features of; those that come with the data are imported "
+            "by jobs.prepare --features-output"
+        )
     shared = _shared(data, settings, weights, work, batch)
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}
     decoders = 0 if settings.jpegs == "gpu" else decoders

@@ -16,11 +16,19 @@ __all__ = ["MODELS", "Entry", "build", "configure"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model: its options, its class, and named sets of options (the options' own defaults need no name)."""
+    """A model.
+
+    Attributes:
+        config: its options.
+        model: its class.
+        presets: named sets of options (the options' own defaults need no name).
+        schedule: defaults of the run's epochs, steps_per_epoch and patience, where those of the papers do not fit it.
+    """
 
     config: type[ModelConfig]
     model: type[Embedder]
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
+    schedule: Mapping[str, int] = field(default_factory=dict)
 
 
 MODELS: Final[Mapping[str, Entry]] = MappingProxyType(
@@ -35,7 +43,7 @@ MODELS: Final[Mapping[str, Entry]] = MappingProxyType(
         "sketch-gcn": Entry(sketch_gcn.Config, sketch_gcn.SketchGcn, sketch_gcn.PRESETS),
         "lcale": Entry(lcale.Config, lcale.Lcale, lcale.PRESETS),
         "cfsa": Entry(cfsa.Config, cfsa.Cfsa, cfsa.PRESETS),
-        "contrastive": Entry(contrastive.Config, contrastive.Contrastive),
+        "contrastive": Entry(contrastive.Config, contrastive.Contrastive, schedule=contrastive.SCHEDULE),
     }
 )
 

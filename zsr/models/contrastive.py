@@ -33,6 +33,8 @@ from zsr.models.layers import gather_over_ranks
 from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Shared, Terms
 
 MODALITIES: Final = ("sketch", "photo")
+# scores peak within 20 to 120 steps (docs/models.md): validation has to come by while they do
+SCHEDULE: Final = {"epochs": 60, "steps_per_epoch": 10}
 
 
 class Config(ModelConfig):

@@ -29,6 +29,7 @@ from zsr import measure, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.cluster import set_data_context, started_here
 from zsr.data.decode import VERSION
+from zsr.data.pictures import has_images
 from zsr.data.rows import home_rank
 from zsr.data.sampling import Pool, Reservoir, seed_of
 from zsr.data.semantics import class_vectors
@@ -146,6 +147,11 @@ class Run:
             tower = self.features.tower
             if self.query == "text":
                 raise ConfigError("an image tower cannot read texts; run jobs.features and train on features")
+            if missing := [modality for modality in ("sketch", "photo") if not has_images(self.data, modality)]:
+                raise ConfigError(
+                    f"--tower requires images, and data {self.data.digest[:12]} have none of {' and '.join(missing)}; "
+                    "train on --features, or prepare data with images"
+                )
             with torch.device("meta"):  # the width alone is wanted
                 dims = dict.fromkeys(("sketch", "photo"), backbones.build(tower.architecture).dim)
         return Inputs(
