@@ -163,7 +163,7 @@ def parse(config_type: type[Config], argv: Sequence[str], command: str = "") -> 
         with _captured(flags) as printed:
             return tyro.cli(config_type, args=flags, prog=program, description=f"{about}\n\n{FILE_HELP}")
     except ValidationError as error:
-        raise ConfigError(refusals(error)) from error
+        raise ConfigError(refusals(error, config_type)) from error
     except BrokenPipeError:
         say("")
         raise SystemExit(0) from None
@@ -173,21 +173,43 @@ def parse(config_type: type[Config], argv: Sequence[str], command: str = "") -> 
             raise
         # tyro prints its own account of what a pydantic model refuses
         refused = next((cause for cause in causes(error) if isinstance(cause, ValidationError)), None)
-        message = refusals(refused) if refused else f"{sentence(printed.getvalue().decode())}; see {program} --help"
+        message = (
+            refusals(refused, config_type)
+            if refused
+            else f"{sentence(printed.getvalue().decode())}; see {program} --help"
+        )
         raise ConfigError(message) from error
 
 
-def refusals(error: ValidationError) -> str:
+def refusals(error: ValidationError, config_type: type[BaseModel]) -> str:
     """What a configuration refuses, each with its flag and what was found."""
-    return "; ".join(_refusal(about["loc"], about["msg"], about["input"]) for about in error.errors())
+    return "; ".join(
+        _refusal(about["loc"], about["msg"], about["input"], error, config_type) for about in error.errors()
+    )
 
 
-def _refusal(place: tuple[int | str, ...], message: str, found: object) -> str:
+def _refusal(
+    place: tuple[int | str, ...], message: str, found: object, error: ValidationError, config_type: type[BaseModel]
+) -> str:
     said = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if not place:  # of several flags together, which the message names
         return said
-    flag = ".".join(str(part).replace("_", "-") for part in place if not isinstance(part, int))
-    return f"--{flag}: found {found!r}; {said[:1].lower()}{said[1:]}"
+    parts = [str(part).replace("_", "-") for part in place if not isinstance(part, int)]
+    # tyro makes nested models one by one, so that an error tells its place in its own model alone
+    within = next((flag for flag, kind in _models(config_type) if _is_of(error, str(place[0]), kind)), "")
+    return f"--{within}{'.'.join(parts)}: found {found!r}; {said[:1].lower()}{said[1:]}"
+
+
+def _is_of(error: ValidationError, field: str, kind: type[BaseModel]) -> bool:
+    return error.title == kind.__name__ and field in kind.model_fields
+
+
+def _models(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """A model and those nested in it, each with what stands before its flags."""
+    yield prefix, kind
+    for name, about in kind.model_fields.items():
+        if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
+            yield from _models(about.annotation, f"{prefix}{name.replace('_', '-')}.")
 
 
 @contextmanager

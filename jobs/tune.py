@@ -74,10 +74,11 @@ def trial_config(values: Mapping[str, Any], overrides: Overrides) -> Any:
             changed["options"][option] = value
         else:
             changed[field] = value
+    kind = train.config_for(["--model", changed["model"]])
     try:
-        return train.config_for(["--model", changed["model"]])(**changed)
+        return kind(**changed)
     except ValidationError as error:
-        raise ConfigError(f"trial {dict(overrides)}: {refusals(error)}") from error
+        raise ConfigError(f"trial {dict(overrides)}: {refusals(error, kind)}") from error
 
 
 def make(values: Mapping[str, Any], overrides: Overrides) -> Run:

@@ -1,14 +1,20 @@
 """Flags, YAML, exit codes and the JSON line that ends every job."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from jobs._job import JobConfig, Results, causes, main
+from jobs._job import JobConfig, Results, causes, explain, main
 from tests.pipeline import job
+from zsr import cluster
 from zsr.errors import ConfigError, DamagedArtifact, ZsrError
+
+ROOT = Path(__file__).parents[1]
 
 
 class Options(BaseModel):
@@ -16,6 +22,7 @@ class Options(BaseModel):
 
     lr: float = 1e-3
     fast: bool = True
+    most: int = Field(8, le=8)
 
 
 class Config(JobConfig):
@@ -25,11 +32,28 @@ class Config(JobConfig):
         output: a path.
         labels: names.
         options: nested.
+        held_out: with a validator of its own.
+        side: a choice.
+        note: text, or None.
+        title: text.
+        sure: three values.
     """
 
     output: Path
     labels: tuple[str, ...] = ()
     options: Options = Options()
+    held_out: int = 0
+    side: Literal["left", "right"] = "left"
+    note: str | None = None
+    title: str = ""
+    sure: bool | None = None
+
+    @field_validator("held_out")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("hold out 0, or at least 2")
+        return value
 
 
 def show(config: Config) -> Results:
@@ -58,12 +82,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path, capsys: pytest.Capt
     file.write_text("output: here\nlabels: [a, b]\noptions: {lr: 0.5, fast: false}\n")
     assert main(Config, show, show, ["--config", str(file), "--labels", "c"]) == 0
     config = last_line(capsys)["config"]
-    assert config == {
-        "plan": False,
-        "output": str(Path.cwd() / "here"),
-        "labels": ["c"],
-        "options": {"lr": 0.5, "fast": False},
-    }
+    assert (config["output"], config["labels"]) == (str(Path.cwd() / "here"), ["c"])
+    assert config["options"] == {"lr": 0.5, "fast": False, "most": 8}
 
 
 def test_an_unknown_key_of_the_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,10 +95,109 @@ def test_an_unknown_key_of_the_file_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "options.speed" in line["error"]
 
 
-@pytest.mark.parametrize("argv", [["--speed", "1"], [], ["--output", "x", "--options.lr", "fast"]])
-def test_a_command_line_that_is_not_understood_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+REFUSED = [
+    (["--output", "x", "--speed", "1"], "unknown --speed, 1"),
+    (["--output", "x", "--outptu", "y"], "unknown --outptu, y; perhaps you meant: --output PATH"),
+    ([], "missing --output PATH"),
+    (["--output"], "Missing value for argument '--output'. Expected 1 values"),
+    (["--output", "x", "--options.lr", "fast"], "--options.lr: found 'fast'; expected --options.lr FLOAT"),
+    (["--output", "x", "--held-out", "1"], "--held-out: found 1; hold out 0, or at least 2"),
+    (["--output", "x", "--options.most", "9"], "--options.most: found 9; input should be less than or equal to 8"),
+    (["--output", "x", "--side", "up"], "found 'up' for argument '--side'"),
+    (["--config"], "--config requires the name of a YAML file"),
+    (["--config="], "--config requires the name of a YAML file"),
+]
+
+
+@pytest.mark.parametrize(("argv", "why"), REFUSED)
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_a_refused_command_line_is_one_sentence_on_the_terminal_and_in_the_json(
+    argv: list[str], why: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
     assert main(Config, show, show, argv) == 2
-    assert last_line(capsys)["exit_code"] == 2
+    printed = capsys.readouterr()
+    line = json.loads(printed.out)
+    assert line["exit_code"] == 2
+    assert line["error"].startswith(why)
+    assert printed.err == f"error: {line['error']}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"output: \xe9t\xe9\n", "expected YAML in UTF-8"),
+        (b"output: [\n", "expected YAML in UTF-8"),
+        (b"[1, 2]\n", "found list, expected a mapping"),
+        (b"output: x\noptions:\n", "options: found nothing, expected a mapping of its flags"),
+        (b"output: x\noptions: []\n", "options: found list [], expected a mapping of its flags"),
+        (b"output: x\nlabels: [no, cat]\n", "labels: found False, expected a word or number"),
+        (b"output: x\nlabels: {a: b}\n", "labels: found {'a': 'b'}, expected a word or number"),
+    ],
+)
+def test_a_file_of_another_shape_or_encoding_is_one_sentence(
+    content: bytes, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    assert main(Config, show, show, [f"--config={file}"]) == 2
+    error = last_line(capsys)["error"]
+    assert str(file) in error
+    assert why in error
+    assert "\n" not in error
+
+
+def test_null_in_a_file_is_the_default_and_truth_values_are_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("output: x\nnote: null\ntitle:\nsure: true\n")
+    assert main(Config, show, show, ["--config", str(file)]) == 0
+    config = last_line(capsys)["config"]
+    assert (config["note"], config["title"], config["sure"]) == (None, "", True)
+
+
+def test_help_names_the_command_and_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(Config, show, show, ["--help"], command="build")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: python -m tests.test_job build ")
+    assert "--config FILE.yaml" in said
+
+
+COMMANDS = [f"jobs.{path.stem}" for path in sorted((ROOT / "jobs").glob("[a-z]*.py"))]
+COMMANDS += ["cluster.local", "cluster.start", "cluster.submit"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "jobs.index build", "jobs.train --model ridge"])
+def test_every_help_is_one(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m {command.partition(' --')[0]}" in done.stdout
+    if command not in ("jobs.index", "cluster.start"):
+        assert "--config FILE.yaml" in done.stdout
+    assert ("--options.penalties" in done.stdout) == ("ridge" in command)
+
+
+def test_help_into_a_reader_that_leaves_is_no_error() -> None:
+    words = [sys.executable, "-m", "jobs.train", "--help"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 0)
+
+
+def test_the_advice_that_ray_data_adds_to_an_error_of_a_task_is_left_out(ray_cluster: None) -> None:
+    def fail(piece: Results) -> Results:
+        raise ConfigError("shard 3: found a, expected b")
+
+    with pytest.raises(Exception, match="shard 3") as raised:
+        cluster.map_pieces("work", fail, [{"number": 3}])
+    assert explain(raised.value) == (2, "shard 3: found a, expected b")
 
 
 def test_plan_does_not_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ class Watch:
         self.staging = ""
         self._cleanups: list[Callable[[], object]] = []
         self._lock = threading.Lock()  # held by whoever prints the JSON line
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._finished = False
         self._caught: tuple[signal.Signals, ...] = ()
 
     def start(self) -> None:
@@ -67,14 +68,15 @@ class Watch:
         for number in self._caught:
             signal.signal(number, signal.SIG_IGN)
         with self._lock:
-            if not self._stopping.is_set():
+            if not self._stopping:
+                self._finished = True
                 say(f"{line}\n")
                 return
         _wait()
 
     def hold(self) -> None:
         """Never return once a signal has come: what the main thread sees from there on are results of the kill."""
-        if self._stopping.is_set():
+        if self._stopping:
             _wait()
 
     def message(self) -> str:
@@ -96,14 +98,17 @@ class Watch:
         code = 128 + number
         out, err = os.dup(1), os.dup(2)
         with self._lock:
-            self._stopping.set()
+            if self._finished:
+                return
+            self._stopping = True
         message = self.message()
         json_line = json.dumps({"error": message, "exit_code": code}, sort_keys=True)
 
         def leave() -> NoReturn:
-            with suppress(OSError):  # a terminal that was closed
-                os.write(err, f"{_SHOW_CURSOR if os.isatty(err) else ''}{message}\n".encode())
-                os.write(out, f"{json_line}\n".encode())
+            line = f"{_SHOW_CURSOR if os.isatty(err) else ''}{message}\n"
+            for descriptor, text in ((err, line), (out, f"{json_line}\n")):
+                with suppress(OSError):  # a terminal that was closed
+                    os.write(descriptor, text.encode())
             os._exit(code)
 
         null = os.open(os.devnull, os.O_WRONLY)

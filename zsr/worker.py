@@ -16,11 +16,12 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # Ray Train reports each `report` call at INFO, a starting node that a signal came, and Ray that another cluster runs on
 # this machine
 ADVICE = ("ray.train", "ray._private.utils", "DeepSpeed", "ray._private.node")
-# Ray Data prints the stack of each exception that it also raises. Ray Train's placement-group cleaner asks the
-# dashboard each second whether its controller lives, and complains where none runs or where several clusters share a
-# machine
+# Ray Data, and Ray Train's worker, print the stack of each exception that they also raise. Ray Train's placement-group
+# cleaner asks the dashboard each second whether its controller lives, and complains where none runs or where several
+# clusters share a machine
 COMPLAINTS = (
     "ray.data",
+    "ray.train.v2._internal.util",
     "ray.train.v2._internal.callbacks.placement_group_callback",
     "ray.train.v2._internal.execution.controller.placement_group_cleaner",
     "ray._private.services",

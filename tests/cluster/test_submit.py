@@ -60,6 +60,16 @@ def test_the_configuration_file_travels_along(tmp_path: Path) -> None:
         Submission.of(Config(job="pipeline"), ["--config", str(tmp_path / "none.yaml")])
 
 
+@pytest.mark.parametrize("spelled", [["--config", "FILE"], ["--config=FILE"]])
+def test_a_command_of_jobs_index_keeps_its_place_before_the_file(tmp_path: Path, spelled: list[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("index_dir: /shared/index\n")
+    flags = [word.replace("FILE", str(file)) for word in spelled]
+    work = Submission.of(Config(job="index"), ["build", *flags, "--threads", "2"])
+    assert work.entrypoint.startswith("python -m jobs.index build --config submitted/")
+    assert work.entrypoint.endswith(".yaml --threads 2")
+
+
 def test_the_exit_code_is_that_of_the_jobs_last_line() -> None:
     log = Log()
     log.add('{"exit_code": 0}\nworking\n{"loss": 1}\n{"error": "term x at step 3", "exit_code": 6, "steps": 3}\nbye\n')

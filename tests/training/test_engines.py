@@ -44,6 +44,35 @@ def test_what_checkpoints_do_not_cover_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "found NoneType, expected the DeepSpeed settings"),
+        (b"- 1\n", "found list, expected"),
+        (b"text", "found str, expected"),
+        (
+            b"zero_optimization: 2",
+            "zero_optimization: found 2, expected a mapping such as zero_optimization: {stage: 2}",
+        ),
+        (b"zero_optimization: {stage: 7}", "zero_optimization.stage: found 7, expected one of"),
+        (b"fp16: true", "fp16: found True, expected a mapping"),
+        (b"torch_autocast:", "torch_autocast: found None, expected a mapping"),
+        (b"note: \xe9t\xe9", "expected the DeepSpeed settings of every engine, YAML in UTF-8"),
+    ],
+)
+def test_a_deepspeed_file_of_another_shape_or_encoding_is_told(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "d.yaml"
+    file.write_bytes(content)
+    monkeypatch.setenv("ZSR_DEEPSPEED", str(file))
+    with pytest.raises(ConfigError) as refused:
+        deepspeed_config()
+    assert str(refused.value).startswith(f"{file}: ")
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("model", "asked", "device", "accumulate", "message"),
     [
         (Cfsa, (3, "fp32"), "cuda", 1, "use --zero-stage 2"),
