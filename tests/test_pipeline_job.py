@@ -10,6 +10,7 @@ from jobs import demo, pipeline
 from jobs._job import Results, parse
 from tests import toy
 from tests.pipeline import job, ok
+from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 
 STAGES = ["prepare", "semantics", "train seed 0", "embed photo", "embed sketch", "index", "evaluate"]
@@ -53,6 +54,15 @@ def test_the_model_that_the_file_names_types_its_options(tmp_path: Path) -> None
     words += ["--train.model", "ridge"]
     with pytest.raises(ConfigError, match=r"train.options.generator_lr"):
         parse(pipeline.config_for(words), words)
+
+
+def test_the_device_of_the_pipeline_is_that_of_stages_which_name_none(tmp_path: Path) -> None:
+    train = {"model": "contrastive", "split": "random:3:0", "device": "cpu", "gpus_per_worker": 2}
+    words = ["--config", str(written(tmp_path, train=train, features_from="backbone")), "--device", "cuda"]
+    stages = list(pipeline.Layout(parse(pipeline.config_for(words), words)).stages())
+    found = {stage.name: stage.config.device for stage in stages if isinstance(stage.config, DeviceSettings)}
+    embedding = {f"embed {modality}": "cuda" for modality in ("photo", "sketch")}
+    assert found == {"features": "cuda", "train seed 0": "cpu", **embedding, "evaluate": "cuda"}
 
 
 def test_a_tower_needs_no_features_and_a_text_query_embeds_texts(tmp_path: Path) -> None:

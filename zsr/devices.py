@@ -1,9 +1,7 @@
 """What the workers of a stage run on, by flags and by what the cluster has or its autoscaler can start.
 
 A cluster whose GPU nodes are all down is a cluster with GPUs: nothing starts one of its nodes but work that requests a
-GPU. Ray tells what is up. What may be started stands in the autoscaler's configuration alone: Ray 2.60 has an address
-for it in its key-value store, which the open-source autoscaler never writes. So it is read where the autoscaler reads
-it: the file that the head's monitor process was started with, or on Kubernetes the RayCluster resource.
+GPU. So what can be started counts like what is up, see `zsr.autoscaler`.
 """
 
 import logging
@@ -12,21 +10,18 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import ray
 import torch
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from zsr import cluster
+from zsr.autoscaler import NodeType, autoscaler_config, startable
 from zsr.errors import ConfigError, Infeasible
 
 logger = logging.getLogger("zsr")
 
-ANSWER: Final = 60.0  # seconds that the head may take to read its autoscaler's configuration
 FAKE: Final = "ZSR_FAKE_GPU"  # set by simulations of an autoscaler: GPUs that Ray counts and that do not exist
 
 
@@ -58,20 +53,6 @@ class DeviceSettings(BaseModel):
 
 
 AUTO: Final = DeviceSettings()
-
-
-@dataclass(frozen=True)
-class NodeType:
-    """A kind of node that the autoscaler can start.
-
-    Attributes:
-        resources: what one node offers, by Ray's names.
-        most: nodes of this kind at once.
-    """
-
-    name: str
-    resources: Mapping[str, float]
-    most: int
 
 
 @dataclass(frozen=True)
@@ -109,11 +90,15 @@ class Capacity:
         # nodes that are up are of these types, or there are no types
         return max(startable, sum(map(workers, self.nodes)))
 
+    def cpus(self) -> int:
+        """CPUs of the nodes that are up or can start."""
+        return self.fit(lambda node: int(node.get("CPU", 0)))
+
     def cpu_workers(self) -> int:
         """Workers of a CPU each, on nodes without GPUs where there are any."""
         plain = self.fit(lambda node: 0 if node.get("GPU") else int(node.get("CPU", 0)))
         # one is left for the driver, and for tasks that read
-        return max(1, (plain or self.fit(lambda node: int(node.get("CPU", 0)))) - 1)
+        return max(1, (plain or self.cpus()) - 1)
 
     def gpus(self) -> str:
         """The GPUs that are up and that can start, in words."""
@@ -172,7 +157,7 @@ def choose(settings: DeviceSettings = AUTO, cpus: float = 1) -> Devices:
         cpus: that a worker with a GPU requests beside it.
 
     Raises:
-        Infeasible: --device cuda, and neither a node nor a node type has enough GPUs for a worker.
+        Infeasible: GPUs are requested, and neither a node nor a node type has enough of them for a worker.
     """
     return chosen(settings, capacity(), cpus)
 
@@ -181,9 +166,11 @@ def chosen(settings: DeviceSettings, have: Capacity, cpus: float = 1) -> Devices
     """`choose` for a cluster that is described."""
     each = settings.gpus_per_worker
     most = have.fit(lambda node: gpu_workers(node, each, cpus))
-    if settings.device == "cuda" and not most and not have.unknown:
+    # several GPUs per worker are no default: somebody requests GPUs
+    if not most and not have.unknown and (settings.device == "cuda" or (settings.device == "auto" and each > 1)):
+        flag = "--device cuda" if settings.device == "cuda" else f"--gpus-per-worker {each:g}"
         raise Infeasible(
-            f"--device cuda requires {each:g} GPU{'s' if each > 1 else ''} per worker on one node, and {have.gpus()}; "
+            f"{flag} requires {each:g} GPU{'s' if each > 1 else ''} per worker on one node, and {have.gpus()}; "
             "add nodes or a node type with GPUs, or use --device cpu"
         )
     if settings.device == "cuda" or (settings.device == "auto" and most):
@@ -224,77 +211,3 @@ def capacity() -> Capacity:
     if len(nodes) > 1 or types:
         return Capacity(nodes, types, most)
     return Capacity(nodes, cores=max(1, min(os.cpu_count() or 1, int(sum(node.get("CPU", 0) for node in nodes)))))
-
-
-def startable(config: Mapping[str, Any]) -> tuple[tuple[NodeType, ...], int]:
-    """The node types of an autoscaler's configuration but the head's, and the most nodes of all types together."""
-    kinds = dict(config.get("available_node_types", {}))
-    kinds.pop(config.get("head_node_type"), None)
-    most = int(config.get("max_workers", 0))
-    types = (NodeType(name, dict(k.get("resources", {})), int(k.get("max_workers", most))) for name, k in kinds.items())
-    return tuple(kind for kind in types if kind.most), most
-
-
-@lru_cache(maxsize=1)
-def _read(gcs_address: str) -> Mapping[str, Any]:
-    if "KUBERNETES_SERVICE_HOST" in os.environ and "RAY_CLUSTER_NAME" in os.environ:
-        return kubernetes_config(os.environ["RAY_CLUSTER_NAME"])
-    # a resource of the head alone: no other task takes it
-    task = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(monitor_config)
-    try:
-        found: Mapping[str, Any] = ray.get(task.remote(gcs_address), timeout=ANSWER)
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"the head did not read it: {str(error).strip().splitlines()[-1]}") from error
-    return found
-
-
-def autoscaler_config() -> Mapping[str, Any]:
-    """The configuration of this cluster's autoscaler; empty if it has none.
-
-    Raises:
-        ConfigError: there is one, and it cannot be read.
-    """
-    return _read(ray.get_runtime_context().gcs_address)
-
-
-def monitor_config(gcs_address: str, processes: Path = Path("/proc")) -> Mapping[str, Any]:
-    """The file that the monitor process of this cluster was started with, on the head; empty without an autoscaler."""
-    for process in processes.glob("[0-9]*/cmdline"):
-        try:
-            words = process.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended, or is another user's
-            continue
-        given = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
-        # by its port: the same address may be written as a name, or as loopback
-        same = given.get("--gcs-address", "").rpartition(":")[2] == gcs_address.rpartition(":")[2]
-        if same and "--autoscaling-config" in given:
-            path = Path(given["--autoscaling-config"]).expanduser()
-            try:
-                return dict(yaml.safe_load(path.read_text()))
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise ConfigError(f"{path}: {error}") from error
-    return {}
-
-
-SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-
-
-def kubernetes_config(name: str, account: Path = SERVICE_ACCOUNT) -> Mapping[str, Any]:
-    """What the autoscaler of RayCluster `name` goes by; empty where the cluster has none.
-
-    The pods' service account is allowed to read it, since the operator binds the autoscaler's role to it.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    from ray.autoscaler._private.kuberay import autoscaling_config, node_provider  # in a pod alone
-
-    try:
-        namespace = (account / "namespace").read_text().strip()
-        found = node_provider.KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
-    except OSError as error:  # requests' errors are of this kind, too
-        raise ConfigError(f"RayCluster {name}: {error}") from error
-    if not found["spec"].get("enableInTreeAutoscaling"):
-        return {}
-    derived: Mapping[str, Any] = autoscaling_config._derive_autoscaling_config_from_ray_cr(found)
-    return derived

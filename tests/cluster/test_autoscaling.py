@@ -17,8 +17,9 @@ from cluster.local import ROOT
 from tests import toy
 from tests.cluster.autoscaling import Autoscaling, autoscaling_cluster
 from tests.pipeline import features_only, job, ok
-from zsr import devices
-from zsr.devices import Capacity, Devices, DeviceSettings, NodeType, chosen, startable
+from zsr import autoscaler, devices
+from zsr.autoscaler import NodeType, startable
+from zsr.devices import Capacity, Devices, DeviceSettings, chosen
 from zsr.errors import ConfigError, Infeasible
 
 HEAD = {"CPU": 0.0}
@@ -72,8 +73,10 @@ def test_cuda_without_a_gpu_anywhere_is_refused_in_one_sentence() -> None:
         chosen(DeviceSettings(device="cuda"), Capacity((CPU,)))
     with pytest.raises(Infeasible, match=f"{refused}0 GPUs are up, and no node type has any"):
         chosen(DeviceSettings(device="cuda"), Capacity((CPU,), SHIPPED[:1], 8))
-    with pytest.raises(Infeasible, match="requires 2 GPUs per worker"):
-        chosen(DeviceSettings(device="cuda", gpus_per_worker=2), Capacity((HEAD,), SHIPPED, 64))
+    for device, flag in (("cuda", "--device cuda"), ("auto", "--gpus-per-worker 2")):
+        settings = DeviceSettings.model_validate({"device": device, "gpus_per_worker": 2})
+        with pytest.raises(Infeasible, match=f"{flag} requires 2 GPUs per worker on one node, and 0 GPUs are up, node"):
+            chosen(settings, Capacity((HEAD,), SHIPPED, 64))
 
 
 def test_an_autoscaler_that_cannot_be_asked_is_told_to_start_gpus_all_the_same() -> None:
@@ -126,7 +129,7 @@ def test_on_kubernetes_they_are_those_of_the_ray_cluster(monkeypatch: pytest.Mon
         return {"metadata": {"name": "zsr", "namespace": "search"}, "spec": spec}
 
     monkeypatch.setattr(node_provider.KubernetesHttpApiClient, "get", get)
-    types, most = startable(devices.kubernetes_config("zsr", tmp_path))
+    types, most = startable(autoscaler.kubernetes_config("zsr", tmp_path))
     assert asked == ["search/rayclusters/zsr"]
     assert {kind.name: (kind.resources.get("GPU", 0), kind.most) for kind in types} == {
         "cpu": (0, 32),
@@ -135,9 +138,9 @@ def test_on_kubernetes_they_are_those_of_the_ray_cluster(monkeypatch: pytest.Mon
     }
     assert most == 104
     spec["enableInTreeAutoscaling"] = False
-    assert devices.kubernetes_config("zsr", tmp_path) == {}
+    assert autoscaler.kubernetes_config("zsr", tmp_path) == {}
     with pytest.raises(ConfigError, match=r"RayCluster zsr: .*No such file"):
-        devices.kubernetes_config("zsr", tmp_path / "none")
+        autoscaler.kubernetes_config("zsr", tmp_path / "none")
 
 
 def test_the_monitor_of_this_cluster_is_read_and_no_other(tmp_path: Path) -> None:
@@ -147,11 +150,11 @@ def test_the_monitor_of_this_cluster_is_read_and_no_other(tmp_path: Path) -> Non
         config.write_text(f"max_workers: {port}\n")
         words = ["python", "-u", "monitor.py", f"--gcs-address=10.0.0.1:{port}", f"--autoscaling-config={config}"]
         (tmp_path / str(number) / "cmdline").write_bytes("\0".join(words).encode())
-    assert devices.monitor_config("127.0.0.1:6380", tmp_path) == {"max_workers": 6380}
-    assert devices.monitor_config("127.0.0.1:6381", tmp_path) == {}
+    assert autoscaler.monitor_config("127.0.0.1:6380", tmp_path) == {"max_workers": 6380}
+    assert autoscaler.monitor_config("127.0.0.1:6381", tmp_path) == {}
     (tmp_path / "6380.yaml").unlink()
     with pytest.raises(ConfigError, match=r"6380\.yaml: .*No such file"):
-        devices.monitor_config("127.0.0.1:6380", tmp_path)
+        autoscaler.monitor_config("127.0.0.1:6380", tmp_path)
 
 
 # ---- nodes are started -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,12 @@ def test_an_extra_that_a_node_lacks_is_named() -> None:
 def test_an_extra_is_there_when_all_of_its_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _probes.extras()
     assert {"s3", "text", "towers", "demo"} <= set(whole)
-    version = _probes.metadata.version
+    version = metadata.version
 
     def without(package: str) -> str:
         if package == "nltk":
-            raise _probes.metadata.PackageNotFoundError(package)
+            raise metadata.PackageNotFoundError(package)
         return version(package)
 
-    monkeypatch.setattr(_probes.metadata, "version", without)
+    monkeypatch.setattr(metadata, "version", without)
     assert set(_probes.extras()) == set(whole) - {"text"}

@@ -269,7 +269,7 @@ def room_to_decode(actors: int, decoders: int | None, devices: Devices) -> int:
     """
     if not devices.gpus and not decoders:  # they would take the CPUs that the models run on
         return 0
-    room = (capacity().fit(lambda node: int(node.get("CPU", 0))) - actors) // actors
+    room = (capacity().cpus() - actors) // actors
     if decoders is not None and decoders > room:
         raise Infeasible(
             f"{decoders} tasks to decode for each of {actors} actors, and CPUs for {max(0, room)}; use --decoders "

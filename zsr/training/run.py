@@ -245,6 +245,7 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
         with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, done_steps, output):
             (_fit_alone if alone else _fit)(run, staging)
     else:  # closed form needs no worker group: the stream does the reading, one process the sums
+        Devices(0, 1, f"{run.model} is solved in closed form by the driver").say(1)
         torch.set_num_threads(run.settings.threads)
         _solve(run, staging, Place(0, 1, "cpu"))
     artifact = checkpoint.seal(staging, run.settings.keep_checkpoints, _facts(run, staging))

@@ -228,7 +228,7 @@ def _spare_cpus() -> int:
     Raises:
         Infeasible: a single CPU.
     """
-    cpus = capacity().fit(lambda node: int(node.get("CPU", 0))) - 1
+    cpus = capacity().cpus() - 1
     if cpus < 1:
         raise Infeasible("a sweep requires two CPUs: one trains, one reads its data; add a node")
     return cpus
