@@ -4,6 +4,7 @@ A job attaches to the cluster that `ray job submit` put it on, or starts a small
 over named pieces of work (shards) through Ray Data, with its back-pressure and its retries after a lost worker or node.
 """
 
+import atexit
 import logging
 import os
 import secrets
@@ -251,6 +252,7 @@ def _start_local() -> str:
     except Exception as error:  # Ray raises plain exceptions where its processes do not come up in time
         raise _not_started(" ".join(str(error).split())) from error
     WATCH.install()  # the node has put its own handler of SIGTERM there
+    atexit.register(disconnect)  # before the cluster goes: else this process tries to recover what that held
     return str(_local.address)
 
 
@@ -311,7 +313,7 @@ def stream_pieces(
     pieces: Sequence[dict[str, Any]],
     *,
     rows: Sequence[int] | None = None,
-    unit: str = "rows",
+    unit: str | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Run `function` once for every piece, each as a Ray task, and yield its results in the order of `pieces`.
@@ -322,7 +324,7 @@ def stream_pieces(
             It writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
         rows: rows of each piece, for progress; `function` calls `progress.advance` as it goes through them. Left out,
             finished pieces are counted.
-        unit: what `rows` counts.
+        unit: what is counted; left out, rows, or shards where `rows` is left out.
         options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
 
     Raises:
@@ -338,11 +340,11 @@ def stream_pieces(
     else:
         options["fn_kwargs"] = {"stage": what, "function": function, "shared": options.pop("fn_kwargs", {})}
         counted = measure.task
-    sizes, unit = ([1] * len(pieces), "shards") if rows is None else (rows, unit)
+    sizes, default = ([1] * len(pieces), "shards") if rows is None else (rows, "rows")
     items = measure.Items(sizes)
     dataset = ray.data.from_items(items.numbered(pieces), override_num_blocks=len(pieces)).map(counted, **options)
     try:
-        with progress.stage(what, sum(sizes), unit, poll=items.done) as shown:
+        with progress.stage(what, sum(sizes), unit or default, poll=items.done) as shown:
             yield from items.passed(dataset.iter_rows())
             shown.done = sum(sizes)
     finally:

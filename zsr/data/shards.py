@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data import Dataset
 
+from zsr import progress
 from zsr.artifact import Artifact
 from zsr.cluster import connect
 from zsr.data.decode import Pictures
@@ -226,7 +227,8 @@ def collect(data: Artifact, source: Source, modality: str, classes: tuple[str, .
     Raises:
         ConfigError: there is none.
     """
-    blocks = list(stream(data, source, modality, classes, keys=True))
+    found = stream(data, source, modality, classes, keys=True)
+    blocks = [block for _, block in progress.counted((len(block.ids), block) for block in found)]
     if not blocks:
         raise ConfigError(
             f"no {modality} row of the classes {list(classes)[:5]} ... has a feature or picture; check the split"

@@ -9,6 +9,7 @@ In both generalised settings the seen items are those that were trained on: noth
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -167,11 +168,21 @@ class Bench:
         """Every row of `classes`; read once."""
         key = (source.digest if isinstance(source, Artifact) else source, modality, classes)
         if key not in self._held:
-            rows = collect(self.data, source, modality, classes)
+            with self._slow(f"read {modality}", self._count(modality, classes), not isinstance(source, Artifact)):
+                rows = collect(self.data, source, modality, classes)
             labels = np.array(classes)[rows.labels]
             self._held[key] = Pool(rows.ids, rows.pairs, labels, np.array(rows.keys), rows.features)
         found: Pool = self._held[key]
         return found
+
+    def _count(self, modality: str, classes: tuple[str, ...]) -> int:
+        """Rows of `classes` in DATA."""
+        return sum(int(e.facts["classes"].get(name, 0)) for e in self.data.shards(modality) for name in classes)
+
+    @staticmethod
+    def _slow(what: str, rows: int, pictures: bool) -> AbstractContextManager[object]:
+        """A stage for pictures; features take no time worth a line, and are no queries of a stage around this."""
+        return progress.stage(what, rows) if pictures else progress.counting(progress.ignore)
 
     def asked(self, source: Source) -> Asked:
         """The rows of this bench's protocol."""
@@ -207,8 +218,7 @@ class Bench:
 
     def embed(self, model: Embedder, modality: str, pool: Pool) -> Side:
         """Rows embedded by `model`, several parts of an item one after the other. All embedding goes through here."""
-        slow = pool.features.ndim > 2  # features take no time worth a line, and are no queries of a stage around this
-        with progress.stage(f"embed {modality}", len(pool.ids)) if slow else progress.counting(progress.ignore):
+        with self._slow(f"embed {modality}", len(pool.ids), pool.features.ndim > 2):
             embedded = vectors_of(model, modality, pool.features, self.device or "cpu")
         count, parts, dim = embedded.shape
         rows = np.repeat(np.arange(count), parts)

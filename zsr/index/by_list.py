@@ -203,10 +203,17 @@ def scan(work: Work, shards: list[int], workers: int) -> list[dict[str, Any]]:
         ConfigError: queries of another space. DamagedArtifact: a piece of a killed run; the next run makes it again.
     """
     todo = [{"shard": shard} for shard in shards if work.lacks(probes_name(shard))]
-    spent = map_pieces("assign", Assigner, todo, fn_constructor_kwargs={"work": work}, **actors(todo, workers))
+    given = {"rows": rows_of(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
+    spent = map_pieces("assign", Assigner, todo, **given, **actors(todo, workers))
     ranges = [{"range": number} for number in range(work.ranges if shards else 0)]
-    shared = {"work": work, "shards": shards}
-    return spent + map_pieces("scan", Scanner, ranges, fn_constructor_kwargs=shared, **actors(ranges, workers))
+    given = {"unit": "ranges", "fn_constructor_kwargs": {"work": work, "shards": shards}}
+    return spent + map_pieces("scan", Scanner, ranges, **given, **actors(ranges, workers))
+
+
+def rows_of(work: Work, pieces: list[dict[str, Any]]) -> list[int]:
+    """Query vectors of each of some shards of queries."""
+    starts = work.source.starts
+    return [starts[piece["shard"] + 1] - starts[piece["shard"]] for piece in pieces]
 
 
 def actors(pieces: list[dict[str, Any]], workers: int) -> dict[str, Any]:

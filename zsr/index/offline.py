@@ -18,7 +18,7 @@ from zsr.embedding.shards import FREE, Prices, cost_of
 from zsr.errors import StorageError
 from zsr.index import by_list
 from zsr.index.answers import Asked, Searches, answer_block, answers_table, queries_of
-from zsr.index.by_list import Merged, Work, actors
+from zsr.index.by_list import Merged, Work, actors, rows_of
 from zsr.index.ledger import Clock
 from zsr.index.search import Searcher, classes_of, resolved
 from zsr.index.sharded import ShardedSearcher
@@ -137,7 +137,7 @@ def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dic
     """Answer some shards of queries by the hosts of the segments."""
     searcher = ShardedSearcher.open(f"{work.index.place}/objects/{work.index.digest}", replicas=replicas)
     searcher.check(work.source.artifact)
-    with progress.stage("search", sum(_rows(work, todo)), "queries"):
+    with progress.stage("search", sum(rows_of(work, todo)), "queries"):
         return [answered(searcher, work, piece) for piece in todo]
 
 
@@ -145,14 +145,8 @@ def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> l
     """Answer some shards of queries by actors that map the index, after scanning it by range where that is wanted."""
     most = workers or int(resources().get("CPU", 1))
     scanned = by_list.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
-    options = {"rows": _rows(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
+    options = {"rows": rows_of(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
     return scanned + map_pieces("search", ShardSearcher, todo, **options, **actors(todo, most))
-
-
-def _rows(work: Work, todo: list[dict[str, Any]]) -> list[int]:
-    """Query vectors of each shard."""
-    starts = work.source.starts
-    return [starts[piece["shard"] + 1] - starts[piece["shard"]] for piece in todo]
 
 
 class ShardSearcher:
@@ -180,7 +174,7 @@ def answered(searcher: Searches, work: Work, piece: dict[str, Any]) -> dict[str,
             f"{piece['name']}: nobody holds {answers.hits.missing:.1%} of the gallery any more; add nodes or replicas "
             "and run the job again, which keeps the shards that were answered"
         )
-    progress.advance(sum(_rows(work, [piece])))
+    progress.advance(sum(rows_of(work, [piece])))
     table = answers_table(answers)
     fault.here("search.shard")
     facts = {"queries": len(answers.ids), "hits": len(table)}
