@@ -1,7 +1,7 @@
 """The commands that README and docs/ show, as a reader would copy them.
 
-A fenced block of language `sh` is run by tests/acceptance; a second word says why one is not: it needs `make` (which CI
-calls), a `cluster`, a `gpu`, or `data`: files that a user has and this repository does not.
+A fenced block of language `sh` is run by tests/acceptance; a second word says why one is not: it is `make` (which CI
+calls) or an `install`, or it requires a `cluster`, a `gpu`, or `data` that this repository does not have.
 """
 
 import re
@@ -16,7 +16,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 DOCUMENTS: Final = ("README.md", "docs/guide.md", "docs/data.md", "docs/training.md", "docs/models.md",
                     "docs/indexing.md", "docs/evaluation.md", "docs/results.md", "docs/scaling.md",
                     "docs/cluster.md")  # fmt: skip
-REASONS: Final = frozenset({"make", "cluster", "gpu", "data"})
+REASONS: Final = frozenset({"make", "install", "cluster", "gpu", "data"})
 FENCE: Final = re.compile(r"^ *```(.*)$")
 
 
