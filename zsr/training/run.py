@@ -155,7 +155,7 @@ class Run:
 
     def plan(self) -> Plan:
         """What shapes the checkpoint."""
-        config = {
+        config: dict[str, Any] = {
             "model": self.model,
             "options": checkpoint.canonical_options(self.options),
             "inputs": checkpoint.canonical_options(self.inputs.model_dump()),
