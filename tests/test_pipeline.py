@@ -22,7 +22,11 @@ from zsr.training.checkpoint import open_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-SHORT = ("--split", "random:3:0", "--validation-classes", 2, "--epochs", 2, "--steps-per-epoch", 5, "--batch-size", 16)
+# of a model with several parameter groups, which take turns; a later --model takes its place
+SHORT = (
+    *("--model", "sem-pcyc", "--split", "random:3:0", "--validation-classes", 2),
+    *("--epochs", 2, "--steps-per-epoch", 5, "--batch-size", 16),
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_an_image_tower_is_trained_along_and_again_with_the_validation_classes(
 ) -> None:
     flags = ["--tower", "tiny", "--random-weights", "--size", 16, "--model", "doodle2search", "--augment", "--refit"]
     flags += ["--tower-rate", 0.5, "--tower-tune", "norms", "--window", 4]
-    refitted = ok("train", *flags, *pictured, *SHORT, "--num-workers", 1, "--output", tmp_path / "tower")
+    refitted = ok("train", *SHORT, *flags, *pictured, "--num-workers", 1, "--output", tmp_path / "tower")
     final, chosen = (
         open_artifact(tmp_path / "tower" / "objects" / d, "checkpoint") for d in _versions(tmp_path / "tower")
     )
@@ -162,7 +166,7 @@ def test_unseen_pictures_that_cannot_be_decoded_leave_every_loss_and_weight_as_i
         data = ("--data", root / "data")
         ok("prepare", "--source", "folders", "--input", root / "raw", "--output", data[1], "--max-bad-rows", 30)
         ok("semantics", *data, "--output", root / "semantics")
-        ok("train", *tower, *data, "--semantics", root / "semantics", "--output", root / "out", *SHORT,
+        ok("train", *SHORT, *tower, *data, "--semantics", root / "semantics", "--output", root / "out",
            "--num-workers", 1)  # fmt: skip
         losses = next((root / "out" / "logs").rglob("metrics.jsonl")).read_text()
         return open_checkpoint(root / "out").read("model.safetensors"), _terms(losses)

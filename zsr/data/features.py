@@ -105,8 +105,8 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     kept = [vector for identity in ids if (vector := found[identity]) is not None]
     widths = {vector.shape[0]: items[identity].key for identity, vector in zip(ids, kept, strict=True)}
     if len(widths) > 1:
-        found = ", ".join(f"{width} ({key!r})" for width, key in sorted(widths.items()))
-        raise ConfigError(f"{name}: features of several widths, such as {found}; each modality requires one width")
+        shown = ", ".join(f"{width} ({key!r})" for width, key in sorted(widths.items()))
+        raise ConfigError(f"{name}: features of several widths, such as {shown}; each modality requires one width")
     fault.here("features.shard")
     dim = next(iter(widths), 0)
     matrix = np.stack(kept) if kept else np.zeros((0, 0), np.float32)

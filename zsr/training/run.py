@@ -147,9 +147,9 @@ class Run:
             tower = self.features.tower
             if self.query == "text":
                 raise ConfigError("an image tower cannot read texts; run jobs.features and train on features")
-            if missing := [modality for modality in ("sketch", "photo") if not has_images(self.data, modality)]:
+            if lacking := [modality for modality in ("sketch", "photo") if not has_images(self.data, modality)]:
                 raise ConfigError(
-                    f"--tower requires images, and data {self.data.digest[:12]} have none of {' and '.join(missing)}; "
+                    f"--tower requires images, and data {self.data.digest[:12]} have none of {' and '.join(lacking)}; "
                     "train on --features, or prepare data with images"
                 )
             with torch.device("meta"):  # the width alone is wanted

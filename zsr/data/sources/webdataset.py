@@ -175,11 +175,11 @@ def _rows(tar: Tar, handle: BinaryIO, group: list[Member]) -> Iterator[Item]:
     twice = ""
     for member in (m for m in group if not m.problem and not m.is_image):
         try:
-            text = _small(handle, member)
+            content = _small(handle, member)
         except BadImage as error:
             bad.append(Member(member.base, member.ending, 0, 0, f"{error.kind}: {error}"))
             continue
-        if texts.setdefault(member.ending, text) != text:
+        if texts.setdefault(member.ending, content) != content:
             twice = f"conflict: The tar holds two different members {member.base}.{member.ending}; keep one of them."
     label, text, problem = _described(texts)
     problem = twice or problem

@@ -58,21 +58,19 @@ class Wikipedia(TreeSource):
                 images.add(image)
                 yield Item("photo", photo, label, where=f"I_{short}:{row}", guard=guard)
                 yield Item("text", f"{part}/{text}", label, pair=photo, where=f"T_{short}:{row}", guard=guard)
-        for path, entry in self.tree.images():
-            if PurePosixPath(path).stem in images:
+        for found, entry in self.tree.images():
+            if PurePosixPath(found).stem in images:
                 self.tree.unread["images of rows (their features are read instead)"] += 1
             else:
-                yield misplaced(path, entry, "No list names the image; remove it, or take the source pairs.")
+                yield misplaced(found, entry, "No list names the image; remove it, or take the source pairs.")
 
     def load(self, item: Item) -> bytes:
         """No bytes: the set has no images."""
         item.refuse()
         return b""
 
-    def feature(self, item: Item) -> np.ndarray | None:
+    def feature(self, item: Item) -> np.ndarray:
         """The raw feature, (128,) of a photo or (10,) of a text, float32."""
-        if not item.where:
-            return None
         name, _, row = item.where.partition(":")
         return np.asarray(_matrix(str(Path(self.root) / MATRICES), name)[int(row)], dtype=np.float32)
 
