@@ -171,11 +171,7 @@ def compare(given: Given, store: Store, settings: Settings) -> Report:
         curves=tuple(curve for index in given.indexes for curve in _curves(index, bench.task.query)),
         seeds=tuple(Seeds(group.name, group.scores) for group in groups if len(group.checkpoints) > 1),
         splits=_splits(work, groups, given.others),
-        validation=tuple(
-            Validation(group.name, tuple((int(s), float(v)) for s, v in group.middle.facts["history"]))
-            for group in groups
-            if len(group.middle.facts["history"]) > 1
-        ),
+        validation=tuple(found for group in groups if len((found := _history(group)).points) > 1),
         published=published.figures(bench.tested, bench.task.protocol),
         backbone=_backbone(bench),
         scatter=_scatter(work, shown),
@@ -486,6 +482,12 @@ def _scatter(work: Work, group: Group) -> Scatter | None:
     model = open_model(group.middle)
     query, gallery = work.bench.sides(model)
     return scatter(group.name, query, gallery.only(work.bench.tested), model.metric)
+
+
+def _history(group: Group) -> Validation:
+    """The validation scores by step; a run without validation classes has none."""
+    scored = ((step, score) for step, score in group.middle.facts["history"] if score is not None)
+    return Validation(group.name, tuple((int(step), float(score)) for step, score in scored))
 
 
 def _describe(bench: Bench) -> str:
