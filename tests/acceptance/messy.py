@@ -9,6 +9,7 @@ import io
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,24 +34,24 @@ def drawing(kind: str, seed: int) -> Image.Image:
     return image
 
 
-def _shape(pen: ImageDraw.ImageDraw, kind: str, seed: int, **how: object) -> None:
+def _shape(pen: ImageDraw.ImageDraw, kind: str, seed: int, **how: Any) -> None:
     box = (10 + seed % 7, 12, 70 + seed % 7, 76)
     if kind == "tower":
-        pen.rectangle((box[0] + 18, 5, box[2] - 18, 90), **how)  # type: ignore[arg-type]
+        pen.rectangle((box[0] + 18, 5, box[2] - 18, 90), **how)
     elif kind == "ball":
-        pen.ellipse(box, **how)  # type: ignore[arg-type]
+        pen.ellipse(box, **how)
     else:
-        pen.polygon([(box[0], box[3]), ((box[0] + box[2]) / 2, box[1]), (box[2], box[3])], **how)  # type: ignore[arg-type]
+        pen.polygon([(box[0], box[3]), ((box[0] + box[2]) / 2, box[1]), (box[2], box[3])], **how)
 
 
-def save(path: Path, image: Image.Image, kind: str = "", **options: object) -> None:
+def save(path: Path, image: Image.Image, kind: str = "", **options: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, kind or None, **options)  # type: ignore[arg-type]
+    image.save(path, kind or None, **options)
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

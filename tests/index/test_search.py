@@ -117,7 +117,7 @@ def test_answers_are_written_as_json_or_parquet(index: Path, world: World, tmp_p
     assert [row["rank"] for row in rows[:4]] == [1, 2, 3, 1]
     assert rows[3]["query_key"] == "sketch-1"
     assert rows[3]["key"] == answers.hits.keys[1, 0]
-    with pytest.raises(ConfigError, match="is .json or .parquet, found '.csv'"):
+    with pytest.raises(ConfigError, match=r"is \.json or \.parquet, found '\.csv'"):
         write_answers(answers, tmp_path / "a.csv")
 
 
