@@ -59,8 +59,9 @@ def test_the_model_that_the_file_names_types_its_options(tmp_path: Path) -> None
 def test_the_device_of_the_pipeline_is_that_of_stages_which_name_none(tmp_path: Path) -> None:
     train = {"model": "contrastive", "split": "random:3:0", "device": "cpu", "gpus_per_worker": 2}
     words = ["--config", str(written(tmp_path, train=train, features_from="backbone")), "--device", "cuda"]
-    stages = list(pipeline.Layout(parse(pipeline.config_for(words), words)).stages())
-    found = {stage.name: stage.config.device for stage in stages if isinstance(stage.config, DeviceSettings)}
+    stages = pipeline.Layout(parse(pipeline.config_for(words), words)).stages()
+    configs: list[tuple[str, object]] = [(stage.name, stage.config) for stage in stages]
+    found = {name: config.device for name, config in configs if isinstance(config, DeviceSettings)}
     embedding = {f"embed {modality}": "cuda" for modality in ("photo", "sketch")}
     assert found == {"features": "cuda", "train seed 0": "cpu", **embedding, "evaluate": "cuda"}
 
