@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.sources.helpers import files, jpeg, refused, rows
+from tests.data.sources.helpers import SHARED, files, jpeg, refused, rows
 from zsr.data.listing import listing
 from zsr.data.prepare import warn_unread
 from zsr.data.sources import Item, Source
@@ -253,9 +253,9 @@ def test_images_beside_tables_and_archives_are_bad_rows(tmp_path: Path) -> None:
         assert {item.key for item in source.items() if item.problem.startswith("misplaced: ")} == bad
 
 
-@pytest.mark.skipif(not Path("/work/shared/data/wikipedia").is_dir(), reason="the Wikipedia set is not here")
+@pytest.mark.skipif(not (SHARED / "wikipedia").is_dir(), reason="the Wikipedia set is not here")
 def test_images_of_the_wikipedia_set_are_counted_and_others_are_bad_rows(tmp_path: Path) -> None:
-    for file in Path("/work/shared/data/wikipedia").iterdir():
+    for file in (SHARED / "wikipedia").iterdir():
         shutil.copy(file, tmp_path)
     named = next(item for item in Wikipedia(tmp_path).items() if item.modality == "photo").key.partition("/")[2]
     files(tmp_path, f"images/art/{named}.jpg", "images/art/other.jpg")
