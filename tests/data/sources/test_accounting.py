@@ -6,15 +6,16 @@ import logging
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.sources.helpers import files, jpeg, refused, rows
+from tests.data.sources.helpers import SHARED, files, jpeg, refused, rows
 from zsr.data.listing import listing
 from zsr.data.prepare import warn_unread
 from zsr.data.sources import Item, Source
@@ -252,9 +253,9 @@ def test_images_beside_tables_and_archives_are_bad_rows(tmp_path: Path) -> None:
         assert {item.key for item in source.items() if item.problem.startswith("misplaced: ")} == bad
 
 
-@pytest.mark.skipif(not Path("/work/shared/data/wikipedia").is_dir(), reason="the Wikipedia set is not here")
+@pytest.mark.skipif(not (SHARED / "wikipedia").is_dir(), reason="the Wikipedia set is not here")
 def test_images_of_the_wikipedia_set_are_counted_and_others_are_bad_rows(tmp_path: Path) -> None:
-    for file in Path("/work/shared/data/wikipedia").iterdir():
+    for file in (SHARED / "wikipedia").iterdir():
         shutil.copy(file, tmp_path)
     named = next(item for item in Wikipedia(tmp_path).items() if item.modality == "photo").key.partition("/")[2]
     files(tmp_path, f"images/art/{named}.jpg", "images/art/other.jpg")
@@ -482,14 +483,23 @@ def test_a_path_of_an_input_is_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     assert Tree.at("~/in").folders() == ["photo"]
 
 
-def test_an_input_that_cannot_be_reached_is_a_storage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An environment whose S3 is down; clients are cached by process, and this one must not be met by other tests."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    for url in ("s3://bucket/raw", "https://127.0.0.1:9/raw"):
-        with pytest.raises(StorageError, match="check credentials and endpoint"):
-            open_source("folders", url, Options())
+    client = fsspec.get_filesystem_class("s3")
+    client.clear_instance_cache()
+    yield
+    client.clear_instance_cache()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/raw", "https://127.0.0.1:9/raw"])
+def test_an_input_that_cannot_be_reached_is_a_storage_error(unreachable: None, url: str) -> None:
+    with pytest.raises(StorageError, match="check credentials and endpoint"):
+        open_source("folders", url, Options())
 
 
 def test_an_item_with_a_problem_has_nothing_to_load() -> None:
