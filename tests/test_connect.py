@@ -39,7 +39,7 @@ def web() -> Iterator[int]:
 def refusal(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What `connect` says to RAY_ADDRESS, within seconds."""
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "ANSWER", 1.0)
     began = time.monotonic()
     with pytest.raises(ConfigError) as refused:
@@ -81,7 +81,7 @@ def test_a_local_cluster_needs_no_token_no_short_folder_and_leaves_nothing(tmp_p
     environment |= {"HOME": str(home), "TMPDIR": str(folder), "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
     code = (
         "import ray\nfrom zsr import cluster\n"
-        "print(cluster.map_pieces('work', dict, [{'a': 1}]))\n"
+        "print(cluster.map_pieces('work', lambda piece: piece, [{'a': 1}]))\n"
         "print(ray._private.worker._global_node.get_session_dir_path())\n"
         "cluster.disconnect()\n"
     )

@@ -34,7 +34,7 @@ def work(piece):
     return piece
 cluster.map_pieces("work", work, [{"path": PATH}])
 """
-# one that handles Ray's own handlers' signals in Python all the time
+# one that would swallow whatever a handler raises
 IN_PYTHON = """
 print("working", flush=True)
 while True:
@@ -84,7 +84,14 @@ def interrupted(
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tmp_path)])
     with open(out, "w") as stdout, open(err, "w") as stderr:
         process = subprocess.Popen(
-            words, cwd=tmp_path, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
+            words,
+            cwd=tmp_path,
+            env=environment,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            # a shell starts what runs in the background, such as these tests, with SIGINT ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         deadline = time.monotonic() + 120
         while not ready(out):
@@ -96,10 +103,21 @@ def interrupted(
         for number in signals:
             (os.killpg if group else os.kill)(process.pid, number)
             time.sleep(0.1)
-        code = process.wait(60)
+        try:
+            code = process.wait(60)
+        finally:
+            process.kill()
     seconds = time.monotonic() - began
-    alive = [child.pid for child in psutil.wait_procs(below, timeout=1)[1]]
+    # a killed process may take a moment to give back its memory, and is a zombie until the init process has seen it
+    alive = [child.pid for child in psutil.wait_procs(below, timeout=LIMIT)[1] if not is_zombie(child)]
     return Ended(code, seconds, out.read_text().splitlines(), err.read_text().splitlines(), alive)
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def says(text: str) -> Callable[[Path], bool]:

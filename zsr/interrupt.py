@@ -21,7 +21,7 @@ from typing import Final, NoReturn
 import psutil
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; Kubernetes and Slurm; a closed terminal
-KILLING: Final = 1.0  # seconds in which children must be gone
+KILLING: Final = 1.5  # seconds in which children must be gone
 LIMIT: Final = 2.5  # seconds from the signal to the exit, if something hangs on the way
 _SUBREAPER: Final = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 _SHOW_CURSOR: Final = "\x1b[?25h\n"  # a progress bar hides it
