@@ -37,7 +37,7 @@ PACKAGES: Final = (
     "simplejpeg",
 )
 # that stages use on every node; `nvjpeg` is for nodes with GPUs alone
-EXTRAS: Final = ("demo", "mlflow", "optuna", "report", "s3", "text", "towers", "wandb")
+EXTRAS: Final = ("demo", "heif", "mlflow", "optuna", "report", "s3", "text", "towers", "wandb")
 WAIT: Final = 120.0  # seconds until a node that answers nothing counts as unreachable
 
 

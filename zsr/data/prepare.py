@@ -146,7 +146,7 @@ def _seal(
     artifact = staging.seal(facts=facts, rows=totals)
     output.publish(artifact)
     if quarantined:
-        place = f"{artifact.digest[:12]}.../_quarantine"
+        place = f"{output}/objects/{artifact.digest}/_quarantine"
         logger.warning("%s, which is allowed. For example: %s. All are listed in %s", said, shown, place)
     return artifact
 
