@@ -253,7 +253,7 @@ def test_a_second_run_of_the_same_plan_waits_and_finds_it_made(tmp_path: Path) -
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second:
         assert second.stderr is not None
         told = second.stderr.readline()
-        assert f"another run of this very command is at work (process {os.getpid()} on " in told
+        assert f"another run is at work here (process {os.getpid()} on " in told
         made = make(tmp_path)
         output, _ = second.communicate(timeout=60)
     assert output.strip() == made.digest

@@ -37,7 +37,7 @@ def acquire(path: Path) -> None:
     told = False
     while path not in _held and not try_acquire(path):
         if not told:
-            logger.warning("another run of this very command is at work (%s); waiting for it to end", _owner(path))
+            logger.warning("another run is at work here (%s); waiting for it to end", _owner(path))
             told = True
         time.sleep(POLL)
 

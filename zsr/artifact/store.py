@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,16 @@ class Store:
             if not lock.try_acquire(self._lock(plan)):
                 raise AlreadyPublished(f"{path}: another run is at work here; run this again when it has ended")
             self._clear(plan)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let no other process of this file system be in here: for a publication, and for a removal of what is old."""
+        path = self.root / ".publishing.lock"
+        lock.acquire(path)
+        try:
+            yield
+        finally:
+            lock.release(path)
 
     def _lock(self, plan: str) -> Path:
         return self.root / "staging" / f"{plan}{lock.SUFFIX}"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, sha256
-from zsr.errors import AlreadyPublished, ConfigError, QualityGateFailed
+from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, QualityGateFailed, StorageError
 from zsr.index import build, drift, engine, lists
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
@@ -96,10 +96,14 @@ def _from_newest(store: Store, change: Callable[[Live], Changed]) -> Changed:
         AlreadyPublished: each of ATTEMPTS times.
     """
     for _ in range(1, ATTEMPTS):
+        newest = max(store.versions(), default=0)
         try:
             return change(Live.of(store))
         except AlreadyPublished as error:
             logger.warning("%s; doing so now", error)
+        except (DamagedArtifact, StorageError):  # a purge may remove the version that is being read
+            if newest == max(store.versions(), default=0):
+                raise
     return change(Live.of(store))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from zsr import progress
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.errors import ConfigError, DamagedArtifact, QualityGateFailed, StorageError
+from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, QualityGateFailed, StorageError
 from zsr.index import engine
 from zsr.index.search import Searcher
 from zsr.index.segments import Segment
@@ -113,7 +113,10 @@ def publish(store: Store, artifact: Artifact, after: int | None = None) -> Publi
         AlreadyPublished: another publisher created the version first.
     """
     verify(Searcher.of(artifact))
-    return Published(artifact, store.publish(artifact, after))
+    with store.exclusive():
+        if not artifact.complete():  # an earlier version's, which was about to be published again
+            raise AlreadyPublished(f"{artifact.directory}: removed by a purge meanwhile; see which versions are left")
+        return Published(artifact, store.publish(artifact, after))
 
 
 def history(store: Store) -> dict[int, str]:

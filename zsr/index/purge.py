@@ -56,22 +56,15 @@ def purge(store: Store) -> Purged:
         raise StorageError(f"{store}: purge works on directories; copy the index, purge the copy, remove the bucket's")
     live = edit.Live.of(store)
     if len(live.searcher.dead) or len(live.searcher.segments) > 1:
-        edit.compact(store)
-    newest = store.latest()
-    keep = version_of(store, newest.digest)
-    gone = _gone(store, newest)
-    _require_newest(store, keep)
-    versions, objects = _remove_others(store, newest, keep)
-    _require_newest(store, keep)
-    searcher = Searcher.of(newest)
-    scanned = scan(store, newest, searcher, gone)
-    return Purged(Published(newest, keep), len(gone.ids), versions, objects, scanned)
-
-
-def _require_newest(store: Store, version: int) -> None:
-    """Raise AlreadyPublished if a change was published after `version`: it must not be lost."""
-    if (newest := store.versions()[-1]) != version:
-        raise AlreadyPublished(f"{store}: version {newest} was published during the purge; run the purge again")
+        kept = edit.compact(store).published
+        newest = kept.version
+    else:
+        kept, newest = Published(live.artifact, version_of(store, live.artifact.digest)), live.newest
+    gone = _gone(store, kept.artifact)
+    with store.exclusive():
+        versions, objects = _remove_others(store, kept, newest)
+    scanned = scan(store, kept.artifact, Searcher.of(kept.artifact), gone)
+    return Purged(kept, len(gone.ids), versions, objects, scanned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,18 +119,23 @@ def _lists(segment: Segment) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         yield number, *lists.entries(number, size)
 
 
-def _remove_others(store: Store, newest: Artifact, keep: int) -> tuple[int, int]:
-    """Remove staging, every version before `keep`, then every object but `newest`.
+def _remove_others(store: Store, kept: Published, newest: int) -> tuple[int, int]:
+    """Remove staging, every version but `kept`, then every object but its own. Nobody publishes meanwhile.
+
+    Args:
+        newest: the highest version that was looked at; it is another one where it is damaged.
 
     Raises:
-        AlreadyPublished: another process is making a change, which may be of a version that would be removed.
+        AlreadyPublished: a change was published after that, or is being made; it may name what would be removed.
     """
+    numbers = store.versions()
+    if numbers[-1] != newest:
+        raise AlreadyPublished(f"{store}: version {numbers[-1]} was published during the purge; run the purge again")
     store.remove_staging()
-    others = [number for number in store.versions() if number < keep]
+    others = [number for number in numbers if number != kept.version]
     for number in others:
         (store.root / "versions" / str(number)).unlink()
-    _require_newest(store, keep)
-    removed = [path for path in (store.root / "objects").iterdir() if path.name != newest.digest]
+    removed = [path for path in (store.root / "objects").iterdir() if path.name != kept.artifact.digest]
     for path in removed:
         shutil.rmtree(path)
     return len(others), len(removed)
