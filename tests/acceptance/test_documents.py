@@ -79,7 +79,11 @@ def _demo(demo: Path, pictures: Path) -> None:
     ok("semantics", *data, "--output", semantics[1])
     ok("train", *data, *features, *semantics, "--split", "random:3:0", "--validation-classes", 0, "--epochs", 1,
        "--steps-per-epoch", 5, "--num-workers", 1, "--output", checkpoint[1])  # fmt: skip
-    ok("embed", *data, *features, *checkpoint, "--modality", "sketch", "--output", demo / "embeddings-sketch")
+    for modality in ("sketch", "photo"):
+        output = demo / f"embeddings-{modality}"
+        ok("embed", *data, *features, *checkpoint, "--modality", modality, "--output", output)
+    ok("index", "build", "--embeddings", demo / "embeddings-photo", "--queries", demo / "embeddings-sketch",
+       "--index-dir", demo / "index")  # fmt: skip
 
 
 @pytest.mark.parametrize("block", RUN, ids=str)
