@@ -8,9 +8,9 @@ workers, and the job goes on where a killed one stopped.
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -103,16 +103,16 @@ class Search(JobConfig):
         """Modality and place of queries that are image files."""
         return ("photo", self.photo) if self.photo is not None else ("sketch", self.sketch or Path())
 
-    @property
-    def asked(self) -> Asked:
-        return Asked(self.k, self.nprobe, self.refine_factor, self.labels)
+    def asked(self, facts: Mapping[str, Any]) -> Asked:
+        """What is asked of the index with these facts: never more neighbors than it has items."""
+        return Asked(min(self.k, int(facts["ntotal"])), self.nprobe, self.refine_factor, self.labels)
 
 
 def plan(config: Search) -> Results:
     config.check()
     index = open_artifact(config.index_dir, "index")
     if config.list_ranges:
-        require(index, config.asked, config.replicas)
+        require(index, config.asked(index.facts), config.replicas)
     point = index.facts["operating_point"]
     cost: Results = {}
     if config.queries is not None:
@@ -120,7 +120,9 @@ def plan(config: Search) -> Results:
         count = queries.facts["rows"]
         if config.offline and not config.replicas and not config.list_ranges:
             prices = Prices(config.cpu_price)
-            cost = {"cost": predict(index, queries, config.asked, workers=config.num_workers, prices=prices)}
+            cost = {
+                "cost": predict(index, queries, config.asked(index.facts), workers=config.num_workers, prices=prices)
+            }
     else:
         count = len(image_files(config.images[1]))
     return {
@@ -162,7 +164,7 @@ def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes 
     vectors = model.embed_sketch(files) if modality == "sketch" else model.embed_photo(files)
     if modality == "sketch":
         warn_of_photos(files, images)
-    hits = config.asked.of(searcher, vectors)
+    hits = config.asked(searcher.facts).of(searcher, vectors)
     keys = np.array([str(path) for path in files], object)
     return Answers(np.arange(len(files)), keys, np.full(len(files), None), hits), list(images)
 
@@ -182,7 +184,7 @@ def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
 def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
     """Answers to embeddings, and the queries' pictures where DATA has them."""
     queries = open_artifact(config.queries or Path(), "embeddings")
-    answers = answer(searcher, queries, config.asked)
+    answers = answer(searcher, queries, config.asked(searcher.facts))
     if config.picture is None:
         return answers, []
     data = open_artifact(config.data or Path(), "data")
@@ -197,7 +199,7 @@ def to_artifact(config: Search) -> Results:
     made, told = search_all(
         index,
         queries,
-        config.asked,
+        config.asked(index.facts),
         output,
         replicas=config.replicas,
         list_ranges=config.list_ranges,
@@ -211,15 +213,16 @@ def work(config: Search) -> Results:
     config.check()
     if config.offline:
         return to_artifact(config)
-    searcher = Searcher.open(config.index_dir)
+    index = open_artifact(config.index_dir, "index")
+    searcher = Searcher.of(index)
     answers, queries = (from_files if config.queries is None else from_embeddings)(config, searcher)
     write_answers(answers, config.output)
     if config.picture is not None:
         ids = set(answers.hits.ids.ravel().tolist())
         found = dict(pictures_in(open_artifact(config.data or Path(), "data"), "photo", ids))
         draw(answers, found, queries, config.picture)
-    index = open_artifact(config.index_dir, "index").digest
-    return {"index": index, "queries": len(answers.ids), "k": config.k, "output": str(config.output)}
+    k = answers.hits.ids.shape[1]
+    return {"index": index.digest, "queries": len(answers.ids), "k": k, "output": str(config.output)}
 
 
 def run(argv: Sequence[str] | None = None) -> int:

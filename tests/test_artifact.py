@@ -231,6 +231,15 @@ def test_an_artifact_of_a_newer_zsr_asks_for_an_upgrade_and_is_not_passed_over(t
         Store.at(tmp_path).publish(_sealed(Store.at(tmp_path), PLAN))
 
 
+def test_an_artifact_of_another_kind_is_not_published_over(tmp_path: Path) -> None:
+    made, store = make(tmp_path), Store.at(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds 'data', and 'index' would go there; give another output"):
+        store.made(Plan("index", {}))
+    with pytest.raises(ConfigError, match="give another output"):
+        store.publish(_sealed(store, Plan("index", {})))
+    assert open_artifact(tmp_path, "data").digest == made.digest
+
+
 def test_what_was_made_from_a_version_is_published_right_after_it_or_not_at_all(tmp_path: Path) -> None:
     store = Store.at(tmp_path)
     base = store.publish(_sealed(store, Plan("data", {"who": "base"})))

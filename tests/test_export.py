@@ -329,7 +329,24 @@ def test_queries_that_are_not_there_are_said(
     assert said in results["error"]
 
 
-@pytest.mark.parametrize("how", ["file:", "file://", "file://localhost", "~", "relative"])
+def test_no_more_neighbors_are_looked_for_than_there_are(searched: Path, on_features: Path, tmp_path: Path) -> None:
+    drawing = next((searched / "raw" / "sketch").rglob("*.PNG"))
+    flags = ("--sketch", drawing, "--checkpoint", on_features, "--output", tmp_path / "found.json", "--k", 10**9)
+    assert ok("search", "--index-dir", searched / "on_features" / "index", *flags)["k"] == 12
+    assert len(json.loads((tmp_path / "found.json").read_text())) == 12
+
+
+def test_a_store_without_a_client_is_refused_in_one_line(searched: Path, on_features: Path) -> None:
+    drawing = next((searched / "raw" / "sketch").rglob("*.PNG"))
+    for output in ("hdfs://h/o.json", "nothing://x/o.json"):
+        flags = ("--sketch", drawing, "--checkpoint", on_features, "--output", output)
+        refused = job("search", "--index-dir", searched / "on_features" / "index", *flags)
+        assert refused["exit_code"] == 2
+        assert refused["error"].startswith(f"{output}: ")
+        assert "\n" not in refused["error"]
+
+
+@pytest.mark.parametrize("how", ["file:", "FILE://", "file://", "file://localhost", "~", "relative"])
 def test_outputs_are_written_where_they_are_said_to_be(
     searched: Path,
     on_features: Path,

@@ -41,10 +41,10 @@ def url_of(place: str | Path) -> str | None:
     `Path("s3://bucket/x")` is spelt s3:/bucket/x: the slash that it lost is put back.
     """
     text = str(place)
-    scheme = re.match(r"^([a-z][a-z0-9+.-]+):/{1,2}(?=[^/])", text)
-    if scheme is None or scheme[1] == "file":
+    scheme = re.match(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", text)
+    if scheme is None or scheme[1].lower() == "file":
         return None
-    return f"{scheme[1]}://{text[scheme.end() :]}".rstrip("/")
+    return f"{scheme[1].lower()}://{text[scheme.end() :]}".rstrip("/")
 
 
 def local_path(place: str | Path) -> Path:
@@ -54,17 +54,19 @@ def local_path(place: str | Path) -> Path:
         ConfigError: a home directory that nobody has.
     """
     text = str(place)
-    if text.startswith("file:"):
-        text = _path_of(text)
+    if text[:5].lower() == "file:":
+        text = _path_of(text[5:])
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(f"{place}: {error}; give a full path") from error
 
 
-def _path_of(url: str) -> str:
-    """The path of a file: URL. `Path` has made one slash of two or three, so `localhost` is told by its name alone."""
-    path = unquote(url.removeprefix("file:"))
+def _path_of(rest: str) -> str:
+    """The path of a file: URL, of which `rest` follows the colon. `Path` has made one slash of two or three, so that
+    `localhost` is told by its name alone.
+    """
+    path = unquote(rest)
     return re.sub(r"^/{2,}", "/", re.sub(r"^/{1,2}localhost(?=/)", "", path))
 
 
@@ -156,8 +158,12 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     try:
         found, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{url}: {error}; for s3:// install the extra: pip install 'zsr[s3]'") from error
+    except (ImportError, ValueError, OSError) as error:  # some clients look for libraries when they are made
+        said = str(error).partition("\n")[0][:300]
+        raise ConfigError(
+            f"{url}: {said}; a path, file:// and s3:// are known here (for s3:// install the extra: "
+            "pip install 'zsr[s3]'), others where their client is installed"
+        ) from error
     return found, str(path).rstrip("/")
 
 

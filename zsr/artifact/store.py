@@ -80,10 +80,11 @@ class Store:
         Raises:
             StorageError: an object store without conditional put, which is found out before anything is made.
             AlreadyPublished: see `publish`.
-            ConfigError: a newer zsr has published here.
+            ConfigError: a newer zsr has published here, or the artifacts here are of another kind.
         """
         if self.bucket is not None:
             self.bucket.require_conditional_put()
+        self._require_kind(plan.kind)
         if artifact := self._published_by(plan, after):
             return artifact
         lock.acquire(self._lock(plan.digest))
@@ -91,6 +92,13 @@ class Store:
         if artifact is not None:
             lock.release(self._lock(plan.digest))
         return artifact
+
+    def _require_kind(self, kind: str) -> None:
+        """Raise ConfigError where the newest version is of another kind: a mistyped path must not bury an artifact."""
+        numbers = self.versions()
+        current = self._at_version(numbers[-1]) if numbers else None
+        if current is not None and current.kind != kind:
+            raise ConfigError(f"{self} holds {current.kind!r}, and {kind!r} would go there; give another output")
 
     def _published_by(self, plan: Plan, after: int | None) -> Artifact | None:
         for number in reversed(self.versions()):
@@ -186,8 +194,9 @@ class Store:
 
         Raises:
             AlreadyPublished: another publisher created the version first.
-            ConfigError: the newest version is of a newer zsr.
+            ConfigError: the newest version is of a newer zsr, or of another kind.
         """
+        self._require_kind(artifact.kind)
         numbers = self.versions()
         newest = numbers[-1] if numbers else 0
         current = self._at_version(newest) if numbers else None
