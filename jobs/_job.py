@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from zsr import cluster
+from zsr.artifact.lock import release_all
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH, say
 from zsr.storage import local_path, located, read_text, url_of
@@ -96,6 +97,7 @@ def main(
         results = {**getattr(error, "results", {}), "error": message}
     finally:
         cluster.disconnect()
+        release_all()
     WATCH.finish(json.dumps({**results, "exit_code": code}, sort_keys=True, default=str))
     return code
 

@@ -10,14 +10,14 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import Field
 
 from jobs._job import JobConfig, Results, main
 from zsr.artifact import Store, open_artifact
-from zsr.data.decode import IMAGE_SUFFIXES
+from zsr.data.decode import IMAGE_SUFFIXES, BadImage, Limits, decode
 from zsr.data.drawing import looks_like_a_photo
 from zsr.embedding.shards import Prices
 from zsr.errors import ConfigError
@@ -30,6 +30,8 @@ from zsr.index.search import Searcher
 from zsr.storage import files_below, is_file, read_file
 
 logger = logging.getLogger("zsr")
+
+CHECKED_SIDE: Final = 32  # pixels, at which an image is decoded to see whether it can be read
 
 
 class Search(JobConfig):
@@ -152,7 +154,6 @@ def image_files(place: Path) -> list[Path]:
 def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
     """Answers to image files, and the files' bytes."""
     modality, place = config.images
-    files = image_files(place)
     checkpoint = open_artifact(config.checkpoint or Path(), "checkpoint")
     if checkpoint.digest != searcher.space.checkpoint:
         raise ConfigError(
@@ -160,13 +161,35 @@ def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes 
             f"{searcher.space.checkpoint[:12]}, which did"
         )
     model = of_checkpoint(checkpoint, config.weights)
-    images = [read_file(path) for path in files]
+    files, images = readable(image_files(place))
     vectors = model.embed_sketch(files) if modality == "sketch" else model.embed_photo(files)
     if modality == "sketch":
         warn_of_photos(files, images)
     hits = config.asked(searcher.facts).of(searcher, vectors)
     keys = np.array([str(path) for path in files], object)
     return Answers(np.arange(len(files)), keys, np.full(len(files), None), hits), list(images)
+
+
+def readable(files: Sequence[Path]) -> tuple[list[Path], list[bytes]]:
+    """Those of `files` that decode, and their bytes; a warning names the others.
+
+    Raises:
+        ConfigError: none does.
+    """
+    images, bad = {}, []
+    for path in files:
+        try:
+            data = read_file(path)
+            decode(data, CHECKED_SIDE, Limits())
+            images[path] = data
+        except (BadImage, OSError) as error:
+            bad.append(f"{path}: {error}")
+    said = f"{len(bad)} of {len(files)} images cannot be read: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
+    if not images:
+        raise ConfigError(said)
+    if bad:
+        logger.warning("%s; the others are searched for", said)
+    return list(images), list(images.values())
 
 
 def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:

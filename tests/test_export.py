@@ -329,6 +329,24 @@ def test_queries_that_are_not_there_are_said(
     assert said in results["error"]
 
 
+def test_images_that_cannot_be_read_are_named_and_the_others_searched_for(
+    searched: Path, on_features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    drawing = next((searched / "raw" / "sketch").rglob("*.PNG"))
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    (queries / "empty.png").write_bytes(b"")
+    (queries / "page.jpg").write_bytes(b"<!doctype html><html></html>")
+    index, flags = searched / "on_features" / "index", ("--sketch", queries, "--checkpoint", on_features)
+    refused = job("search", "--index-dir", index, "--output", tmp_path / "none.json", *flags)
+    assert refused["exit_code"] == 2
+    assert "2 of 2 images cannot be read" in refused["error"]
+    (queries / "good.png").write_bytes(drawing.read_bytes())
+    assert ok("search", "--index-dir", index, "--output", tmp_path / "found.json", *flags)["queries"] == 1
+    assert "2 of 3 images cannot be read" in caplog.text
+    assert "page.jpg" in caplog.text
+
+
 def test_no_more_neighbors_are_looked_for_than_there_are(searched: Path, on_features: Path, tmp_path: Path) -> None:
     drawing = next((searched / "raw" / "sketch").rglob("*.PNG"))
     flags = ("--sketch", drawing, "--checkpoint", on_features, "--output", tmp_path / "found.json", "--k", 10**9)

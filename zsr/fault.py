@@ -37,6 +37,7 @@ POINTS: Final = (
     "search.scan",
     "search.shard",
     "search.names",
+    "evaluate.row",
 )
 
 _passed: Counter[str] = Counter()

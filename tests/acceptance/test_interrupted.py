@@ -31,8 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> dict[
     raw, images = toy.write_features(root / "features"), toy.write_pictures(root / "images", toy.CLASSES[:3], each=2)
     artifacts = features_only(root, raw)
     checkpoint, common = ("--checkpoint", root / "checkpoint"), artifacts[:4]
-    # with another penalty than the report's own ridge, which is trained then
-    ok("train", *artifacts, "--model", "ridge", "--options.penalties", 3000, *SPLIT, "--output", checkpoint[1])
+    ok("train", *artifacts, "--model", "ridge", *SPLIT, "--output", checkpoint[1])
     for modality in ("photo", "sketch"):
         ok("embed", *common, *checkpoint, "--modality", modality, "--output", root / modality, "--actors", 1)
     queries = ("--queries", root / "sketch")
@@ -61,7 +60,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> dict[
         ("embed", "embed.shard", signal.SIGTERM),
         ("index build", "index.add", signal.SIGINT),
         ("search", "search.shard", signal.SIGTERM),
-        ("evaluate", "artifact.write", signal.SIGINT),
+        ("evaluate", "evaluate.row", signal.SIGINT),
     ],
 )
 def test_a_command_that_was_interrupted_goes_on_when_it_is_given_again(

@@ -14,6 +14,7 @@ from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact
 from zsr.index import drift, edit, purge
 from zsr.index.build import Job, build
 from zsr.index.plan import IndexConfig
+from zsr.index.publish import history, rollback
 from zsr.index.search import Searcher
 from zsr.index.truth import K
 
@@ -302,3 +303,17 @@ def test_a_shard_that_left_the_gallery_comes_back_with_its_items(store: Store, w
     assert (live.search(world.photos[:50], 1, nprobe=64, refine_factor=300).keys[:, 0] == [
         f"photo-{row}" for row in range(50)
     ]).all()  # fmt: skip
+
+
+def test_a_damaged_version_file_does_not_stop_changes(store: Store) -> None:
+    ids = [int(i) for i in Searcher.open(store.root).ids]
+    edit.delete(store, ids[:1])
+    edit.delete(store, ids[1:2])
+    (store.root / "versions" / "3").write_bytes(b"{")
+    assert edit.delete(store, ids[2:3]).published.version == 4
+    live = Searcher.open(store.root).live_ids
+    assert (ids[0] in live, ids[1] in live, ids[2] in live) == (False, True, False)
+    assert sorted(history(store)) == [1, 2, 4]
+    assert rollback(store, 2).version == 5
+    purge.purge(store)
+    assert sorted(history(store)) == [6]

@@ -12,10 +12,12 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from zsr.artifact.disk import disk_errors
+from zsr.errors import StorageError
 
 logger = logging.getLogger("zsr")
 
@@ -46,9 +48,14 @@ def try_acquire(path: Path) -> bool:
     """Hold `path` if no other process does; whether this one holds it now."""
     if path in _held:
         return True
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # another process has just removed the empty folder
+            return False
+        raise
     if not _locked(descriptor, path):
         os.close(descriptor)
         return False
@@ -64,6 +71,15 @@ def release(path: Path) -> None:
     if descriptor is not None:
         path.unlink(missing_ok=True)  # while it is held: see `_locked`
         os.close(descriptor)
+
+
+def release_all() -> None:
+    """Let go of what a failed job holds, and of folders that it made for nothing else."""
+    for path in list(_held):
+        release(path)
+        with suppress(OSError):  # not empty: the next run goes on there
+            path.parent.rmdir()
+            path.parent.parent.rmdir()
 
 
 def _locked(descriptor: int, path: Path) -> bool:

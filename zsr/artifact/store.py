@@ -164,11 +164,13 @@ class Store:
         return tuple(sorted(int(name) for name in names if name.isdigit()))
 
     def digest_of(self, number: int) -> str:
-        """The digest that version `number` names. Raises StorageError if there is no such version."""
-        try:
-            return str(json.loads(self._read(f"versions/{number}"))["digest"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{self}/versions/{number}: not readable as a version: {error!r}") from error
+        """The digest that version `number` names.
+
+        Raises:
+            DamagedArtifact: there is no such version, or its file is not what was written.
+            StorageError: the storage fails.
+        """
+        return self._pointer(number)[0]
 
     def _read(self, name: str) -> bytes:
         """A small file of this root. Raises OSError, StorageError."""
@@ -291,17 +293,20 @@ class Store:
             return None
 
     def _opened(self, number: int) -> Artifact:
+        return self.open(*self._pointer(number))
+
+    def _pointer(self, number: int) -> tuple[str, str]:
+        """Digests of the object and of the plan that version `number` names."""
         try:
             with disk_errors(self.root / "versions" / str(number)):
                 pointer = json.loads(self._read(f"versions/{number}"))
-            digest, plan = str(pointer["digest"]), str(pointer["plan"])
+            return str(pointer["digest"]), str(pointer["plan"])
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedArtifact(f"{self}/versions/{number}: does not name an object: {error!r}") from error
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):  # removed since it was listed, or a dangling link
                 raise DamagedArtifact(f"{self}/versions/{number}: missing") from error
             raise
-        return self.open(digest, plan)
 
     def open(self, digest: str, plan: str = "") -> Artifact:
         """The object `digest`, published or not; `plan` is the digest of the plan that made it, where it is known.

@@ -1,5 +1,6 @@
 """The gate between a built index and its readers: it must be whole and find what it found when it was tuned."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -120,8 +121,12 @@ def publish(store: Store, artifact: Artifact, after: int | None = None) -> Publi
 
 
 def history(store: Store) -> dict[int, str]:
-    """Digest of every published version, by number."""
-    return {number: store.digest_of(number) for number in store.versions()}
+    """Digest of every published version, by number; one whose file is damaged names none and is left out."""
+    found = {}
+    for number in store.versions():
+        with suppress(DamagedArtifact):
+            found[number] = store.digest_of(number)
+    return found
 
 
 def version_of(store: Store, digest: str) -> int:
