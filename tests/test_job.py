@@ -126,8 +126,8 @@ def test_a_refused_command_line_is_one_sentence_on_the_terminal_and_in_the_json(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"output: \xe9t\xe9\n", "expected YAML in UTF-8"),
-        (b"output: [\n", "expected YAML in UTF-8"),
+        (b"output: \xe9t\xe9\n", "line 1 is not UTF-8; save the file as UTF-8"),
+        (b"output: [\n", "expected YAML"),
         (b"[1, 2]\n", "found list, expected a mapping"),
         (b"output: x\noptions:\n", "options: found nothing, expected a mapping of its flags"),
         (b"output: x\noptions: []\n", "options: found list [], expected a mapping of its flags"),
