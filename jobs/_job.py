@@ -294,7 +294,7 @@ def file_values(path: Path, flag: str = "--config") -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(read_text(path, flag))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{flag} {path}: {' '.join(str(error).split())}; expected YAML") from error
     if not isinstance(content, dict | None):
         raise ConfigError(f"{flag} {path}: found {type(content).__name__}, expected a mapping of flags to values")

@@ -12,6 +12,7 @@ from tests.index.helpers import KEY, World, clustered, embeddings
 from zsr.artifact import Store, open_artifact
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact
 from zsr.index import drift, edit, purge
+from zsr.index import publish as publishing
 from zsr.index.build import Job, build
 from zsr.index.plan import IndexConfig
 from zsr.index.publish import history, rollback
@@ -317,3 +318,34 @@ def test_a_damaged_version_file_does_not_stop_changes(store: Store) -> None:
     assert rollback(store, 2).version == 5
     purge.purge(store)
     assert sorted(history(store)) == [6]
+
+
+def test_a_rollback_does_not_undo_a_deletion_that_came_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [int(i) for i in Searcher.open(store.root).ids]
+    edit.delete(store, ids[:1])
+    checked = publishing.verify
+
+    def meanwhile(searcher: Searcher) -> None:
+        monkeypatch.undo()
+        edit.delete(store, ids[1:2])
+        checked(searcher)
+
+    monkeypatch.setattr(publishing, "verify", meanwhile)
+    with pytest.raises(AlreadyPublished):
+        rollback(store, 1)
+    assert not np.isin(ids[:2], Searcher.open(store.root).live_ids).any()
+
+
+def test_no_queries_have_no_neighbors(store: Store) -> None:
+    searcher = Searcher.open(store.root)
+    for shape in ((0, 32), (0, 3, 32)):
+        hits = searcher.search(np.zeros(shape, np.float32), 5)
+        assert (hits.ids.shape, hits.keys.shape) == ((0, 5), (0, 5))
+
+
+def test_a_version_whose_base_is_gone_is_damaged(store: Store) -> None:
+    base = store.latest()
+    edit.delete(store, [int(Searcher.open(store.root).ids[0])])
+    shutil.rmtree(base.directory)
+    with pytest.raises(DamagedArtifact, match=f"{base.digest}.*missing"):
+        Searcher.open(store.root)

@@ -6,7 +6,7 @@ ranks them.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
-from zsr.data.decode import VERSION
+from zsr.data.decode import COMPATIBLE, VERSION
 from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.devices import AUTO, DeviceSettings, choose, own_device
@@ -143,16 +143,25 @@ def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, mod
         raise ConfigError(f"features {features.digest[:12]} hold no {modality}; they hold {sorted(dims)}")
     if modality not in wanted:
         raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds {sorted(wanted)}, not {modality}")
-    if features.config != checkpoint.config["features"]:
+    if other := unlike(checkpoint.config["features"], features.config):
         raise ConfigError(
-            f"checkpoint {checkpoint.digest[:12]} was trained on features {checkpoint.config['features']}, these are "
-            f"{dict(features.config)}; run jobs.features with the same backbone, weights and size"
+            f"checkpoint {checkpoint.digest[:12]} was trained on other features than {features.digest[:12]}: "
+            f"{'; '.join(other)}; run jobs.features as for the checkpoint, or train again"
         )
     if dims[modality] != wanted[modality]:
         raise ConfigError(
             f"{modality} features are {dims[modality]}-d, checkpoint {checkpoint.digest[:12]} was trained on "
             f"{wanted[modality]}-d"
         )
+
+
+def unlike(trained: Mapping[str, Any], these: Mapping[str, Any]) -> list[str]:
+    """What tells the features that a model was trained on from `these`; versions of decoding that agree do not."""
+    both = sorted(trained.keys() | these.keys())
+    other = {name: (trained.get(name), these.get(name)) for name in both if trained.get(name) != these.get(name)}
+    if set(other.get("decode", ())) <= set(COMPATIBLE):
+        other.pop("decode", None)
+    return [f"{name} was {was!r}, here it is {now!r}" for name, (was, now) in other.items()]
 
 
 class Encoder:

@@ -20,7 +20,7 @@ from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.search import GOLDEN, Searcher, golden_table
 from zsr.index.segments import INDEX, LISTS, REFINE, Segment, Spec, ids_name, list_sizes, refine_name, segment_name
-from zsr.index.truth import K, Truth, exact
+from zsr.index.truth import Truth, exact
 from zsr.index.tune import queries_of, tune
 from zsr.index.vectors import Vectors
 
@@ -149,21 +149,20 @@ def build(job: Job, store: Store) -> Published:
         progress.up_to_date("index build", store, store.versions())
         return Published(made, version_of(store, made.digest))
     staging, clock, key = store.staging(task), ledger.Ledger(), job.chosen.index_key
-    rows = f"{job.gallery.rows} vectors in {len(job.gallery.shards)} shards"
     ledger.note("%s", "; ".join(job.chosen.reasons))
     asked = job.queries.sample(queries_of(key), job.config.seed)  # first: one that is not finite ends the job now
-    with clock.stage("sample", f"{job.chosen.train_size} of {rows}"):
+    with clock.stage("sample"):
         clock.tasks("sample", sample(job, staging))
-    with clock.stage("train", f"{key} on {job.chosen.train_size} vectors"):
+    with clock.stage("train"):
         train(job, staging)
-    with clock.stage("add", rows):
+    with clock.stage("add"):
         clock.tasks("add", add(job.gallery, key, staging, workers=job.config.num_workers))
-    with clock.stage("merge", f"{rows} into {len(job.segments)} segments"):
+    with clock.stage("merge"):
         merge_all(job, staging)
-    with clock.stage("tune", f"recall@{K}, measured with {job.tuned_on}"):
+    with clock.stage("tune"):
         facts, report = finish(job, staging, asked)
     artifact = staging.seal(facts=facts, rows={"in": job.gallery.rows, "used": job.gallery.rows, "quarantined": 0})
-    with clock.stage("verify", rows):
+    with clock.stage("verify"):
         published = publish(store, artifact)
     ledger.write(store, artifact, clock, job.chosen, report)
     return published

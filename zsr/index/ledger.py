@@ -50,16 +50,10 @@ class Ledger:
         self.stages: dict[str, dict[str, float]] = {}
 
     @contextmanager
-    def stage(self, name: str, what: str) -> Iterator[None]:
-        """Measure this process during a stage, and note its begin and end; what its tasks cost is added by `tasks`.
-
-        Args:
-            what: the stage works on, for the line of progress.
-        """
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure this process during a stage; what its tasks cost is added by `tasks`."""
         clock = Clock()
-        note("%s: %s", name, what)
         yield
-        note("%s: done in %.1f s", name, clock.spent()["wall"])
         self.stages[name] = {**self.stages.get(name, {}), **clock.spent()}
 
     def tasks(self, name: str, results: Sequence[dict[str, Any]]) -> None:

@@ -143,8 +143,9 @@ def rollback(store: Store, version: int) -> Published:
     Raises:
         ConfigError: there is no such version.
         DamagedArtifact, QualityGateFailed: it is not what it was; nothing is published.
+        AlreadyPublished: a change was published meanwhile, which the rollback would undo unseen.
     """
-    versions = history(store)
+    newest, versions = max(store.versions(), default=0), history(store)
     if version not in versions:
         raise ConfigError(f"{store} has no version {version}; it has {sorted(versions)}")
-    return publish(store, open_artifact(f"{store}/objects/{versions[version]}", "index"))
+    return publish(store, open_artifact(f"{store}/objects/{versions[version]}", "index"), newest)

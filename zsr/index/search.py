@@ -197,7 +197,7 @@ class Searcher:
 
     def hits(self, found: tuple[np.ndarray, np.ndarray], queries: int, k: int) -> Hits:
         """The k nearest items by the ordinals and scores that were found for all parts of so many queries."""
-        ordinals, scores = (part.reshape(queries, -1) for part in found)
+        ordinals, scores = (part.reshape(queries, part.size // queries if queries else part.shape[1]) for part in found)
         return self.resolve(*merge_best(ordinals, scores, self.ids, k))
 
     @cached_property

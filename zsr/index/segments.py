@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from zsr.artifact import Artifact, Json, mapped, open_artifact
+from zsr.artifact import Artifact, Json, Store, mapped
 from zsr.errors import DamagedArtifact
 from zsr.index import engine
 from zsr.index.names import Names
@@ -126,7 +126,7 @@ class Segment:
 
 def object_of(artifact: Artifact, spec: Spec) -> Artifact:
     """The object that holds the files of a segment of `artifact`."""
-    return open_artifact(f"{artifact.place}/objects/{spec.object}", "index") if spec.object else artifact
+    return Store.at(artifact.place).open(spec.object) if spec.object else artifact
 
 
 def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
