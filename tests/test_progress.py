@@ -188,6 +188,8 @@ def test_only_that_line_of_a_worker_is_kept_out() -> None:
     line = f"[2026-11-28 E 1 1] core_worker.cc:2465: Actor with class name: 'A' and ID: '1' {noise.LINE} If"
     printer({"lines": ["before", line, "after"], "pid": 7})
     printer({"lines": [line], "pid": 7})
+    gone = f"[2026-11-28 E 1 1] (gcs_server) gcs_actor_scheduler.cc:538: {noise.GONE} ef45, return status: Invalid"
+    printer({"lines": [gone], "pid": "gcs_server"})
     assert printed == [{"lines": ["before", "after"], "pid": 7}]
 
 

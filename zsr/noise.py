@@ -1,9 +1,12 @@
-"""Keep one line of Ray's out of the jobs' output: it looks fatal, and is not.
+"""Keep two lines of Ray's out of the jobs' output: they look fatal, and are not.
 
 Ray's core logs at error level, once per process, that an actor which may restart was made with arguments in the object
 store, and that the restart fails if they are lost (github.com/ray-project/ray/issues/53727). Every actor of Ray Data
 and of Ray Train is made so. Their arguments live as long as the process that made the actor, without which no restart
 would be of use, so nothing can get lost. There is no setting for this line alone, and no logger: C++ writes it.
+
+The head says at error level that it failed to kill an actor whose process has ended by itself meanwhile, as those of a
+finished stage do.
 """
 
 import os
@@ -17,6 +20,7 @@ import ray
 from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
 LINE: Final = "has constructor arguments in the object store and max_restarts > 0."
+GONE: Final = "Failed to kill actor"
 _FORWARDED: Final = "ray_print_logs"  # Ray's name for what prints the output of workers in the driver
 
 
@@ -31,10 +35,10 @@ def keep_out() -> None:
 
 
 def without_line(printer: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    """`printer` of a batch of a worker's lines, which never sees the line."""
+    """`printer` of a batch of lines from Ray's processes, which never sees the two."""
 
     def printed(batch: dict[str, Any]) -> None:
-        lines = [line for line in batch["lines"] if LINE not in line]
+        lines = [line for line in batch["lines"] if LINE not in line and GONE not in line]
         if lines:
             printer({**batch, "lines": lines})
 
