@@ -71,6 +71,12 @@ def command(tmp_path: Path, body: str) -> list[str]:
     return [sys.executable, "-m", "commands.job"]
 
 
+def default_signals() -> None:
+    """In the child: a shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def interrupted(
     words: Sequence[str],
     ready: Callable[[Path], bool],
@@ -90,8 +96,7 @@ def interrupted(
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
-            # a shell starts what runs in the background, such as these tests, with SIGINT ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=default_signals,
         )
         deadline = time.monotonic() + 120
         while not ready(out):
