@@ -16,6 +16,7 @@ import pytest
 
 from tests import toy
 from tests.pipeline import every_version, features_only, ok, read_all
+from tests.test_signals import default_signals
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -90,7 +91,13 @@ def interrupted(
     environment = {**os.environ, "ZSR_FAULT": f"{point}=wait@1@{reached}", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"jobs.{words[0]}", *words[1:]]
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=default_signals,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         deadline = time.monotonic() + 120
         while not reached.exists() and process.poll() is None and time.monotonic() < deadline:
