@@ -71,10 +71,9 @@ def command(tmp_path: Path, body: str) -> list[str]:
     return [sys.executable, "-m", "commands.job"]
 
 
-def default_signals() -> None:
-    """In the child: a shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+# a shell starts what runs in the background with SIGINT ignored, and nohup with SIGHUP. Not by `preexec_fn`: for that
+# Python forks, and the handlers that gRPC has for a fork break this process's own connection to Ray
+DEFAULT_SIGNALS = ("env", "--default-signal=INT,TERM,HUP")
 
 
 def interrupted(
@@ -90,13 +89,12 @@ def interrupted(
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tmp_path)])
     with open(out, "w") as stdout, open(err, "w") as stderr:
         process = subprocess.Popen(
-            words,
+            [*DEFAULT_SIGNALS, *words],
             cwd=tmp_path,
             env=environment,
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
-            preexec_fn=default_signals,
         )
         deadline = time.monotonic() + 120
         while not ready(out):

@@ -16,7 +16,7 @@ import pytest
 
 from tests import toy
 from tests.pipeline import every_version, features_only, ok, read_all
-from tests.test_signals import default_signals
+from tests.test_signals import DEFAULT_SIGNALS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -89,12 +89,11 @@ def interrupted(
 ) -> tuple[int, float, list[str], dict[str, int]]:
     """Exit code, seconds from the signal to the end, lines of stderr and the JSON line of a command."""
     environment = {**os.environ, "ZSR_FAULT": f"{point}=wait@1@{reached}", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", f"jobs.{words[0]}", *words[1:]]
+    command = [*DEFAULT_SIGNALS, sys.executable, "-m", f"jobs.{words[0]}", *words[1:]]
     with subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment,
-        preexec_fn=default_signals,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
