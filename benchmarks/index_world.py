@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from zsr.artifact import Artifact, Plan, Store
-from zsr.cluster import map_pieces
 from zsr.data.rows import row_id
+from zsr.executor import map_pieces
 
 CLUSTERS: Final = 2000
 LATENT: Final = 48

@@ -80,8 +80,8 @@ def test_a_local_cluster_needs_no_token_no_short_folder_and_leaves_nothing(tmp_p
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"HOME": str(home), "TMPDIR": str(folder), "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
     code = (
-        "import ray\nfrom zsr import cluster\n"
-        "print(cluster.map_pieces('work', lambda piece: piece, [{'a': 1}]))\n"
+        "import ray\nfrom zsr import cluster, executor\n"
+        "print(executor.map_pieces('work', lambda piece: piece, [{'a': 1}]))\n"
         "print(ray._private.worker._global_node.get_session_dir_path())\n"
         "cluster.disconnect()\n"
     )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from jobs._job import JobConfig, Results, causes, explain, main
 from tests.pipeline import job
-from zsr import cluster
+from zsr import executor
 from zsr.errors import ConfigError, DamagedArtifact, ZsrError
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +196,7 @@ def test_the_advice_that_ray_data_adds_to_an_error_of_a_task_is_left_out(ray_clu
         raise ConfigError("shard 3: found a, expected b")
 
     with pytest.raises(Exception, match="shard 3") as raised:
-        cluster.map_pieces("work", fail, [{"number": 3}])
+        executor.map_pieces("work", fail, [{"number": 3}])
     assert explain(raised.value) == (2, "shard 3: found a, expected b")
 
 

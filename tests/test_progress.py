@@ -132,7 +132,7 @@ def _slow(piece: dict[str, Any], folder: Path) -> dict[str, Any]:
 def test_progress_advances_within_a_shard_and_outlives_a_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from zsr.cluster import map_pieces
+    from zsr.executor import map_pieces
 
     seen: list[int] = []
     counts = Items.done
@@ -153,7 +153,7 @@ def test_progress_advances_within_a_shard_and_outlives_a_worker(
 
 ACTORS = """
 import ray
-from zsr import cluster
+from zsr import cluster, executor
 
 class Doubled:
     def __call__(self, piece):
@@ -162,7 +162,7 @@ class Doubled:
 def doubled():
     cluster.set_data_context()
     actors = ray.data.ActorPoolStrategy(size=1)
-    return cluster.map_pieces("double", Doubled, [{"one": 1}], compute=actors, num_cpus=0.5)
+    return executor.map_pieces("double", Doubled, [{"one": 1}], compute=actors, num_cpus=0.5)
 
 cluster.connect()
 assert doubled() == ray.get(ray.remote(num_cpus=0)(doubled).remote()) == [{"twice": 2}]

@@ -27,12 +27,12 @@ faiss.Kmeans(128, 4096, niter=1000, max_points_per_centroid=1000).train(vectors)
 # one that starts a local Ray, and whose task tells that it runs
 IN_RAY = """
 import time
-from zsr import cluster
+from zsr import executor
 def work(piece):
     open(piece["path"], "w").close()
     time.sleep(600)
     return piece
-cluster.map_pieces("work", work, [{"path": PATH}])
+executor.map_pieces("work", work, [{"path": PATH}])
 """
 # one that would swallow whatever a handler raises
 IN_PYTHON = """

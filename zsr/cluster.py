@@ -1,7 +1,7 @@
 """The one place that connects to Ray and maps work over it.
 
-A job attaches to the cluster that `ray job submit` put it on, or starts a small local one. `map_pieces` runs a function
-over named pieces of work (shards) through Ray Data, with its back-pressure and its retries after a lost worker or node.
+A job attaches to the cluster that `ray job submit` put it on, or starts a small local one. `stream_by_ray` runs a
+function over work items (shards) through Ray Data, with its back-pressure and its retries after a lost worker or node.
 """
 
 import atexit
@@ -30,7 +30,7 @@ from zsr.storage import shared_environment
 
 logger = logging.getLogger("zsr")
 
-FOR_TESTS = ("ZSR_FAULT", "ZSR_FAKE_GPU")  # variables that tests set, for every process of a job
+FOR_TESTS = ("ZSR_FAULT", "ZSR_FAKE_GPU", "ZSR_EXECUTOR")  # variables that tests set, for every process of a job
 LOCAL_CPUS = 4  # logical: two training workers plus the data tasks that feed them, also on a laptop with 2 cores
 ANSWER: Final = 5.0  # seconds in which a head must answer; Ray itself would try for over 13 minutes
 # bytes of a folder for Ray's sessions: Ray adds ray/session_TIME_PID/sockets/plasma_store, and a socket's path has 107
@@ -235,13 +235,12 @@ def _start_local() -> str:
     It listens on loopback alone: nobody has to have a token to run a job on a laptop, so no other machine may reach it.
     """
     global _local
-    cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
     folder, spilled = _leaving.enter_context(session_folders())
     _leaving.enter_context(_environment({"RAY_TMPDIR": folder}))
     _leaving.enter_context(_loopback())
     _leaving.enter_context(_token(folder))
     head = {
-        "num_cpus": cpus,
+        "num_cpus": local_cpus(),
         "object_store_memory": 512 << 20,
         "include_dashboard": False,
         "node_ip_address": "127.0.0.1",
@@ -264,6 +263,16 @@ def set_data_context() -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # our errors carry their exit code; a wrapper would lose it
     worker.setup()  # again: importing ray.data sets its own log levels
+
+
+def is_this_machine() -> bool:
+    """Whether no cluster is given, so that this machine alone does the work."""
+    return _local is not None or (not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "") in ("", "local"))
+
+
+def local_cpus() -> int:
+    """CPUs that a cluster of this machine alone offers."""
+    return max(LOCAL_CPUS, os.cpu_count() or 1)
 
 
 def started_here() -> bool:
@@ -300,51 +309,32 @@ def disconnect() -> None:
     _leaving.close()
 
 
-def map_pieces(
-    what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
-) -> list[dict[str, Any]]:
-    """All of `stream_pieces`, for results that are small."""
-    return list(stream_pieces(what, function, pieces, **options))
-
-
-def stream_pieces(
+def stream_by_ray(
     what: str,
     function: Callable[..., Any],
     pieces: Sequence[dict[str, Any]],
-    *,
-    rows: Sequence[int] | None = None,
-    unit: str | None = None,
-    **options: Any,
+    sizes: Sequence[int],
+    unit: str,
+    options: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Run `function` once for every piece, each as a Ray task, and yield its results in the order of `pieces`.
+    """`executor.stream_pieces` by Ray's workers: each work item is a Ray task, or a call of an actor.
 
     Args:
-        what: a word for the progress lines and the metrics.
-        function: piece -> result, both small mappings of JSON-like values, or a class that Ray Data makes an actor of.
-            It writes its output itself. What all pieces share goes into `fn_kwargs` or `fn_constructor_kwargs`.
-        rows: rows of each piece, for progress; `function` calls `progress.advance` as it goes through them. Left out,
-            finished pieces are counted.
-        unit: what is counted; left out, rows, or shards where `rows` is left out.
-        options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
-
-    Raises:
-        Whatever `function` raises: a failing piece stops the job, since bad rows were quarantined inside it.
+        sizes: how many `unit` each item has.
     """
-    if not pieces:
-        return
     connect()
+    given = dict(options)
     if isinstance(function, type):
-        shared = options.pop("fn_constructor_kwargs", {})
-        options["fn_constructor_kwargs"] = {"stage": what, "kind": function, "shared": shared}
+        shared = given.pop("fn_constructor_kwargs", {})
+        given["fn_constructor_kwargs"] = {"stage": what, "kind": function, "shared": shared}
         counted: Callable[..., Any] = measure.Actor
     else:
-        options["fn_kwargs"] = {"stage": what, "function": function, "shared": options.pop("fn_kwargs", {})}
+        given["fn_kwargs"] = {"stage": what, "function": function, "shared": given.pop("fn_kwargs", {})}
         counted = measure.task
-    sizes, default = ([1] * len(pieces), "shards") if rows is None else (rows, "rows")
     items = measure.Items(sizes)
-    dataset = ray.data.from_items(items.numbered(pieces), override_num_blocks=len(pieces)).map(counted, **options)
+    dataset = ray.data.from_items(items.numbered(pieces), override_num_blocks=len(pieces)).map(counted, **given)
     try:
-        with progress.stage(what, sum(sizes), unit or default, poll=items.done) as shown:
+        with progress.stage(what, sum(sizes), unit, poll=items.done) as shown:
             yield from items.passed(dataset.iter_rows())
             shown.done = sum(sizes)
     finally:

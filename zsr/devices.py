@@ -10,13 +10,14 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import ray
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from zsr import cluster
+from zsr import cluster, executor
 from zsr.autoscaler import NodeType, autoscaler_config, startable
 from zsr.errors import ConfigError, Infeasible
 
@@ -186,7 +187,9 @@ def own_device() -> Literal["cpu", "cuda"]:
     Raises:
         ConfigError: a GPU that torch cannot use.
     """
-    if not ray.get_runtime_context().get_accelerator_ids().get("GPU") or FAKE in os.environ:
+    if executor.in_this_process() or FAKE in os.environ:
+        return "cpu"
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -200,7 +203,10 @@ def own_device() -> Literal["cpu", "cuda"]:
 
 
 def capacity() -> Capacity:
-    """What this cluster has and can have. Connects if need be."""
+    """What this cluster has and can have. Connects, unless this machine alone would be the cluster and has no GPU."""
+    if cluster.is_this_machine() and not _has_gpu():
+        cores = os.cpu_count() or 1
+        return Capacity(({"CPU": float(cluster.local_cpus())},), cores=cores)
     cluster.connect()
     live = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = tuple(dict(node["Resources"]) for node in live)
@@ -211,3 +217,8 @@ def capacity() -> Capacity:
     if len(nodes) > 1 or types:
         return Capacity(nodes, types, most)
     return Capacity(nodes, cores=max(1, min(os.cpu_count() or 1, int(sum(node.get("CPU", 0) for node in nodes)))))
+
+
+def _has_gpu() -> bool:
+    """Whether this machine seems to have a GPU; Ray, once started, says how many torch may use."""
+    return FAKE in os.environ or Path("/dev/nvidia0").exists() or torch.cuda.is_available()

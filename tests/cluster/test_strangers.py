@@ -80,7 +80,8 @@ def test_every_process_of_the_cluster_listens_on_loopback_alone(local: LocalClus
 def test_the_cluster_that_a_lone_job_starts_listens_on_loopback_alone() -> None:
     code = """
 import psutil
-from zsr.cluster import connect, disconnect, map_pieces
+from zsr.cluster import connect, disconnect
+from zsr.executor import map_pieces
 connect()
 map_pieces("double", lambda piece: {"twice": 2 * piece["one"]}, [{"one": 1}])
 own = psutil.Process()

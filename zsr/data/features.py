@@ -12,13 +12,13 @@ import pyarrow as pa
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.cluster import map_pieces
 from zsr.data.listing import Listing
 from zsr.data.prepare import Prepare, stage_listing
 from zsr.data.rows import row_id
 from zsr.data.sources import Source
 from zsr.data.writing import slice_of, staged_items
 from zsr.errors import ConfigError, DamagedArtifact
+from zsr.executor import VECTORS, map_pieces
 
 
 def feature_table(ids: Sequence[int], features: np.ndarray) -> pa.Table:
@@ -86,7 +86,8 @@ def import_features(source: Source, rows: Listing, settings: Prepare, data: Arti
     progress.found_finished("import features", len(names) - len(todo), len(names))
     sizes = [int(data.entry(piece["name"]).facts["rows"]) for piece in todo]
     shared = {"source": source, "data": data, "staging": staging}
-    map_pieces("import features", _import_shard, todo, rows=sizes, fn_kwargs=shared)
+    small = sum(sizes) <= VECTORS
+    map_pieces("import features", _import_shard, todo, small=small, rows=sizes, fn_kwargs=shared)
     return seal_features(staging, output, names, {"backbone": "imported"})
 
 

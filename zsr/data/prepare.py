@@ -16,13 +16,13 @@ from typing import Final
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.cluster import map_pieces
 from zsr.data.decode import reads
 from zsr.data.inspect import class_counts
 from zsr.data.listing import Bad, Listing, listing
 from zsr.data.sources import Source, differences
 from zsr.data.writing import LAYOUT, files_of, write_slice
 from zsr.errors import ConfigError, StorageError, TooManyBadRows
+from zsr.executor import IMAGES, map_pieces
 
 EXAMPLES: Final = 5  # bad rows that a message shows, each of another kind
 
@@ -103,7 +103,9 @@ def prepare(source: Source, output: Store, settings: Prepare, listed: Listing | 
     progress.found_finished("prepare", len(names) - len(todo), len(names))
     shared = {"source": source, "staging": staging, "bytes_per_shard": settings.bytes_per_shard}
     sizes = rows.sizes(settings.rows_per_shard)
-    map_pieces("prepare", write_slice, todo, rows=[sizes[piece["name"]] for piece in todo], fn_kwargs=shared)
+    rows_of_todo = [sizes[piece["name"]] for piece in todo]
+    small = sum(rows_of_todo) <= IMAGES
+    map_pieces("prepare", write_slice, todo, small=small, rows=rows_of_todo, fn_kwargs=shared)
     return _seal(source, staging, output, rows, names, settings)
 
 

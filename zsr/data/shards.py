@@ -6,22 +6,21 @@ Every stream is order-preserving, so that what a reader has seen after n rows is
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-from ray.data import Dataset
 
 from zsr import progress
 from zsr.artifact import Artifact
-from zsr.cluster import connect
 from zsr.data.decode import Pictures
 from zsr.data.features import vectors
 from zsr.data.pictures import Decoded, decoded, shard
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError
+from zsr.executor import IMAGES, VECTORS, runs_here
 
 logger = logging.getLogger("zsr")
 
@@ -67,18 +66,46 @@ def stream(
         ConfigError: the features were not made from this data, or there is no shard of this modality.
     """
     names = _features_of(data, source, modality) if isinstance(source, Artifact) else _shards_of(data, modality)
+    rows = sum(int(data.entry(name).facts["rows"]) for name in names)
+    small = rows <= (VECTORS if isinstance(source, Artifact) else IMAGES)
+    shared = (data, source, classes, keys)
+    tables = (
+        chain.from_iterable(_tables(name, *shared) for name in names) if runs_here(small) else _by_ray(names, shared)
+    )
+    yield from _blocks(tables, None if isinstance(source, Artifact) else source.resize.size)
+
+
+def _tables(
+    name: str, data: Artifact, source: Source, classes: tuple[str, ...] | None, keys: bool
+) -> Iterator[pa.Table]:
+    """One DATA shard joined with its features, or with its pictures decoded, of these some rows at a time."""
+    if isinstance(source, Artifact):
+        yield _table(*featured_rows(data, source, name, classes), classes, keys)
+        return
+    for rows, found in pictured_rows(data, source, name, classes):
+        yield _table(rows, found.reshape(len(found), int(np.prod(found.shape[1:]))), classes, keys)  # of no row, too
+
+
+def _task(batch: Mapping[str, Any], *shared: Any) -> Iterator[pa.Table]:
+    """`_tables` in a Ray task."""
+    yield from _tables(str(batch["item"][0]), *shared)
+
+
+def _by_ray(names: list[str], shared: tuple[Any, ...]) -> Iterator[pa.Table]:
+    """`_tables` of every shard, in Ray tasks."""
+    import ray  # loads for seconds, and not for small data
+
+    from zsr.cluster import connect
+
     connect()
     items = ray.data.from_items(names, override_num_blocks=len(names))
-    if not isinstance(source, Artifact):
+    if isinstance(source := shared[1], Pictures):
         # before the map, which takes it over; blocks of more bytes than this leave their task at once
         items.context.target_max_block_size = (DECODED - 1) * 3 * source.resize.size**2
-    dataset = items.map_batches(
-        cast(Any, _join if isinstance(source, Artifact) else _decode),  # Ray's own type admits one argument only
-        fn_args=(data, source, classes, keys),
-        batch_size=1,
-        batch_format="numpy",
-    )
-    yield from _blocks(dataset, None if isinstance(source, Artifact) else source.resize.size)
+    # Ray's own type admits one argument only
+    dataset = items.map_batches(cast(Any, _task), fn_args=shared, batch_size=1, batch_format="numpy")
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield cast(pa.Table, batch)
 
 
 def _features_of(data: Artifact, features: Artifact, modality: str) -> list[str]:
@@ -103,9 +130,8 @@ def _shards_of(data: Artifact, modality: str) -> list[str]:
     return names
 
 
-def _blocks(dataset: Dataset, size: int | None) -> Iterator[Block]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        table = cast(pa.Table, batch)
+def _blocks(tables: Iterator[pa.Table], size: int | None) -> Iterator[Block]:
+    for table in tables:
         if len(table):
             found = vectors(table.column("feature"), "stream")
             yield Block(
@@ -115,22 +141,6 @@ def _blocks(dataset: Dataset, size: int | None) -> Iterator[Block]:
                 features=found if size is None else found.reshape(-1, size, size, 3),
                 keys=tuple(table.column("key").to_pylist()) if "key" in table.column_names else (),
             )
-
-
-def _join(
-    batch: Mapping[str, Any], data: Artifact, features: Artifact, classes: tuple[str, ...] | None, keys: bool
-) -> pa.Table:
-    """One DATA shard joined with its features. Runs in a Ray task."""
-    rows, matrix = featured_rows(data, features, str(batch["item"][0]), classes)
-    return _table(rows, matrix, classes, keys)
-
-
-def _decode(
-    batch: Mapping[str, Any], data: Artifact, pictures: Pictures, classes: tuple[str, ...] | None, keys: bool
-) -> Iterator[pa.Table]:
-    """One DATA shard with its pictures decoded, some rows at a time. Runs in a Ray task."""
-    for rows, found in pictured_rows(data, pictures, str(batch["item"][0]), classes):
-        yield _table(rows, found.reshape(len(found), int(np.prod(found.shape[1:]))), classes, keys)  # of no row, too
 
 
 def featured_rows(

@@ -33,6 +33,7 @@ from zsr.embedding.shards import (
 )
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
+from zsr.executor import IMAGES
 from zsr.models import backbones
 from zsr.worker import keep_freed_memory
 
@@ -107,7 +108,7 @@ def extract(
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}
     decoders = 0 if settings.jpegs == "gpu" else decoders
     rows = {name: int(data.entry(name).facts["rows"]) for name in names}
-    tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders, device, rows)
+    tally = compute("features", ShardExtractor, wanted, output, staging, shared, actors, decoders, device, rows, IMAGES)
     about = {"backbone": settings.backbone, "size": work.config["size"]}
     return seal_features(staging, output, names, about), tally
 

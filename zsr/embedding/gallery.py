@@ -23,6 +23,7 @@ from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
 from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast
 from zsr.errors import ConfigError
+from zsr.executor import IMAGES, VECTORS
 from zsr.models.protocol import Inputs
 from zsr.training.checkpoint import open_model
 from zsr.training.source import pictures_of
@@ -82,7 +83,8 @@ def embed(
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
     ahead = 0 if features else decoders
     rows = {name: _rows(data.entry(name), chosen_classes(checkpoint, classes)) for name in names}
-    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, ahead, device, rows)
+    few = VECTORS if features else IMAGES
+    tally = compute("embed", ShardEmbedder, wanted, output, staging, shared, actors, ahead, device, rows, few)
     return _seal(staging, output, checkpoint, modality, names), tally
 
 

@@ -20,10 +20,10 @@ from ray.data import ActorPoolStrategy
 
 from zsr import progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
-from zsr.cluster import map_pieces
 from zsr.devices import AUTO, Devices, DeviceSettings, capacity, choose
 from zsr.embedding.ahead import PROBE
 from zsr.errors import DamagedArtifact, Infeasible, StorageError
+from zsr.executor import map_pieces, runs_here
 from zsr.worker import ONE_ARENA
 
 logger = logging.getLogger("zsr")
@@ -31,6 +31,7 @@ logger = logging.getLogger("zsr")
 MADE_FROM: Final = "made_from"  # the fact of a file that holds its fingerprint
 STAGES: Final = ("read", "decode", "model", "write")
 END: Final = object()
+KEPT: Final = 256 << 20  # bytes that one process verifies in less time than a worker takes to start
 Item = TypeVar("Item")
 
 
@@ -217,6 +218,7 @@ def compute(
     decoders: int | None = None,
     device: DeviceSettings = AUTO,
     rows: Mapping[str, int] | None = None,
+    few: int = 0,
 ) -> Tally:
     """Finish the shards `wanted` in `staging`; those of a killed run are there, those of the last version are kept.
 
@@ -229,6 +231,7 @@ def compute(
         decoders: see `room_to_decode`.
         device: what the actors run on.
         rows: of each shard, for progress; left out, shards are counted.
+        few: rows that are computed in this process rather than by actors, see `executor`.
 
     Raises:
         Infeasible: see `room_to_decode` and `devices.choose`.
@@ -239,7 +242,9 @@ def compute(
     pieces = [{"name": name, MADE_FROM: wanted[name]} for name in todo if name not in kept]
     progress.found_finished(what, found, len(wanted), reused=len(kept))
     devices = choose(device)
-    size = max(1, min(actor_count(actors, devices), len(pieces)))
+    sizes = None if rows is None else [rows[piece["name"]] for piece in pieces]
+    small = sizes is not None and sum(sizes) <= few and not decoders
+    size = 1 if runs_here(small, devices.gpus) else max(1, min(actor_count(actors, devices), len(pieces)))
     options = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": devices.gpus}
     options["runtime_env"] = ONE_ARENA
     most = room_to_decode(size, decoders, devices)
@@ -247,8 +252,7 @@ def compute(
         devices.say(size)
     began = time.perf_counter()
     shared = {**shared, "staging": staging, "decoders": most}
-    sizes = None if rows is None else [rows[piece["name"]] for piece in pieces]
-    results = map_pieces(what, kind, pieces, rows=sizes, fn_constructor_kwargs=shared, **options)
+    results = map_pieces(what, kind, pieces, small=small, rows=sizes, fn_constructor_kwargs=shared, **options)
     return Tally(len(kept), found, results, time.perf_counter() - began, size, devices.gpus)
 
 
@@ -285,7 +289,8 @@ def _kept(what: str, wanted: Mapping[str, str], output: Store, staging: Staging)
     except (StorageError, DamagedArtifact):  # nothing is published yet, or nothing that verifies
         return set()
     same = [{"name": e.path} for e in before.files if e.facts.get(MADE_FROM, "") == wanted.get(e.path)]
-    kept = map_pieces(what, _keep, same, fn_kwargs={"before": before, "staging": staging})
+    small = sum(before.entry(piece["name"]).bytes for piece in same) <= KEPT
+    kept = map_pieces(what, _keep, same, small=small, fn_kwargs={"before": before, "staging": staging})
     for piece in kept:
         if piece["damaged"]:
             logger.warning("%s is not kept, but computed anew: %s", piece["name"], piece["damaged"])

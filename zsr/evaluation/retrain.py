@@ -11,14 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from zsr import progress
 from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.cluster import map_pieces
 from zsr.data import splits
 from zsr.data.features import seal_features
 from zsr.data.splits import Split
 from zsr.errors import ConfigError
 from zsr.evaluation import metrics
 from zsr.evaluation.bench import Bench
+from zsr.executor import VECTORS, map_pieces
 from zsr.models.protocol import Inputs
 from zsr.training.config import TrainSettings
 from zsr.training.run import Run, train_model
@@ -162,7 +163,8 @@ def _only(
     names = [entry.path for entry in data.shards() if entry.path in {f.path for f in features.files}]
     todo = [{"name": name} for name in names if staging.finished(name) is None]
     shared = {"features": features, "data": data, "classes": classes, "support": support, "staging": staging}
-    map_pieces("few-shot features", _shard, todo, fn_kwargs=shared)
+    sizes = [int(features.entry(piece["name"]).facts["rows"]) for piece in todo]
+    map_pieces("few-shot features", _shard, todo, small=sum(sizes) <= VECTORS, rows=sizes, fn_kwargs=shared)
     return seal_features(staging, store, names, {"backbone": str(features.config.get("backbone"))})
 
 
@@ -186,4 +188,5 @@ def _shard(
     kept = table.filter(pc.invert(pc.is_in(table.column("id"), value_set=ids)))
     facts = {"rows": len(kept), "quarantined": 0, "dim": table.column("feature").type.list_size if len(kept) else 0}
     staging.write_table(name, kept, facts=facts)
+    progress.advance(len(table))
     return {"name": name, "rows": len(kept)}

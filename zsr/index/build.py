@@ -13,8 +13,8 @@ import numpy as np
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.cluster import map_pieces
 from zsr.errors import DamagedArtifact
+from zsr.executor import VECTORS, map_pieces
 from zsr.index import drift, engine, ledger, lists, trial
 from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
 from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
@@ -175,7 +175,9 @@ def sample(job: Job, staging: Staging) -> list[dict[str, Any]]:
     todo = [piece for piece in drawn(job) if staging.finished(sample_name(piece["shard"]), scratch=True) is None]
     shared = {"gallery": job.gallery, "staging": staging}
     options = {"fn_kwargs": shared, "num_cpus": 1, "concurrency": job.config.num_workers}
-    return map_pieces("sample", _sample_shard, todo, rows=[len(piece["rows"]) for piece in todo], **options)
+    small = job.gallery.rows_in(piece["shard"] for piece in todo) <= VECTORS
+    rows = [len(piece["rows"]) for piece in todo]
+    return map_pieces("sample", _sample_shard, todo, small=small, rows=rows, **options)
 
 
 def drawn(job: Job) -> list[dict[str, Any]]:
@@ -237,7 +239,8 @@ def add(
     progress.found_finished("add", len(chosen) - len(todo), len(chosen))
     shared = {"gallery": gallery, "staging": staging, "key": key}
     rows = [gallery.starts[piece["shard"] + 1] - gallery.starts[piece["shard"]] for piece in todo]
-    return map_pieces("add", _add_shard, todo, rows=rows, fn_kwargs=shared, num_cpus=1, concurrency=workers)
+    options = {"small": sum(rows) <= VECTORS, "num_cpus": 1, "concurrency": workers}
+    return map_pieces("add", _add_shard, todo, rows=rows, fn_kwargs=shared, **options)
 
 
 def scratch_names(shard: int, key: str) -> list[str]:

@@ -22,8 +22,8 @@ from ray.data import ActorPoolStrategy
 
 from zsr import fault
 from zsr.artifact import Artifact, Staging
-from zsr.cluster import map_pieces
 from zsr.errors import ConfigError
+from zsr.executor import map_pieces
 from zsr.index import engine
 from zsr.index.answers import Asked, queries_of
 from zsr.index.ledger import Clock

@@ -12,10 +12,11 @@ import ray
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Store
-from zsr.cluster import connect, map_pieces, resources
+from zsr.cluster import connect, resources
 from zsr.embedding.ahead import PROBE
 from zsr.embedding.shards import FREE, Prices, cost_of
 from zsr.errors import StorageError
+from zsr.executor import QUERIES, map_pieces, runs_here
 from zsr.index import by_list
 from zsr.index.answers import Asked, Searches, answer_block, answers_table, queries_of
 from zsr.index.by_list import Merged, Work, actors, rows_of
@@ -143,9 +144,11 @@ def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dic
 
 def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> list[dict[str, Any]]:
     """Answer some shards of queries by actors that map the index, after scanning it by range where that is wanted."""
-    most = workers or int(resources().get("CPU", 1))
+    rows = rows_of(work, todo)
+    small = sum(rows) <= QUERIES
+    most = workers or (1 if runs_here(small) else int(resources().get("CPU", 1)))
     scanned = by_list.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
-    options = {"rows": rows_of(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
+    options = {"small": small, "rows": rows, "unit": "queries", "fn_constructor_kwargs": {"work": work}}
     return scanned + map_pieces("search", ShardSearcher, todo, **options, **actors(todo, most))
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from zsr import progress
-from zsr.cluster import map_pieces
+from zsr.executor import QUERIES, VECTORS, map_pieces
 from zsr.index import engine
 from zsr.index.vectors import Vectors
 
@@ -114,7 +114,8 @@ def exact(
     shared = {"gallery": gallery, "queries": queries, "depth": depth, "share": share, "seed": seed}
     pieces = grouped(range(len(gallery.shards)) if shards is None else shards)
     rows = [sum(_count(gallery, shard, share) for shard in piece["shards"]) for piece in pieces]
-    found = map_pieces("exact search", _exact_shards, pieces, rows=rows, fn_kwargs=shared)
+    small = sum(rows) <= VECTORS and len(queries) <= QUERIES
+    found = map_pieces("exact search", _exact_shards, pieces, small=small, rows=rows, fn_kwargs=shared)
     ordinals = [np.frombuffer(f["ordinals"], np.int64).reshape(len(queries), -1) for f in found]
     scores = [np.frombuffer(f["scores"], np.float32).reshape(len(queries), -1) for f in found]
     near = best(np.concatenate(ordinals, axis=1), np.concatenate(scores, axis=1), depth)

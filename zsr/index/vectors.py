@@ -1,6 +1,6 @@
 """Embeddings as an index sees them: verified shards, numbered rows, and the space that they live in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from zsr.artifact import Artifact, FileEntry, Json
-from zsr.cluster import stream_pieces
 from zsr.data.features import vectors
 from zsr.data.finite import require_finite
 from zsr.errors import ConfigError, DamagedArtifact
+from zsr.executor import VECTORS, stream_pieces
 
 METRICS: Final = ("ip", "l2")
 
@@ -155,7 +155,8 @@ class Vectors:
         out = np.empty((len(ordinals), self.space.dim), np.float32)
         at = 0
         sizes = [len(piece["rows"]) for piece in pieces]
-        picked = stream_pieces("sample", _pick, pieces, rows=sizes, fn_kwargs={"source": self})
+        small = self.rows_in(piece["shard"] for piece in pieces) <= VECTORS
+        picked = stream_pieces("sample", _pick, pieces, small=small, rows=sizes, fn_kwargs={"source": self})
         for piece, found in zip(pieces, picked, strict=True):
             rows = len(piece["rows"])
             out[at : at + rows] = np.frombuffer(found["vectors"], np.float32).reshape(rows, -1)
@@ -170,6 +171,10 @@ class Vectors:
             for i, (a, b) in enumerate(pairwise(bounds))
             if b > a
         ]
+
+    def rows_in(self, shards: Iterable[int]) -> int:
+        """Rows of some shards together."""
+        return sum(self.starts[shard + 1] - self.starts[shard] for shard in shards)
 
     def picked(self, piece: Mapping[str, Any]) -> np.ndarray:
         """The vectors of one of `pieces`, (n, D) float32."""

@@ -1,0 +1,140 @@
+"""Run a function once per work item: through Ray Data, or in this process where a worker would take longer to start.
+
+A worker takes seconds to start and to import torch. Work that is done sooner than that runs in the process that asks
+for it, by the same function on the same arguments, with one thread as in a worker, so that the results have the same
+bits. The environment variable ZSR_EXECUTOR overrides the choice: `ray` sends everything to workers, `local` nothing
+that needs no GPU, for a debugger or a machine on which Ray does not start.
+"""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from threadpoolctl import threadpool_limits
+
+from zsr import progress
+from zsr.errors import ConfigError
+
+VARIABLE: Final = "ZSR_EXECUTOR"
+# rows that one CPU handles in about the time that a worker takes to start
+IMAGES: Final = 256  # decoded, or passed through a network
+QUERIES: Final = 1_024  # searched
+VECTORS: Final = 20_000  # read, copied or passed through a small model
+
+_here = False
+
+
+def in_this_process() -> bool:
+    """Whether a work item is being handled in this process, which has no GPU of Ray's then."""
+    return _here
+
+
+def runs_here(small: bool, gpus: float = 0) -> bool:
+    """Whether work runs in this process.
+
+    Args:
+        small: whether one CPU does it sooner than a worker starts.
+        gpus: GPUs that each worker requires.
+
+    Raises:
+        ConfigError: ZSR_EXECUTOR has an unknown value.
+    """
+    choice = os.environ.get(VARIABLE) or "auto"
+    if choice not in ("auto", "local", "ray"):
+        raise ConfigError(f"{VARIABLE} is {choice!r}; it must be auto, local or ray")
+    return not gpus and (choice == "local" or (choice == "auto" and small))
+
+
+def map_pieces(
+    what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
+) -> list[dict[str, Any]]:
+    """All of `stream_pieces`, for results that are small."""
+    return list(stream_pieces(what, function, pieces, **options))
+
+
+def stream_pieces(
+    what: str,
+    function: Callable[..., Any],
+    pieces: Sequence[dict[str, Any]],
+    *,
+    small: bool = False,
+    rows: Sequence[int] | None = None,
+    unit: str | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Run `function` once for every work item and yield its results in the order of `pieces`.
+
+    Args:
+        what: a word for the progress lines and the metrics.
+        function: work item -> result, both small mappings of JSON-like values, or a class whose objects are such
+            functions: each worker makes one. It writes its output itself. What all items share goes into `fn_kwargs`
+            or `fn_constructor_kwargs`.
+        small: see `runs_here`.
+        rows: rows of each item, for progress; `function` calls `progress.advance` as it goes through them. Left out,
+            finished items are counted.
+        unit: what is counted; left out, rows, or shards where `rows` is left out.
+        options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
+
+    Raises:
+        Whatever `function` raises: a failing item stops the job, since bad rows were quarantined inside it.
+    """
+    if not pieces:
+        return
+    sizes, default = ([1] * len(pieces), "shards") if rows is None else (rows, "rows")
+    if runs_here(small, options.get("num_gpus", 0)):
+        shared = options.get("fn_constructor_kwargs" if isinstance(function, type) else "fn_kwargs", {})
+        yield from _here_in_turn(what, function, pieces, shared, sizes, unit or default, counts_rows=rows is not None)
+    else:
+        from zsr.cluster import stream_by_ray  # loads Ray, which takes seconds
+
+        yield from stream_by_ray(what, function, pieces, sizes, unit or default, options)
+
+
+def _here_in_turn(
+    what: str,
+    function: Callable[..., Any],
+    pieces: Sequence[dict[str, Any]],
+    shared: Mapping[str, Any],
+    sizes: Sequence[int],
+    unit: str,
+    *,
+    counts_rows: bool,
+) -> Iterator[dict[str, Any]]:
+    """`stream_pieces` in this process. Arguments are copied by pickle as on their way to a worker."""
+    shared = pickle.loads(pickle.dumps(dict(shared)))
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        done += rows
+
+    with progress.stage(what, sum(sizes), unit, poll=lambda: done) as shown:
+        with _as_worker():
+            call = function(**shared) if isinstance(function, type) else lambda piece: function(piece, **shared)
+        passed = 0
+        for piece, size in zip(pieces, sizes, strict=True):
+            # around each call alone: between two of them the caller runs
+            with _as_worker(), progress.counting(count if counts_rows else progress.ignore):
+                result = dict(call(dict(piece)))
+            passed += size
+            done = passed
+            yield result
+        shown.done = passed
+
+
+@contextmanager
+def _as_worker() -> Iterator[None]:
+    """One thread, as Ray gives a worker of one CPU: sums over several threads have other bits."""
+    global _here
+    outer, _here = _here, True
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        _here = outer
+        if threads is not None:  # a worker may set it for its own process
+            sys.modules["torch"].set_num_threads(threads)
