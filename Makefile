@@ -16,10 +16,10 @@ $(VENV)/installed: pyproject.toml requirements.lock
 	touch $@
 
 demo: $(VENV)/installed ## the whole pipeline on the embedded emoji, one seed
-	$(RUN) -m jobs.demo --output $(DEMO)
+	$(RUN) -m zsr demo --output $(DEMO)
 
 demo-seeds: $(VENV)/installed ## the same with three seeds
-	$(RUN) -m jobs.demo --output $(DEMO) --seeds 0 1 2
+	$(RUN) -m zsr demo --output $(DEMO) --seeds 0 1 2
 
 test: $(VENV)/installed
 	$(RUN) -m pytest

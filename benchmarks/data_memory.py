@@ -8,7 +8,7 @@ it ends. Unique memory is what only that process holds (USS) without the mapped 
 and capped; it is reported beside it. The bar: no process above 1.5 GiB, and no more for 200,000 rows than for 50,000.
 
 The epoch trains an image tower, whose checkpoint then embeds both modalities; photos are indexed, and all sketches
-searched for in each of the three ways of jobs.search: whole index a worker, by list range, and by segment over nodes.
+searched for in each of the three ways of zsr search: whole index a worker, by list range, and by segment over nodes.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def job(name: str, **flags: object) -> list[str]:
     """The words of a job."""
     words = [word for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", str(value))]
     first, *rest = name.split()
-    return [sys.executable, "-m", f"jobs.{first}", *rest, *words]
+    return [sys.executable, "-m", "zsr", first, *rest, *words]
 
 
 STAGES: Final[dict[str, tuple[Command, ...]]] = {

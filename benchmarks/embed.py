@@ -1,4 +1,4 @@
-"""Pictures a second of jobs.features against a plain loop with a DataLoader, and against its slower stage alone.
+"""Pictures a second of zsr features against a plain loop with a DataLoader, and against its slower stage alone.
 
     python -m benchmarks.embed SCRATCH [--files 20000] [--rounds 4] [--actors 2] [--threads 2]
 
@@ -9,7 +9,7 @@ each, and ours is compared with the mean of the stages before and after it:
     stages  decoding only, and ready pixels through the network only in batches of the job's size, by so many bare
             processes of one thread at once. The slower stage bounds every design that puts each stage on all CPUs at a
             time.
-    ours    jobs.features: each actor decodes and computes in turn, on one thread. Start-up apart: rows over the
+    ours    zsr features: each actor decodes and computes in turn, on one thread. Start-up apart: rows over the
             seconds that an actor works, times actors; wall seconds with start-up stand beside it.
     in turn a Ray Data stage whose actors make the features of a shard as ours, then pass ready pixels through the
             network alone for some seconds, and so on: what a job loses by decoding, reading and writing, apart from
@@ -147,7 +147,7 @@ def in_turn(data: Artifact, output: Path, actors: int) -> tuple[float, float]:
 
 
 def loader(data: Artifact, workers: int, threads: int, quick: bool) -> float:
-    """Pictures a second of the plain loop; `quick` with what jobs.features does to the network and the allocator."""
+    """Pictures a second of the plain loop; `quick` with what zsr features does to the network and the allocator."""
     torch.set_num_threads(threads)
     if quick:
         keep_freed_memory()

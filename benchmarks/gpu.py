@@ -4,7 +4,7 @@
 
 First the device itself: multiply-adds of large matrices, and copies of a large tensor. Then each model at the sizes of
 its paper (`benchmarks.paper_sizes`) through the loop's own engine at ZeRO stage 0, from batches that lie on the device;
-then the image towers forward at 224 pixels, as jobs.features passes them.
+then the image towers forward at 224 pixels, as zsr features passes them.
 
 The roofline is the larger of two times: the step's floating-point operations (counted by torch as it runs) over the
 measured rate of matrices, and the bytes of weights over the measured rate of copies: read forward and backward, written

@@ -7,7 +7,7 @@ wikipedia: FOLDER holds the published lists and raw features (128 numbers a pict
 FOLDER holds photo/CLASS and texts.jsonl with one description a class; pictures go through Lite0, texts through
 MiniLM. The jobs prepare DATA, FEATURES and SEMANTICS; then each draw of unseen classes trains in this process, since
 starting workers would take longer than the training: the sampler, the models and the DeepSpeed engines are those of
-jobs.train, on one rank. Trained are the seen classes (wikipedia: the train part of them), ranked the unseen ones
+zsr train, on one rank. Trained are the seen classes (wikipedia: the train part of them), ranked the unseen ones
 (wikipedia: the test part), mAP@all, I2T and T2I.
 
 With so few seen classes none is left to choose a checkpoint on. The number of steps is therefore fixed beforehand; on
@@ -34,9 +34,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jobs import features, prepare, semantics
 from zsr import cluster
 from zsr.artifact import open_artifact
+from zsr.commands import features, prepare, semantics
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
 from zsr.data.semantics import class_vectors
 from zsr.data.shards import Block, Rows, collect

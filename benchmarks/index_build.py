@@ -263,7 +263,7 @@ def same_answers(rebuilt: Searcher, gallery: Vectors) -> float:
 
 
 def do_offline(bench: Bench) -> None:
-    """Answer many sketches as jobs.search does; some of the answers beside those of an opened index, and the truth."""
+    """Answer many sketches as zsr search does; some of the answers beside those of an opened index, and the truth."""
     cluster.connect()
     queries = write(replace(bench.world, sketches=bench.queries), bench.root / f"sketch-{bench.queries}", "sketch")
     index, place = bench.store.latest(), bench.root / f"neighbours-{bench.name}"

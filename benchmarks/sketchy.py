@@ -18,10 +18,10 @@ from typing import Any, Final
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from jobs import evaluate, features, prepare, semantics, train
+from zsr.commands import evaluate, features, prepare, semantics, train
 from zsr.models import configure
 
-# what differs from the defaults of jobs.train: short epochs, since small sets peak early
+# what differs from the defaults of zsr train: short epochs, since small sets peak early
 BRIEF: Final[Mapping[str, Any]] = {"steps_per_epoch": 20, "epochs": 8, "patience": 4}
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "raw": {},

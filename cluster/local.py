@@ -26,8 +26,8 @@ from pydantic import Field
 
 from cluster.netns import Bridge
 from cluster.start import require_token
-from jobs._job import JobConfig, explain, parse
 from zsr.cluster import session_folders
+from zsr.commands.base import JobConfig, explain, parse
 from zsr.errors import ConfigError
 from zsr.interrupt import WATCH
 from zsr.worker import LOOPBACK
@@ -205,7 +205,7 @@ def interpreter(python: str) -> Iterator[None]:
 def serve(argv: Sequence[str]) -> int:
     """The command: start the nodes and obey standard input until it ends; 2 when refused."""
     try:
-        config = parse(Config, argv)
+        config = parse(Config, argv, "python -m cluster.local")
         require_token(os.environ)
         if config.plan:
             return _say({kind: node_labels(kind) for kind in ("head", *config.workers())})

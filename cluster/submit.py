@@ -3,7 +3,7 @@
     python -m cluster.submit pipeline -- --config pipeline.yaml
     python -m cluster.submit train --no-wait -- --data /shared/data ... --output /shared/checkpoint
 
-What stands after `--` are the flags of `jobs.NAME`. Its log goes to stderr; the last line on stdout is the job's own
+What stands after `--` are the flags of `zsr NAME`. Its log goes to stderr; the last line on stdout is the job's own
 JSON line. A job that was killed, or whose node was lost, goes on where it was when the same command is given again;
 while it runs, the same command follows it and does not start it twice.
 """
@@ -27,13 +27,14 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import zsr.errors
 from cluster.package import LIMIT, Package, package
-from jobs._job import JobConfig, Results, attach, main, without_file
 from zsr.artifact import canonical, sha256
+from zsr.cli import COMMANDS
+from zsr.commands.base import JobConfig, Results, attach, main, without_file
 from zsr.errors import ConfigError, Interrupted, ZsrError
 from zsr.interrupt import WATCH
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-JOBS: Final = tuple(sorted(path.stem for path in (ROOT / "jobs").glob("[a-z]*.py")))
+JOBS: Final = tuple(sorted(COMMANDS))
 BY_EXIT_CODE: Final[Mapping[int, type[ZsrError]]] = {
     kind.exit_code: kind
     for kind in vars(zsr.errors).values()
@@ -46,7 +47,7 @@ class Config(JobConfig):
     """Flags of cluster.submit; those of the job follow after --.
 
     Attributes:
-        job: which of jobs/.
+        job: which command of zsr.
         address: of the dashboard; by default RAY_API_SERVER_ADDRESS.
         wait: follow the job to its end; --no-wait returns when it is submitted.
         entrypoint_num_cpus: what the job's driver reserves; with 0 it runs on the head.
@@ -131,7 +132,7 @@ def carried(flags: Sequence[str]) -> tuple[tuple[str, ...], dict[str, bytes]]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from error
     name = f"submitted/{sha256(data)[:16]}.yaml"  # by content: another content is another job
-    # behind the first word, which may be a command of jobs.index, and in front of the flags that override it
+    # behind the first word, which may be a command of `zsr index`, and in front of the flags that override it
     at = 1 if words and not words[0].startswith("-") else 0
     return (*words[:at], "--config", name, *words[at:]), {name: data}
 
@@ -299,6 +300,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         lambda config: plan(Submission.of(config, flags)),
         lambda config: submit(Submission.of(config, flags)),
         words[:at],
+        "python -m cluster.submit",
     )
 
 

@@ -1,64 +1,8 @@
-"""A checkpoint to one safetensors file, its configuration and a model card, for `zsr.load`."""
+"""`zsr export` as a module, for `ray job submit -- python -m jobs.export`."""
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from jobs._job import JobConfig, Results, main
-from zsr.artifact import open_artifact
-from zsr.export import WEIGHTS, export
-from zsr.storage import read_file
-
-
-class Config(JobConfig):
-    """Flags of jobs.export.
-
-    Attributes:
-        checkpoint: a checkpoint's ROOT or object.
-        output: directory to make.
-        data: DATA that it was trained on, for name and attribution in the model card.
-        include_backbone: put the backbone that made its features into the file too.
-        weights: of that backbone, where its package does not bring them: a file or directory, or the ROOT of the
-            checkpoint that fine-tuned it.
-    """
-
-    checkpoint: Path
-    output: Path
-    data: Path | None = None
-    include_backbone: bool = False
-    weights: Path | None = None
-
-
-def plan(config: Config) -> Results:
-    checkpoint = open_artifact(config.checkpoint, "checkpoint")
-    return {
-        "checkpoint": checkpoint.digest,
-        "model": checkpoint.config["model"],
-        "bytes_without_backbone": checkpoint.entry(WEIGHTS).bytes,
-        "output": str(config.output),
-    }
-
-
-def work(config: Config) -> Results:
-    description = export(
-        open_artifact(config.checkpoint, "checkpoint"),
-        config.output,
-        data=None if config.data is None else open_artifact(config.data, "data"),
-        include_backbone=config.include_backbone,
-        weights=config.weights,
-    )
-    return {
-        "export": str(config.output),
-        "model": description.model,
-        "checkpoint": description.checkpoint,
-        "bytes": len(read_file(config.output / WEIGHTS)),
-        "sha256": description.weights,
-    }
-
-
-def run(argv: Sequence[str] | None = None) -> int:
-    return main(Config, plan, work, argv)
-
+from zsr.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -3,18 +3,18 @@
 import io
 import json
 from contextlib import redirect_stdout
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from zsr.artifact import Artifact, Store
+from zsr.cli import main
 
 
 def job(name: str, *flags: object) -> dict[str, Any]:
-    """Run `python -m jobs.NAME FLAGS` in this process; the results, exit code included."""
+    """Run `zsr NAME FLAGS` in this process; the results, exit code included."""
     out = io.StringIO()
     with redirect_stdout(out):
-        code = import_module(f"jobs.{name}").run([str(flag) for flag in flags])
+        code = main([name, *map(str, flags)])
     results: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
     assert results["exit_code"] == code
     return results

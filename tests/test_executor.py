@@ -1,4 +1,4 @@
-"""Small work runs in this process with the results that Ray's workers give, and nothing of it leaks into the process."""
+"""Small work runs in this process with the results that Ray's workers give, and leaves nothing behind in it."""
 
 import os
 import threading
@@ -87,7 +87,10 @@ def test_the_variable_decides_where_work_runs(monkeypatch: pytest.MonkeyPatch) -
 def test_every_stage_makes_the_same_artifacts_here_and_in_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw, images = toy.write_features(tmp_path / "features"), toy.write_pictures(tmp_path / "images", toy.CLASSES[:3], each=2)
+    raw, images = (
+        toy.write_features(tmp_path / "features"),
+        toy.write_pictures(tmp_path / "images", toy.CLASSES[:3], each=2),
+    )
     digests: dict[str, dict[str, str]] = {}
     for choice in ("local", "ray"):
         monkeypatch.setenv(executor.VARIABLE, choice)
@@ -102,7 +105,17 @@ def test_every_stage_makes_the_same_artifacts_here_and_in_workers(
         ok("index", "build", "--embeddings", root / "photo", *queries)
         ok("search", *queries, "--output", root / "found")
         ok("prepare", "--source", "folders", "--input", images, "--output", root / "images-data")
-        ok("features", "--data", root / "images-data", "--size", 32, "--actors", 1, "--output", root / "images-features")
+        ok(
+            "features",
+            "--data",
+            root / "images-data",
+            "--size",
+            32,
+            "--actors",
+            1,
+            "--output",
+            root / "images-features",
+        )
         digests[choice] = {path.name: every_version(path)[-1].digest for path in sorted(root.iterdir())}
     assert digests["local"] == digests["ray"]
     assert len(digests["local"]) == 10

@@ -1,4 +1,4 @@
-"""An export gives what jobs.embed gives, without Ray and DeepSpeed, and says what it is."""
+"""An export gives what zsr embed gives, without Ray and DeepSpeed, and says what it is."""
 
 import io
 import json
@@ -262,7 +262,7 @@ def searched(
 
 
 def neighbors(index: Path, output: Path, *flags: object) -> dict[str, list[str]]:
-    """Keys that are found for each query of `jobs.search`, by the query's key without folders."""
+    """Keys that are found for each query of `zsr search`, by the query's key without folders."""
     ok("search", "--index-dir", index, "--output", output, "--k", 4, *flags)
     found: dict[str, list[str]] = {}
     for row in json.loads(output.read_text()):

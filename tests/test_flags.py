@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-import jobs
+from zsr import commands
 from zsr.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,8 +30,8 @@ def flags(kind: type[BaseModel]) -> Iterator[str]:
 def kinds() -> dict[str, type[BaseModel]]:
     """Configurations of all jobs and options of all models."""
     found: dict[str, Any] = {}
-    for about in pkgutil.iter_modules(jobs.__path__):
-        module = importlib.import_module(f"jobs.{about.name}")
+    for about in pkgutil.iter_modules(commands.__path__):
+        module = importlib.import_module(f"zsr.commands.{about.name}")
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == module.__name__:
                 found[f"{about.name}.{value.__name__}"] = value

@@ -9,9 +9,9 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from jobs._job import JobConfig, Results, causes, explain, main
 from tests.pipeline import job
-from zsr import executor
+from zsr import cli, executor
+from zsr.commands.base import JobConfig, Results, causes, explain, main
 from zsr.errors import ConfigError, DamagedArtifact, ZsrError
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,7 @@ def test_a_submitted_job_does_not_write_where_nothing_is_kept(tmp_path: Path, mo
 def test_the_command_line_wins_over_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("output: here\nlabels: [a, b]\noptions: {lr: 0.5, fast: false}\n")
-    assert main(Config, show, show, ["--config", str(file), "--labels", "c"]) == 0
+    assert main(Config, show, show, ["--config", str(file), "--labels", "c"], "zsr work") == 0
     config = last_line(capsys)["config"]
     assert (config["output"], config["labels"]) == (str(Path.cwd() / "here"), ["c"])
     assert config["options"] == {"lr": 0.5, "fast": False, "most": 8}
@@ -89,7 +89,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path, capsys: pytest.Capt
 def test_an_unknown_key_of_the_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("output: here\noptions: {speed: 1}\n")
-    assert main(Config, show, show, ["--config", str(file)]) == 2
+    assert main(Config, show, show, ["--config", str(file)], "zsr work") == 2
     line = last_line(capsys)
     assert line["exit_code"] == 2
     assert "options.speed" in line["error"]
@@ -115,7 +115,7 @@ def test_a_refused_command_line_is_one_sentence_on_the_terminal_and_in_the_json(
     argv: list[str], why: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    assert main(Config, show, show, argv) == 2
+    assert main(Config, show, show, argv, "zsr work") == 2
     printed = capsys.readouterr()
     line = json.loads(printed.out)
     assert line["exit_code"] == 2
@@ -140,7 +140,7 @@ def test_a_file_of_another_shape_or_encoding_is_one_sentence(
 ) -> None:
     file = tmp_path / "c.yaml"
     file.write_bytes(content)
-    assert main(Config, show, show, [f"--config={file}"]) == 2
+    assert main(Config, show, show, [f"--config={file}"], "zsr work") == 2
     error = last_line(capsys)["error"]
     assert str(file) in error
     assert why in error
@@ -152,38 +152,38 @@ def test_null_in_a_file_is_the_default_and_truth_values_are_taken(
 ) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("output: x\nnote: null\ntitle:\nsure: true\n")
-    assert main(Config, show, show, ["--config", str(file)]) == 0
+    assert main(Config, show, show, ["--config", str(file)], "zsr work") == 0
     config = last_line(capsys)["config"]
     assert (config["note"], config["title"], config["sure"]) == (None, "", True)
 
 
 def test_help_names_the_command_and_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(Config, show, show, ["--help"], command="build")
+        main(Config, show, show, ["--help"], "zsr work build")
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert said.startswith("usage: python -m tests.test_job build ")
+    assert said.startswith("usage: zsr work build ")
     assert "--config FILE.yaml" in said
 
 
-COMMANDS = [f"jobs.{path.stem}" for path in sorted((ROOT / "jobs").glob("[a-z]*.py"))]
-COMMANDS += ["cluster.local", "cluster.start", "cluster.submit"]
+CALLS = [("zsr", name) for name in ("", *cli.COMMANDS, "index build", "train --model ridge")]
+CALLS += [(module, "") for module in ("cluster.local", "cluster.start", "cluster.submit", "jobs.train")]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "jobs.index build", "jobs.train --model ridge"])
-def test_every_help_is_one(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(("module", "words"), CALLS)
+def test_every_help_is_one(module: str, words: str) -> None:
+    command = [sys.executable, "-m", module, *words.split(), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"python -m {command.partition(' --')[0]}" in done.stdout
-    if command not in ("jobs.index", "cluster.start"):
+    program = {"zsr": f"zsr {words.partition('--')[0]}", "jobs.train": "zsr train"}.get(module, f"python -m {module}")
+    assert program.strip() in done.stdout
+    if words not in ("", "index") or module in ("cluster.local", "cluster.submit"):
         assert "--config FILE.yaml" in done.stdout
-    assert ("--options.penalties" in done.stdout) == ("ridge" in command)
+    assert ("--options.penalties" in done.stdout) == ("ridge" in words)
 
 
 def test_help_into_a_reader_that_leaves_is_no_error() -> None:
-    words = [sys.executable, "-m", "jobs.train", "--help"]
+    words = [sys.executable, "-m", "zsr", "train", "--help"]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -204,7 +204,7 @@ def test_plan_does_not_work(capsys: pytest.CaptureFixture[str]) -> None:
     def never(config: Config) -> Results:
         raise AssertionError("worked")
 
-    assert main(Config, show, never, ["--output", "x", "--plan"]) == 0
+    assert main(Config, show, never, ["--output", "x", "--plan"], "zsr work") == 0
     assert last_line(capsys)["config"]["plan"] is True
 
 
@@ -213,7 +213,7 @@ def test_an_error_of_the_tree_becomes_its_exit_code(kind: type[ZsrError], capsys
     def fail(config: Config) -> Results:
         raise kind("what happened")
 
-    assert main(Config, fail, fail, ["--output", "x"]) == kind.exit_code
+    assert main(Config, fail, fail, ["--output", "x"], "zsr work") == kind.exit_code
     assert last_line(capsys) == {"error": "what happened", "exit_code": kind.exit_code}
 
 
@@ -230,5 +230,5 @@ def test_an_unexpected_error_exits_1(capsys: pytest.CaptureFixture[str]) -> None
     def fail(config: Config) -> Results:
         raise KeyError("x")
 
-    assert main(Config, fail, fail, ["--output", "x"]) == 1
+    assert main(Config, fail, fail, ["--output", "x"], "zsr work") == 1
     assert "KeyError" in last_line(capsys)["error"]

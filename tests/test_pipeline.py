@@ -201,7 +201,7 @@ def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
     # a cluster of its own, since workers take the fault from the runtime environment of their job; it fires in the
     # second epoch, when the state of the first is staged
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"ZSR_FAULT": "train.step=kill@8"}
-    command = [sys.executable, "-m", "jobs.train", *flags]
+    command = [sys.executable, "-m", "zsr", "train", *flags]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         for line in run.stderr or ():
             if "starting again from the last state" in line:

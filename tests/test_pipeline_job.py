@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import demo, pipeline
-from jobs._job import Results, parse
 from tests import toy
 from tests.pipeline import job, ok
+from zsr.commands import demo, pipeline
+from zsr.commands.base import Results, parse
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 
@@ -48,18 +48,18 @@ def test_a_section_knows_the_flags_of_its_job_and_no_others(tmp_path: Path) -> N
 def test_the_model_that_the_file_names_types_its_options(tmp_path: Path) -> None:
     train = {"model": "sem-pcyc", "split": "random:3:0", "options": {"generator_lr": 0.5}}
     words = ["--config", str(written(tmp_path, train=train)), "--seeds", "3", "4"]
-    config = parse(pipeline.config_for(words), words)
+    config = parse(pipeline.config_for(words), words, "zsr pipeline")
     assert config.train.options.generator_lr == 0.5
     assert [s.name for s in pipeline.Layout(config).stages()][2:4] == ["train seed 3", "train seed 4"]
     words += ["--train.model", "ridge"]
     with pytest.raises(ConfigError, match=r"train.options.generator_lr"):
-        parse(pipeline.config_for(words), words)
+        parse(pipeline.config_for(words), words, "zsr pipeline")
 
 
 def test_the_device_of_the_pipeline_is_that_of_stages_which_name_none(tmp_path: Path) -> None:
     train = {"model": "contrastive", "split": "random:3:0", "device": "cpu", "gpus_per_worker": 2}
     words = ["--config", str(written(tmp_path, train=train, features_from="backbone")), "--device", "cuda"]
-    stages = pipeline.Layout(parse(pipeline.config_for(words), words)).stages()
+    stages = pipeline.Layout(parse(pipeline.config_for(words), words, "zsr pipeline")).stages()
     configs: list[tuple[str, object]] = [(stage.name, stage.config) for stage in stages]
     found = {name: config.device for name, config in configs if isinstance(config, DeviceSettings)}
     embedding = {f"embed {modality}": "cuda" for modality in ("photo", "sketch")}
@@ -69,7 +69,9 @@ def test_the_device_of_the_pipeline_is_that_of_stages_which_name_none(tmp_path: 
 def test_a_tower_needs_no_features_and_a_text_query_embeds_texts(tmp_path: Path) -> None:
     train = {"model": "doodle2search", "split": "random:3:0", "tower": "tiny", "query": "text"}
     words = ["--config", str(written(tmp_path, train=train, features_from="tower"))]
-    stages = {s.name: s.config for s in pipeline.Layout(parse(pipeline.config_for(words), words)).stages()}
+    stages = {
+        s.name: s.config for s in pipeline.Layout(parse(pipeline.config_for(words), words, "zsr pipeline")).stages()
+    }
     assert "features" not in stages
     assert stages["train seed 0"].model_dump()["features"] is None
     assert stages["embed text"].model_dump()["output"] == tmp_path / "run" / "embeddings-text"

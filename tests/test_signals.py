@@ -63,10 +63,10 @@ def command(tmp_path: Path, body: str) -> list[str]:
     (package / "__init__.py").write_text("from zsr.interrupt import watch_command\nwatch_command()\n")
     indented = "".join(f"    {line}\n" for line in body.splitlines())
     (package / "job.py").write_text(
-        "from jobs._job import JobConfig, main\n\n"
+        "from zsr.commands.base import JobConfig, main\n\n"
         "class Config(JobConfig):\n    pass\n\n"
         f"def work(config):\n{indented}    return {{}}\n\n"
-        "if __name__ == '__main__':\n    raise SystemExit(main(Config, work, work))\n"
+        "if __name__ == '__main__':\n    raise SystemExit(main(Config, work, work, [], 'work'))\n"
     )
     return [sys.executable, "-m", "commands.job"]
 

@@ -1,34 +1,41 @@
 """zsr: zero-shot retrieval, trained and indexed at scale.
 
-The package imports nothing heavy on its own; `zsr.models` runs without Ray, DeepSpeed and pyarrow.
+The public names are imported when they are first used: `import zsr` itself loads nothing heavy.
 """
 
 from importlib import import_module
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from zsr.artifact import open_artifact
+    from zsr.errors import ZsrError
+    from zsr.exported import load
+    from zsr.index.search import Searcher
+    from zsr.index.sharded import ShardedSearcher
+    from zsr.training.checkpoint import open_model
 
 __version__ = "0.1.0"
 
-_PUBLIC: Final = {
+__all__ = ["Searcher", "ShardedSearcher", "ZsrError", "__version__", "load", "open_artifact", "open_model"]
+
+_FROM: Final = {
+    "Searcher": "zsr.index.search",
+    "ShardedSearcher": "zsr.index.sharded",
     "ZsrError": "zsr.errors",
     "load": "zsr.exported",
     "open_artifact": "zsr.artifact",
     "open_model": "zsr.training.checkpoint",
-    "Searcher": "zsr.index.search",
-    "ShardedSearcher": "zsr.index.sharded",
 }
-__all__ = [
-    "Searcher",
-    "ShardedSearcher",
-    "ZsrError",
-    "__version__",
-    "load",
-    "open_artifact",
-    "open_model",
-]  # resolved lazily
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve a public name when it is first used."""
-    if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'zsr' has no attribute {name!r}; public names are {sorted(__all__)}")
+    """Import a public name when it is first used."""
+    if name not in _FROM:
+        raise AttributeError(f"module 'zsr' has no attribute {name!r}; public names are {__all__}")
+    found = getattr(import_module(_FROM[name]), name)
+    globals()[name] = found  # so that this is called once
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -194,7 +194,7 @@ def own_device() -> Literal["cpu", "cuda"]:
     if not torch.cuda.is_available():
         raise ConfigError(
             f"node {socket.gethostname()} offers a GPU, and torch {torch.__version__} finds no CUDA device there; "
-            "install a driver and the CUDA build of torch on it, see jobs.doctor, or use --device cpu"
+            "install a driver and the CUDA build of torch on it, see zsr doctor, or use --device cpu"
         )
     return "cuda"
 

@@ -126,7 +126,7 @@ def read_description(directory: Path) -> Description:
     try:
         data = read_file(path, LARGEST + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{directory}: no {CONFIG}; expected a directory that jobs.export has written") from None
+        raise ConfigError(f"{directory}: no {CONFIG}; expected a directory that zsr export has written") from None
     if len(data) > LARGEST:
         raise DamagedArtifact(f"{path}: more than {LARGEST} bytes; export again")
     try:
@@ -141,7 +141,7 @@ def featurizer_of(features: Mapping[str, Any] | None, weights: Path | None) -> F
 
     Args:
         weights: a file or directory; of a fine-tuned backbone the ROOT of its checkpoint, OUTPUT/backbone of
-            jobs.features; None takes what the backbone's package brings.
+            zsr features; None takes what the backbone's package brings.
 
     Raises:
         ConfigError: the checkpoint eats pictures itself, its features were imported or made by another version's

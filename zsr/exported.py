@@ -37,8 +37,8 @@ from zsr.training.source import pictures_of, resize_of
 
 Picture = Image.Image | str | Path | np.ndarray
 
-BLOCK: Final = 32  # pictures or texts in one forward pass of what makes features; jobs.features' own default
-TOWER_BLOCK: Final = 64  # pictures in one forward pass of an image tower, as jobs.embed takes
+BLOCK: Final = 32  # pictures or texts in one forward pass of what makes features; zsr features' own default
+TOWER_BLOCK: Final = 64  # pictures in one forward pass of an image tower, as zsr embed takes
 
 
 class Exported:
@@ -69,7 +69,7 @@ class Exported:
 
         Args:
             images: paths, PIL images or arrays (H, W, 3) or (H, W) uint8; or one array (N, H, W, 3) uint8. A path
-                goes through the decoding of jobs.features and jobs.embed, and gives what they give. So does a PIL image
+                goes through the decoding of zsr features and zsr embed, and gives what they give. So does a PIL image
                 of any mode: it is turned as its Exif says, gray of more than 8 bits is scaled, and transparency becomes
                 white. Of a large JPEG it has slightly other pixels, since a path is read at a reduced scale.
 
@@ -161,7 +161,7 @@ def of_checkpoint(checkpoint: Artifact, weights: str | Path | None = None, devic
 
 
 def load(path: str | Path, *, weights: str | Path | None = None, device: str = "cpu") -> Exported:
-    """Open what jobs.export has written.
+    """Open what zsr export has written.
 
     Args:
         weights: of the backbone that made its features, where the export does not include it: a file or directory, of a

@@ -45,7 +45,12 @@ class Watch:
         self._caught: tuple[signal.Signals, ...] = ()
 
     def start(self) -> None:
-        """Watch the signals from now on. One that the parent process ignores, as nohup does, stays ignored."""
+        """Watch the signals from now on. One that the parent process ignores, as nohup does, stays ignored.
+
+        Safe to call again. Does nothing outside of the main thread, where Python handles no signals.
+        """
+        if self._caught or threading.current_thread() is not threading.main_thread():
+            return
         self._caught = tuple(number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -171,5 +176,5 @@ def watch_command() -> None:
     That is before the command's own imports, which take seconds. While `python -m` looks for a module, and only then,
     the first argument is "-m": whoever else imports the package keeps its signals.
     """
-    if sys.argv[:1] == ["-m"] and threading.current_thread() is threading.main_thread():
+    if sys.argv[:1] == ["-m"]:
         WATCH.start()

@@ -63,6 +63,6 @@ def loose_commands(document: str) -> list[str]:
     for number, line in enumerate((ROOT / document).read_text(encoding="utf-8").splitlines(), 1):
         if FENCE.match(line):
             inside = not inside
-        elif not inside and re.match(r"^\s+(?:\$ )?(?:python -m|make |pip install|ray |bash )", line):
+        elif not inside and re.match(r"^\s+(?:\$ )?(?:zsr |python -m|make |pip install|ray |bash )", line):
             found.append(f"{document}:{number}: {line.strip()}")
     return found

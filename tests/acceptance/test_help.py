@@ -1,35 +1,46 @@
 """Every command has a --help that ends well, names the command as one types it, and says what it is for."""
 
-from importlib import import_module
-from pathlib import Path
+import json
 
 import pytest
 
-from jobs.index import COMMANDS
+from zsr.cli import COMMANDS, main
+from zsr.commands.index import COMMANDS as OF_INDEX
 
-ROOT = Path(__file__).resolve().parents[2]
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("[a-z]*.py"))
-ENTRY = {"local": "serve", "start": "main"}  # what `python -m cluster.NAME` calls; all others call `run`
-CALLS: list[tuple[str, str, tuple[str, ...]]] = [("jobs", name, ()) for name in JOBS]
-CALLS += [("jobs", "index", (command,)) for command in COMMANDS]
-CALLS += [("cluster", name, ()) for name in ("local", "start", "submit")]
+CALLS = [(name,) for name in COMMANDS if name != "index"] + [("index", command) for command in OF_INDEX]
 
 
-@pytest.mark.parametrize(("package", "name", "words"), CALLS, ids=lambda value: str(value))
-def test_help_is_there(package: str, name: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    run = getattr(import_module(f"{package}.{name}"), ENTRY.get(name, "run"))
-    try:
-        code = run([*words, "--help"])
-    except SystemExit as ended:
-        code = ended.code
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_help_is_there(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code in (0, None)
     shown = capsys.readouterr().out
-    assert code in (0, None)
-    assert f"python -m {package}.{' '.join((name, *words))}" in shown
-    assert "__main__" not in shown
-    if package == "jobs" and (name != "index" or words):
-        assert "--config" in shown
-        assert "--plan" in shown
+    assert shown.startswith(f"usage: zsr {' '.join(words)} ")
+    assert "--config" in shown
+    assert "--plan" in shown
 
 
-def test_every_job_is_called() -> None:
-    assert {"prepare", "features", "semantics", "train", "embed", "index", "search", "evaluate", "demo"} <= set(JOBS)
+@pytest.mark.parametrize(("words", "listed"), [((), COMMANDS), (("index",), OF_INDEX)])
+def test_the_commands_are_listed(
+    words: tuple[str, ...], listed: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: {' '.join(('zsr', *words))} ")
+    assert all(name in shown for name in listed)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "zsr: expected a command, found none"),
+        (["trian"], "zsr: expected a command, found 'trian'; perhaps train"),
+        (["index", "biuld", "--seed", "1"], "zsr index: expected a command, found 'biuld'; perhaps build"),
+    ],
+)
+def test_what_is_no_command_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {said}")
+    assert json.loads(shown.out)["error"].startswith(said)

@@ -89,7 +89,7 @@ def interrupted(
 ) -> tuple[int, float, list[str], dict[str, int]]:
     """Exit code, seconds from the signal to the end, lines of stderr and the JSON line of a command."""
     environment = {**os.environ, "ZSR_FAULT": f"{point}=wait@1@{reached}", "PYTHONPATH": str(ROOT)}
-    command = [*DEFAULT_SIGNALS, sys.executable, "-m", f"jobs.{words[0]}", *words[1:]]
+    command = [*DEFAULT_SIGNALS, sys.executable, "-m", "zsr", words[0], *words[1:]]
     with subprocess.Popen(
         command,
         cwd=ROOT,

@@ -26,7 +26,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
-    """raw/, and data/ that `jobs.prepare` made of it."""
+    """raw/, and data/ that `zsr prepare` made of it."""
     root = tmp_path_factory.mktemp("messy")
     messy.write(root / "raw")
     results = ok("prepare", "--source", "folders", "--input", root / "raw", "--output", root / "data")

@@ -178,7 +178,7 @@ def featured(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> lis
 def submitted(cluster: Autoscaling, name: str, *flags: object, fake: bool = True) -> tuple[dict[str, Any], list[str]]:
     """Results of a job on the cluster, and the lines that say what it runs on."""
     environment = {**cluster.environment, "PYTHONPATH": str(ROOT), **({devices.FAKE: "1"} if fake else {})}
-    command = [sys.executable, "-m", f"jobs.{name}", *map(str, flags)]
+    command = [sys.executable, "-m", "zsr", name, *map(str, flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip(), done.stderr[-3000:]
     results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ROOT, LocalCluster
-from jobs import _probes, doctor
-from jobs._job import Results
-from jobs.doctor import Check, Node, comparable, gpus, same_extras, same_versions
+from zsr.commands import doctor, probes
+from zsr.commands.base import Results
+from zsr.commands.doctor import Check, Node, comparable, gpus, same_extras, same_versions
 
 
 def examine(cluster: LocalCluster) -> tuple[int, Results, str]:
-    command = [sys.executable, "-m", "jobs.doctor", "--megabytes", "8", "--min-free-gib", "0.1"]
+    command = [sys.executable, "-m", "zsr", "doctor", "--megabytes", "8", "--min-free-gib", "0.1"]
     environment = cluster.environment | {"RAY_ADDRESS": cluster.about["address"]}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.stdout.strip(), done.stderr[-3000:]
@@ -63,7 +63,7 @@ def test_the_doctor_finds_a_node_with_another_version(tmp_path: Path, local: Loc
 
 @pytest.mark.parametrize(("flags", "well"), [({}, False), ({"max_skew": 3.0}, True)])
 def test_a_clock_may_differ_by_max_skew(flags: dict[str, float], well: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_probes, "clock_skew", lambda _: -2.0)
+    monkeypatch.setattr(probes, "clock_skew", lambda _: -2.0)
     (check,) = doctor.clocks([node("a", "2.13.0")], doctor.Config(**flags))
     assert (check.found, not check.fix) == ("-2.000 s", well)
 
@@ -103,7 +103,7 @@ def test_an_extra_that_a_node_lacks_is_named() -> None:
 
 
 def test_an_extra_is_there_when_all_of_its_packages_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _probes.extras()
+    whole = probes.extras()
     assert {"s3", "text", "towers", "demo"} <= set(whole)
     version = metadata.version
 
@@ -113,4 +113,4 @@ def test_an_extra_is_there_when_all_of_its_packages_are(monkeypatch: pytest.Monk
         return version(package)
 
     monkeypatch.setattr(metadata, "version", without)
-    assert set(_probes.extras()) == set(whole) - {"text"}
+    assert set(probes.extras()) == set(whole) - {"text"}

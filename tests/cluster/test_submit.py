@@ -13,10 +13,10 @@ import pytest
 from cluster.local import LocalCluster
 from cluster.package import LIMIT, package
 from cluster.submit import ROOT, Config, Log, Submission, ended
-from jobs._job import Results
 from tests import toy
 from tests.pipeline import features_only, ok
 from zsr.artifact import open_artifact
+from zsr.commands.base import Results
 from zsr.errors import ConfigError, NonFiniteLoss, ZsrError
 
 

@@ -1,4 +1,4 @@
-"""Listing, slices and quarantine of jobs.prepare."""
+"""Listing, slices and quarantine of zsr prepare."""
 
 import io
 import json
@@ -300,7 +300,7 @@ def test_a_driver_killed_while_it_stages_the_listing_leaves_no_trace_in_the_resu
 ) -> None:
     raw = pictures(tmp_path / "raw", bad=0)
     flags = ["--source", "folders", "--input", str(raw), "--rows-per-shard", "8"]
-    command = [sys.executable, "-m", "jobs.prepare", *flags, "--output", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "zsr", "prepare", *flags, "--output", str(tmp_path / "killed")]
     (tmp_path / "temporary").mkdir()
     environment = {**os.environ, "ZSR_FAULT": "prepare.listing=kill@3", "TMPDIR": str(tmp_path / "temporary")}
     killed = subprocess.run(command, env=environment, capture_output=True, check=False)

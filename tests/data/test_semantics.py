@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.semantics import Config
 from zsr.artifact import Store
+from zsr.commands.semantics import Config
 from zsr.data.semantics import build, class_vectors
 from zsr.data.semantics.settings import Settings
 from zsr.data.semantics.words import compose, layout, read_vectors

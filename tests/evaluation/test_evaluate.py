@@ -1,4 +1,4 @@
-"""jobs.evaluate on small generated features: the protocols, several splits, codes, and what is refused."""
+"""`zsr evaluate` on small generated features: the protocols, several splits, codes, and what is refused."""
 
 import json
 from dataclasses import replace

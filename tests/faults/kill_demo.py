@@ -18,7 +18,7 @@ FLAGS = ("--size", "64", "--epochs", "3")
 
 def command(output: Path) -> list[str]:
     """The demo, small."""
-    return [sys.executable, "-m", "jobs.demo", "--output", str(output), *FLAGS]
+    return [sys.executable, "-m", "zsr", "demo", "--output", str(output), *FLAGS]
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Kills jobs.features, jobs.embed and jobs.index build, and fills their disk; whatever happens, the digests are equal.
+"""Kills zsr features, zsr embed and zsr index build, and fills their disk; whatever happens, the digests are equal.
 
     python -m tests.faults.kill_gallery OUTPUT [--jobs features embed index] [--kills 5] [--disks 20] [--seed 0]
 
@@ -58,23 +58,23 @@ class Job:
 
     def command(self, output: Path, *more: object) -> list[str]:
         """What a user types."""
-        return [sys.executable, "-m", *map(str, (*self.words, self.to, output, *more))]
+        return [sys.executable, "-m", "zsr", *map(str, (*self.words, self.to, output, *more))]
 
 
 def jobs_of(root: Path) -> Iterator[Job]:
     """The three jobs, with what they read, made below `root`."""
     generate(root / "raw", ROWS)
     at = {name: root / name for name in ("data", "features", "checkpoint")}
-    run("jobs.prepare", "--source", "folders", "--input", root / "raw", "--output", at["data"], "--rows-per-shard", 40)
-    small = ("jobs.features", "--data", at["data"], "--size", 32, "--actors", 2)
+    run("prepare", "--source", "folders", "--input", root / "raw", "--output", at["data"], "--rows-per-shard", 40)
+    small = ("features", "--data", at["data"], "--size", 32, "--actors", 2)
     run(*small, "--output", at["features"])
     inputs = [word for name in ("data", "features") for word in (f"--{name}", at[name])]
-    train = ("jobs.train", *inputs, "--output", at["checkpoint"], "--model", "raw", "--split", "random:2:0")
+    train = ("train", *inputs, "--output", at["checkpoint"], "--model", "raw", "--split", "random:2:0")
     run(*train, "--validation-classes", 0, "--num-workers", 1)
     world = make_world(root / "world", photos=PHOTOS, sketches=200, shards=8)
-    embed = ("jobs.embed", *inputs, "--checkpoint", at["checkpoint"], "--modality")
+    embed = ("embed", *inputs, "--checkpoint", at["checkpoint"], "--modality")
     vectors = ("--embeddings", world.root / "gallery", "--queries", world.root / "queries", "--index-key", KEY)
-    index = ("jobs.index", "build", *vectors)
+    index = ("index", "build", *vectors)
     build = ("index.train", "index.add@2", "index.merge", "index.tune")
     yield Job("features", "features", small, "--output", (*small[:4], 48), ("features.shard@3", *ARTIFACT))
     yield Job("embed", "embeddings", (*embed, "photo"), "--output", (*embed, "sketch"), ("embed.shard@3", *ARTIFACT))
@@ -83,7 +83,7 @@ def jobs_of(root: Path) -> Iterator[Job]:
 
 def run(*words: object) -> None:
     """A job that only prepares."""
-    subprocess.run([sys.executable, "-m", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "zsr", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Kills jobs.prepare at each of its fault points and at random times, and compares digests with an unbroken run.
+"""Kills zsr prepare at each of its fault points and at random times, and compares digests with an unbroken run.
 
     python -m tests.faults.kill_prepare OUTPUT [--rows 2000] [--kills 5] [--seed 0] [--points prepare.shard@3 ...]
 
@@ -29,7 +29,7 @@ POINTS = (
 def command(raw: Path, output: Path) -> list[str]:
     """The job, with slices so small that there are many."""
     flags = ["--source", "folders", "--input", str(raw), "--output", str(output), "--rows-per-shard", "100"]
-    return [sys.executable, "-m", "jobs.prepare", *flags]
+    return [sys.executable, "-m", "zsr", "prepare", *flags]
 
 
 def main() -> int:

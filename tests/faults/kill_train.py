@@ -116,7 +116,7 @@ class Runs:
     def command(self, name: str, *more: str) -> list[str]:
         where = str(self.root / self.model / name)
         flags = [*self.inputs, *SHORT, "--model", self.model, "--output", where, *more]
-        return [sys.executable, "-m", "jobs.train", *flags]
+        return [sys.executable, "-m", "zsr", "train", *flags]
 
     def metrics(self, name: str) -> Path | None:
         """The file of a run's metrics, once it is there."""
@@ -230,8 +230,8 @@ def made(root: Path, source: str, raw: Path, *kinds: str, **more: object) -> lis
     at = {kind: str(root / kind) for kind in kinds}
     job = [sys.executable, "-m"]
     flags = ["--source", source, "--input", str(raw), "--output", at["data"], "--rows-per-shard", "50"]
-    finish([*job, "jobs.prepare", *flags, *(f"--{name}={value}" for name, value in more.items())])
-    finish([*job, "jobs.semantics", "--data", at["data"], "--output", at["semantics"]])
+    finish([*job, "zsr", "prepare", *flags, *(f"--{name}={value}" for name, value in more.items())])
+    finish([*job, "zsr", "semantics", "--data", at["data"], "--output", at["semantics"]])
     return [word for kind, path in at.items() for word in (f"--{kind}", path)]
 
 

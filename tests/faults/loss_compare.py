@@ -34,7 +34,7 @@ def unpack(commit: str, folder: Path) -> Path:
 
 def job(tree: Path, name: str, *flags: str) -> dict[str, Any]:
     """The JSON line of a tree's own job."""
-    command = [sys.executable, "-m", f"jobs.{name}", *flags]
+    command = [sys.executable, "-m", f"jobs.{name}", *flags]  # which older trees have, too
     environment = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Embeddings written by hand, in the form that jobs.embed publishes."""
+"""Embeddings written by hand, in the form that zsr embed publishes."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def run_job(name: str, *words: object, fault: str = "") -> Ended:
     if fault:
         environment["ZSR_FAULT"] = fault
     ended = subprocess.run(
-        [sys.executable, "-m", f"jobs.{name}", *map(str, words)],
+        [sys.executable, "-m", "zsr", name, *map(str, words)],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import jobs.index
-import jobs.search
 from tests.index.helpers import KEY, World, clustered, embeddings, exact_neighbours, make_world
 from zsr import cluster
 from zsr.artifact import Store, open_artifact
+from zsr.commands import index as index_command
+from zsr.commands import search as search_command
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError, DamagedArtifact, QualityGateFailed
 from zsr.index import engine
@@ -219,7 +219,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_the_jobs_build_inspect_verify_roll_back_and_search(
     world: World, tmp_path: Path, run: Callable[..., dict[str, Any]]
 ) -> None:
-    place, index = tmp_path / "index", jobs.index.run
+    place, index = tmp_path / "index", index_command.run
     inputs = ("--embeddings", world.root / "gallery", "--queries", world.root / "queries", "--index-dir", place)
     planned = run(index, "build", *inputs, "--plan")
     assert (planned["index_key"], planned["shards"], place.exists()) == ("Flat", 4, False)
@@ -232,14 +232,14 @@ def test_the_jobs_build_inspect_verify_roll_back_and_search(
     assert (versions["3"], set(versions)) == (built["digest"], {"1", "2", "3"})
     output = tmp_path / "near.json"
     queries = world.root / "queries"
-    found = run(jobs.search.run, "--index-dir", place, "--queries", queries, "--k", 3, "--output", output)
+    found = run(search_command.run, "--index-dir", place, "--queries", queries, "--k", 3, "--output", output)
     assert (found["exit_code"], found["queries"], output.exists()) == (0, 120, True)
 
 
 def test_the_jobs_end_with_the_code_of_what_is_wrong(
     world: World, tmp_path: Path, run: Callable[..., dict[str, Any]]
 ) -> None:
-    place, index = tmp_path / "index", jobs.index.run
+    place, index = tmp_path / "index", index_command.run
     inputs = ("--embeddings", world.root / "gallery", "--queries", world.root / "queries", "--index-dir", place)
     refused = run(index, "build", *inputs, "--max-index-memory-usage", "1KB")
     assert (refused["exit_code"], "give at least" in refused["error"]) == (2, True)
@@ -255,7 +255,7 @@ def test_the_jobs_delete_by_key_filter_by_class_and_name_what_is_wrong(
     tmp_path: Path, run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     world = make_world(tmp_path, photos=300, sketches=20)
-    place, index, search = tmp_path / "index", jobs.index.run, jobs.search.run
+    place, index, search = tmp_path / "index", index_command.run, search_command.run
     where = ("--index-dir", place)
     gallery, queries = ("--embeddings", world.root / "gallery"), ("--queries", world.root / "queries")
     built = run(index, "build", *gallery, *where)  # without queries

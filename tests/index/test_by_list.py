@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import jobs.search
 from tests.index.helpers import World, clustered, embeddings, run_job
 from zsr.artifact import Artifact, Store
+from zsr.commands.search import Search
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.index import edit, engine
 from zsr.index.answers import Asked, answer_block, answers_table
@@ -220,7 +220,7 @@ def test_what_ranges_cannot_answer_is_refused(world: World, index: Artifact, tmp
     refused("give one of them", replicas=1)
     words = {"index_dir": index.directory, "queries": world.queries.directory, "list_ranges": 2}
     with pytest.raises(ConfigError, match="is a ROOT"):
-        jobs.search.Search(output=tmp_path / "found.json", **words).check()
+        Search(output=tmp_path / "found.json", **words).check()
 
 
 @pytest.mark.parametrize("key", ["IVF8,PQ8x4fs,RFlat", "IVF8,RaBitQ4"])

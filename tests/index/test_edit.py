@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.index import Delete
 from tests.index.helpers import KEY, World, clustered, embeddings
 from zsr.artifact import Store, open_artifact
+from zsr.commands.index import Delete
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact
 from zsr.index import drift, edit, purge
 from zsr.index import publish as publishing

@@ -9,10 +9,10 @@ import yaml
 from ray.tune.experiment import Experiment
 from ray.tune.search import BasicVariantGenerator, Searcher
 
-from jobs import tune as job_tune
 from tests import toy
 from tests.pipeline import features_only, job, ok
 from zsr.artifact import open_artifact
+from zsr.commands import tune as job_tune
 from zsr.data.splits import choose
 from zsr.errors import ConfigError
 from zsr.training.tune import SCORE, Sweep, Trial, best_setting, parse_space, searcher_of, space_of

@@ -113,7 +113,7 @@ def _features_of(data: Artifact, features: Artifact, modality: str) -> list[str]
     if features.parents.get("data") != data.digest:
         raise ConfigError(
             f"features {features.digest[:12]} were made from data {str(features.parents.get('data'))[:12]}, not from "
-            f"{data.digest[:12]}; run jobs.features on this data"
+            f"{data.digest[:12]}; run zsr features on this data"
         )
     names = [entry.path for entry in data.shards(modality) if entry.path in {f.path for f in features.files}]
     if not names:

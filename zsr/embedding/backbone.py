@@ -102,7 +102,7 @@ def extract(
     if not any(side == "text" or has_images(data, side) for side in sorted(set(map(side_of, names)))):
         raise ConfigError(
             f"data {data.digest[:12]} have no images to make features of; those that come with the data are imported "
-            "by jobs.prepare --features-output"
+            "by zsr prepare --features-output"
         )
     shared = _shared(data, settings, weights, work, batch)
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}

@@ -1,4 +1,4 @@
-"""Pictures to features, and features or pictures to embeddings: what jobs.features, jobs.embed and an exported model
+"""Pictures to features, and features or pictures to embeddings: what zsr features, zsr embed and an exported model
 share. It needs no Ray.
 """
 

@@ -22,7 +22,7 @@ class Finetune(BaseModel):
         shared: one backbone for both modalities; the papers tune one each.
         lr: of the classifiers on top.
         rate: the backbone's learning rate as a multiple of that.
-        tune: which of its parameters train, see jobs.train --tower-tune.
+        tune: which of its parameters train, see zsr train --tower-tune.
         training: of the run; its validation classes choose the step.
     """
 

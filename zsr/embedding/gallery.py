@@ -137,7 +137,7 @@ def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, mod
     """Raise ConfigError unless data, features and a checkpoint of features fit each other."""
     if features.parents.get("data") != data.digest:
         raise ConfigError(
-            f"features {features.digest[:12]} were not made from data {data.digest[:12]}; run jobs.features"
+            f"features {features.digest[:12]} were not made from data {data.digest[:12]}; run zsr features"
         )
     dims = features.facts["dims"]
     wanted = {inputs.query: inputs.sketch_dim, "photo": inputs.photo_dim}
@@ -148,7 +148,7 @@ def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, mod
     if other := unlike(checkpoint.config["features"], features.config):
         raise ConfigError(
             f"checkpoint {checkpoint.digest[:12]} was trained on other features than {features.digest[:12]}: "
-            f"{'; '.join(other)}; run jobs.features as for the checkpoint, or train again"
+            f"{'; '.join(other)}; run zsr features as for the checkpoint, or train again"
         )
     if dims[modality] != wanted[modality]:
         raise ConfigError(

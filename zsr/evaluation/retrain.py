@@ -54,7 +54,7 @@ def again(
     if Inputs.model_validate(config["inputs"]).tower is not None:
         raise ConfigError(
             f"{config['model']} has an image tower and cannot be trained again from its checkpoint; train it with "
-            "jobs.train for each split, and give all checkpoints"
+            "zsr train for each split, and give all checkpoints"
         )
     settings = TrainSettings.model_validate(config["settings"])
     run = _run(bench, str(config["model"]), config["options"], settings, store, split or bench.split, shots)

@@ -45,11 +45,11 @@ class Space:
         try:
             space = cls(int(facts["dim"]), str(facts["metric"]), bool(facts["normalised"]), str(facts["checkpoint"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedArtifact(f"{where}: its manifest lacks {error}; make it again with jobs.embed") from error
+            raise DamagedArtifact(f"{where}: its manifest lacks {error}; make it again with zsr embed") from error
         if space.metric not in METRICS:
             raise ConfigError(
                 f"{where}: the metric is {space.metric!r}; an index serves {list(METRICS)}. Search binary codes "
-                "exactly with jobs.evaluate, or embed with a model whose metric is one of these"
+                "exactly with zsr evaluate, or embed with a model whose metric is one of these"
             )
         return space
 
@@ -94,7 +94,7 @@ class Vectors:
         where = str(artifact.directory)
         found = cls(artifact, Space.of(artifact.facts, where))
         if found.rows == 0:
-            raise ConfigError(f"{where} holds no embedding; check what jobs.embed was given")
+            raise ConfigError(f"{where} holds no embedding; check what zsr embed was given")
         return found
 
     @cached_property
@@ -107,7 +107,7 @@ class Vectors:
             return int(entry.facts["rows"])
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedArtifact(
-                f"{self.artifact.directory / entry.path}: its manifest entry has no row count; make it with jobs.embed"
+                f"{self.artifact.directory / entry.path}: its manifest entry has no row count; make it with zsr embed"
             ) from error
 
     @cached_property

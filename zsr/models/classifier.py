@@ -1,7 +1,7 @@
 """Classification of the seen classes: the fine-tuning of a backbone that SEM-PCYC and others start from.
 
 A linear layer a modality stands on the features, and cross entropy trains it together with the image tower in front. An
-embedding is the feature itself, so a checkpoint serves as a fine-tuned backbone (`jobs.features --finetune-on-seen`),
+embedding is the feature itself, so a checkpoint serves as a fine-tuned backbone (`zsr features --finetune-on-seen`),
 and, compared by cosine, as one more floor. Without a tower only the linear layers learn; embeddings stay as they are.
 
 The specifications say that such a fine-tuning was done, not how: optimizer and rates are ours.

@@ -276,7 +276,7 @@ class Model(Embedder):
         if len(self.phases) > 1:
             raise ConfigError(
                 f"{type(self).__name__} takes {len(self.phases)} steps a batch and cannot train an image tower along; "
-                "train it on the features of jobs.features, or take --tower-rate 0"
+                "train it on the features of zsr features, or take --tower-rate 0"
             )
         ((name, group),) = self.groups.items()
         slow = nn.ParameterList(tuned(self.towers, tower.tune))

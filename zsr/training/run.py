@@ -146,7 +146,7 @@ class Run:
         else:
             tower = self.features.tower
             if self.query == "text":
-                raise ConfigError("an image tower cannot read texts; run jobs.features and train on features")
+                raise ConfigError("an image tower cannot read texts; run zsr features and train on features")
             if lacking := [modality for modality in ("sketch", "photo") if not has_images(self.data, modality)]:
                 raise ConfigError(
                     f"--tower requires images, and data {self.data.digest[:12]} have none of {' and '.join(lacking)}; "
@@ -481,7 +481,7 @@ def _solve(run: Run, staging: Staging, place: Place) -> None:
     if not isinstance(model, ClosedForm):
         raise ConfigError(f"model {run.model} is trained, not solved in closed form")
     if model.inputs.tower is not None:
-        raise ConfigError(f"model {run.model} is solved in closed form and trains no tower; run jobs.features")
+        raise ConfigError(f"model {run.model} is solved in closed form and trains no tower; run zsr features")
     if model.scaling != "none":
         for side in ("sketch", "photo"):
             sums = Sums()

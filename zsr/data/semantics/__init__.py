@@ -99,6 +99,6 @@ def class_vectors(semantics: Artifact, classes: Sequence[str]) -> np.ndarray:
     kinds = sorted({kind for kind, _ in found})
     if missing := sorted({c for c in classes for kind in kinds if (kind, c) not in found}):
         raise ConfigError(
-            f"semantics {semantics.digest[:12]} has no vector for {missing}; run jobs.semantics on this data"
+            f"semantics {semantics.digest[:12]} has no vector for {missing}; run zsr semantics on this data"
         )
     return np.array([[x for kind in kinds for x in found[kind, c]] for c in classes], dtype=np.float32)

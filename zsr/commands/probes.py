@@ -1,6 +1,6 @@
-"""What `jobs.doctor` runs on the nodes of a cluster: small measurements, each a Ray task or actor on its node.
+"""What `zsr doctor` runs on the nodes of a cluster: small measurements, each a Ray task or actor on its node.
 
-A probe returns plain values; `jobs.doctor` judges them.
+A probe returns plain values; `zsr doctor` judges them.
 """
 
 import os

@@ -1,9 +1,10 @@
-"""What every job shares: flags and YAML into a frozen pydantic model, exit codes, and the JSON line at the end.
+"""What every command shares: flags and YAML into a frozen pydantic model, exit codes, and the JSON line at the end.
 
-A job is a configuration class, a `plan` (what it would do, as JSON values) and a `work` (do it, return the results).
-`python -m jobs.NAME --config FILE.yaml --flag value`: the file fills the flags, the command line wins.
+A command is a configuration class, a `plan` (what it would do, as JSON values) and a `work` (do it, return the
+results). `zsr NAME --config FILE.yaml --flag value`: the file fills the flags, the command line wins.
 """
 
+import difflib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,8 +21,8 @@ from typing import Any, Final, TypeVar
 import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from tyro.extras import SubcommandApp
 
-from zsr import cluster
 from zsr.artifact.lock import release_all
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH, say
@@ -69,8 +70,8 @@ def main(
     config_type: type[Config] | Callable[[Sequence[str]], type[Config]],
     plan: Callable[[Config], Results],
     work: Callable[[Config], Results],
-    argv: Sequence[str] | None = None,
-    command: str = "",
+    argv: Sequence[str],
+    program: str,
 ) -> int:
     """Parse, call, and return the exit code; the last line on stdout is one JSON object with `exit_code` in it.
 
@@ -78,14 +79,14 @@ def main(
 
     Args:
         config_type: the flags' class, or a function that finds it from the arguments.
-        command: which command of the module's, where it has several.
+        argv: the flags.
+        program: what is typed before them, such as `zsr train`.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.distributed prints hundreds from worker set-up
     results: Results = {}
     try:
-        arguments = sys.argv[1:] if argv is None else argv
-        flags: type[Config] = config_type if isinstance(config_type, type) else config_type(arguments)
-        config: Config = parse(flags, arguments, command)
+        flags: type[Config] = config_type if isinstance(config_type, type) else config_type(argv)
+        config: Config = parse(flags, argv, program)
         results = plan(config) if config.plan else work(config)
         code = 0
     except BaseException as error:  # the job's boundary: every failure becomes an exit code and one message
@@ -96,10 +97,43 @@ def main(
         print(f"error: {message}", file=sys.stderr)
         results = {**getattr(error, "results", {}), "error": message}
     finally:
-        cluster.disconnect()
+        if (cluster := sys.modules.get("zsr.cluster")) is not None:  # else nothing has needed Ray
+            cluster.disconnect()
         release_all()
     WATCH.finish(json.dumps({**results, "exit_code": code}, sort_keys=True, default=str))
     return code
+
+
+def overview(program: str, commands: Mapping[str, str], words: Sequence[str]) -> int:
+    """List the commands of `program` for --help; refuse any other `words`, none of which is a command.
+
+    Returns:
+        The exit code: 0 for help, else 2.
+    """
+    app = SubcommandApp()
+    for name, about in commands.items():
+        app.command(name=name)(_listed(about))
+    if words[:1] in (["-h"], ["--help"]):
+        with suppress(SystemExit):
+            app.cli(prog=program, args=["--help"])
+        say("")
+        return 0
+    near = difflib.get_close_matches(words[0], commands, n=1) if words else []
+    found = f"found {words[0]!r}" if words else "found none"
+    hint = f"; perhaps {near[0]}" if near else ""
+    message = f"{program}: expected a command, {found}{hint}; there are {', '.join(commands)}; see {program} --help"
+    print(f"error: {message}", file=sys.stderr)
+    WATCH.finish(json.dumps({"error": message, "exit_code": ConfigError.exit_code}, sort_keys=True))
+    return ConfigError.exit_code
+
+
+def _listed(about: str) -> Callable[[], None]:
+    """A subcommand that tyro lists and that is never called."""
+
+    def listed() -> None: ...
+
+    listed.__doc__ = about
+    return listed
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -144,11 +178,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             pending.append(getattr(current, attribute, None))
 
 
-def parse(config_type: type[Config], argv: Sequence[str], command: str = "") -> Config:
+def parse(config_type: type[Config], argv: Sequence[str], program: str) -> Config:
     """Flags, with `--config FILE.yaml` expanded in front so that the command line wins.
 
     Args:
-        command: see `main`.
+        program: see `main`.
 
     Raises:
         ConfigError: the file is missing, not a mapping, or names an unknown key; or a flag or value is refused.
@@ -157,9 +191,6 @@ def parse(config_type: type[Config], argv: Sequence[str], command: str = "") -> 
     flags, path = without_file(argv)
     if path is not None:
         flags = [*file_flags(config_type, path), *flags]
-    name = config_type.__module__
-    spec = sys.modules["__main__"].__spec__ if name == "__main__" else None
-    program = f"python -m {spec.name if spec else name} {command}".strip()
     about = (config_type.__doc__ or "").partition("\n")[0]
     try:
         with _captured(flags) as printed:

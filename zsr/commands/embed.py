@@ -1,0 +1,90 @@
+"""DATA, FEATURES and a checkpoint to EMB: the embeddings of one modality."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from zsr.artifact import Artifact, Store, open_artifact
+from zsr.commands.base import JobConfig, Results, main
+from zsr.data.rows import Modality
+from zsr.devices import DeviceSettings
+from zsr.embedding import gallery
+from zsr.embedding.shards import Prices
+
+
+class Config(DeviceSettings, JobConfig):
+    """Flags of zsr embed.
+
+    Attributes:
+        data: DATA.
+        features: FEATURES of that data; left out for a checkpoint with an image tower.
+        checkpoint: a checkpoint's ROOT or object.
+        modality: which rows.
+        output: ROOT of the EMB artifact.
+        classes: all rows, or those of one role in the checkpoint's split.
+        actors: processes that hold the model; left out, as many as there is room for, on nodes that are
+            up or that the autoscaler can start.
+        decoders: as in zsr features, for a checkpoint with an image tower.
+        cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
+        gpu_price: of a GPU's hour.
+    """
+
+    data: Path
+    checkpoint: Path
+    modality: Modality
+    output: Path
+    features: Path | None = None
+    classes: gallery.Classes = "all"
+    actors: int | None = Field(None, ge=1)
+    decoders: int | None = None
+    cpu_price: float = 0.0
+    gpu_price: float = 0.0
+
+    def open(self) -> tuple[Artifact, Artifact | None, Artifact]:
+        """Data, features and checkpoint."""
+        return (
+            open_artifact(self.data, "data"),
+            None if self.features is None else open_artifact(self.features, "features"),
+            open_artifact(self.checkpoint, "checkpoint"),
+        )
+
+
+def plan(config: Config) -> Results:
+    data, features, checkpoint = config.open()
+    source = gallery.source_of(data, features, checkpoint, config.modality)
+    rows, dim = (features or data).facts["rows"][config.modality], checkpoint.facts["dim"]
+    digest = gallery.plan(data, source, checkpoint, config.modality, config.classes).digest
+    cost = gallery.predict(
+        data,
+        features,
+        checkpoint,
+        config.modality,
+        classes=config.classes,
+        actors=config.actors,
+        prices=Prices(config.cpu_price, config.gpu_price),
+        device=config.devices,
+    )
+    return {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4, "cost": cost}
+
+
+def work(config: Config) -> Results:
+    data, features, checkpoint = config.open()
+    store = Store.at(config.output)
+    embeddings, tally = gallery.embed(
+        data,
+        features,
+        checkpoint,
+        config.modality,
+        store,
+        classes=config.classes,
+        actors=config.actors,
+        decoders=config.decoders,
+        device=config.devices,
+    )
+    prices = Prices(config.cpu_price, config.gpu_price)
+    return {"embeddings": embeddings.digest, **embeddings.facts, "cost": tally.report(prices)}
+
+
+def run(argv: Sequence[str]) -> int:
+    return main(Config, plan, work, argv, "zsr embed")

@@ -1,0 +1,162 @@
+"""Checkpoints (and indexes) to report.json and report.html."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field
+
+from zsr.artifact import Store, open_artifact
+from zsr.commands.base import JobConfig, Results, main
+from zsr.data.rows import Modality
+from zsr.devices import DeviceSettings
+from zsr.errors import ConfigError
+from zsr.evaluation.bench import BackboneSaw, Protocol, Task
+from zsr.evaluation.compare import Given, LearnedOn, Settings, by_split, compare
+from zsr.evaluation.pictures import pictures_of
+from zsr.evaluation.report import Report, as_json, write
+
+TITLES: Final[dict[Protocol, str]] = {
+    "zero-shot": "Zero-shot retrieval",
+    "generalised": "Generalised zero-shot retrieval",
+    "generalised-sempcyc": "Generalised zero-shot retrieval",
+    "few-shot": "Few-shot retrieval",
+}
+
+
+class Config(DeviceSettings, JobConfig):
+    """Flags of zsr evaluate.
+
+    Attributes:
+        data: DATA.
+        checkpoint: one or several. Those of one configuration with several seeds are grouped; the first one's split is
+            the report's, and those of other splits enter the spread over class splits.
+        output: directory of report.json and report.html; what has to be trained (the ridge floor) is kept below it.
+        features: FEATURES of that data; leave it out where every checkpoint has an image tower.
+        semantics: SEMANTICS, for the ridge floor, and for models that are trained again.
+        index_dir: indexes of the unseen photos, each by one of the checkpoints; results stand beside the exact ones.
+        query_modality: what is asked with.
+        gallery_modality: what is looked for.
+        protocol: zero-shot; generalised (gallery of all classes); generalised-sempcyc (a fifth as many seen items on
+            both sides, as released); few-shot (models are trained again with a few unseen items).
+        as_released: make the validation classes part of the test, as SEM-PCYC's released code does.
+        shots: items of each unseen class and modality that few-shot models are trained on.
+        splits: train every model again on so many seeded random class splits, and report mean and deviation.
+        bits: also rank binary codes of so many bits, made by ITQ.
+        bits_learned_on: seen items, or the very queries, as SEM-PCYC's released code does.
+        backbone_saw: what the backbone was trained on; auto goes by its name, and imported features are unknown.
+        title: of the page.
+        k: results asked of the index a query.
+        ks: cut-offs of the metrics.
+    """
+
+    data: Path
+    checkpoint: tuple[Path, ...]
+    output: Path
+    features: Path | None = None
+    semantics: Path | None = None
+    index_dir: tuple[Path, ...] = ()
+    query_modality: Modality = "sketch"
+    gallery_modality: Modality = "photo"
+    protocol: Protocol = "zero-shot"
+    as_released: bool = False
+    shots: int = Field(5, ge=1)
+    splits: int = Field(0, ge=0)
+    bits: int | None = None
+    bits_learned_on: LearnedOn = "seen"
+    backbone_saw: BackboneSaw = "auto"
+    title: str | None = None
+    k: int = Field(1000, ge=1)
+    ks: tuple[int, ...] = (100, 200)
+
+    def given(self) -> Given:
+        """The opened inputs.
+
+        Raises:
+            What opening raises; ConfigError where the inputs do not fit each other.
+        """
+        task = Task(
+            query=self.query_modality,
+            gallery=self.gallery_modality,
+            protocol=self.protocol,
+            as_released=self.as_released,
+            shots=self.shots,
+            backbone_saw=self.backbone_saw,
+        )
+        about = {
+            "data": open_artifact(self.data, "data"),
+            "features": None if self.features is None else open_artifact(self.features, "features"),
+            "semantics": None if self.semantics is None else open_artifact(self.semantics, "semantics"),
+            "task": task,
+            "devices": self.devices,
+        }
+        bench, *others = by_split(about, [open_artifact(path, "checkpoint") for path in self.checkpoint])
+        indexes = tuple(open_artifact(path, "index") for path in self.index_dir)
+        known = {checkpoint.digest for checkpoint in bench.checkpoints}
+        for path, index in zip(self.index_dir, indexes, strict=True):
+            if index.facts["checkpoint"] not in known:
+                raise ConfigError(
+                    f"--index-dir {path} is of checkpoint {index.facts['checkpoint'][:12]}, which is none of those of "
+                    "the first split given with --checkpoint"
+                )
+        return Given(bench, tuple(others), indexes)
+
+    def settings(self) -> Settings:
+        """What the report shows."""
+        return Settings(
+            title=self.title or f"{TITLES[self.protocol]}: {self.query_modality} to {self.gallery_modality}",
+            k=self.k,
+            ks=self.ks,
+            splits=self.splits,
+            bits=self.bits,
+            bits_learned_on=self.bits_learned_on,
+        )
+
+
+def plan(config: Config) -> Results:
+    given = config.given()
+    bench = given.bench
+    return {
+        "checkpoints": [c.digest for b in (bench, *given.others) for c in b.checkpoints],
+        "protocol": bench.task.protocol,
+        "unseen": list(bench.tested),
+        "indexes": [index.digest for index in given.indexes],
+        "models_trained_again": len(bench.checkpoints) if config.protocol == "few-shot" else 0,
+        "random_splits": config.splits,
+        "output": str(config.output),
+    }
+
+
+def work(config: Config) -> Results:
+    given = config.given()
+    report = compare(given, Store.at(config.output / "floors"), config.settings())
+    write(config.output, report, pictures_of(given.bench.data, report))
+    return headline(report, config.output)
+
+
+def headline(report: Report, output: Path) -> Results:
+    """The few numbers that a job prints."""
+    values = as_json(report)
+    exact = {row["name"]: row for row in values["rows"] if row["search"] is None}
+    through = [row for row in values["rows"] if row["search"] is not None]
+    shown = exact[values["shown"]]
+    medians = {seeds["model"]: seeds["median"] for seeds in values["seeds"]}
+    results: dict[str, Any] = {
+        "model": shown["name"],
+        "map_all_unseen": medians.get(shown["name"], shown["scores"]["mAP@all"]),
+        "map_all_unseen_index": through[0]["scores"]["mAP@all"] if through else None,
+        "chance": shown["chance"]["mAP@all"],
+        "report": str(output / "report.html"),
+    }
+    floors = {f"floor_{name}": exact[name]["scores"]["mAP@all"] for name in ("raw", "ridge") if name in exact}
+    more = {
+        "peaks": {n: row["scores"]["mAP@all"] for n, row in exact.items() if row["kind"] == "peak"},
+        "seeds": {seeds["model"]: seeds["scores"] for seeds in values["seeds"]},
+        "harmonic": {n: row["generalised"]["harmonic"]["mAP@all"] for n, row in exact.items() if row["generalised"]},
+        "splits": {m["model"]: m["mean"] for m in (values["splits"] or {"models": []})["models"]},
+    }
+    return {**results, **floors, **{name: found for name, found in more.items() if found}}
+
+
+def run(argv: Sequence[str]) -> int:
+    return main(Config, plan, work, argv, "zsr evaluate")

@@ -1,0 +1,238 @@
+"""Indexes: plan, build, add, delete, rebuild, compact, purge, inspect, verify, rollback.
+
+zsr index build --embeddings EMB --queries EMB --index-dir OUT
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from zsr.artifact import Store, open_artifact
+from zsr.commands.base import JobConfig, Results, main, overview
+from zsr.errors import ConfigError
+from zsr.index import edit
+from zsr.index.build import Job, build
+from zsr.index.plan import IndexConfig
+from zsr.index.publish import history, rollback, verify
+from zsr.index.purge import purge
+from zsr.index.search import Searcher
+from zsr.storage import read_text
+
+
+class Build(JobConfig, IndexConfig):
+    """Build an index of a gallery and tune it on queries.
+
+    Attributes:
+        embeddings: EMB of the gallery, written by zsr embed.
+        queries: EMB of queries of the same checkpoint, such as sketches; the recall target is held on these. Without
+            it, on rows of the gallery, which flatters an index that is not exact.
+        index_dir: where the index versions are kept.
+    """
+
+    embeddings: Path
+    queries: Path | None = None
+    index_dir: Path
+
+    def job(self) -> Job:
+        """The build, planned."""
+        config = IndexConfig.model_validate(self.model_dump(include=set(IndexConfig.model_fields)))
+        embeddings = open_artifact(self.embeddings, "embeddings")
+        queries = None if self.queries is None else open_artifact(self.queries, "embeddings")
+        return Job.of(embeddings, queries, config, None if self.plan else Store.at(self.index_dir))
+
+
+class Inspect(JobConfig):
+    """Show what an index holds, without reading its vectors.
+
+    Attributes:
+        index_dir: ROOT, or one object in it.
+    """
+
+    index_dir: Path
+
+
+class Verify(Inspect):
+    """Hash every file of an index, read every list, and measure the recall of its golden queries again."""
+
+
+class Delete(Inspect):
+    """Hide items from every search. Their vectors stay in the files until `compact`, in older versions until `purge`.
+
+    Attributes:
+        keys: of the items.
+        keys_from: a UTF-8 text file with one key per line.
+    """
+
+    keys: tuple[str, ...] = ()
+    keys_from: Path | None = None
+
+    def ids(self) -> list[int]:
+        """Ids of the items, of those that are deleted already, too.
+
+        Raises:
+            ConfigError: no key, an unreadable file, or a key that the index does not hold.
+        """
+        wanted = {*self.keys, *self._listed()}
+        if not wanted:
+            raise ConfigError("nothing to delete; give --keys or --keys-from")
+        searcher = Searcher.open(self.index_dir)
+        found: dict[str, int] = {}
+        for batch in searcher.names.batches:
+            held = batch.filter(pc.is_in(batch.column("key"), value_set=pa.array(sorted(wanted), pa.string())))
+            found |= dict(zip(held.column("key").to_pylist(), held.column("id").to_pylist(), strict=True))
+        if missing := sorted(wanted - found.keys()):
+            raise ConfigError(
+                f"{self.index_dir}: {len(missing)} of {len(wanted)} keys are not in the index, such as {missing[:3]}; "
+                "nothing was deleted"
+            )
+        return list(found.values())
+
+    def _listed(self) -> list[str]:
+        text = "" if self.keys_from is None else read_text(self.keys_from, "--keys-from")
+        return [line for line in text.splitlines() if line]
+
+
+class Add(Inspect):
+    """Add the items of more embeddings, without training again.
+
+    Attributes:
+        embeddings: EMB of the same checkpoint.
+        num_workers: most shards to add at once.
+    """
+
+    embeddings: Path
+    num_workers: int | None = None
+
+
+class Rebuild(Add):
+    """Make the index one of what the embeddings hold now; shards with the bytes of before are not touched."""
+
+
+class Compact(Inspect):
+    """Write one whole object without the vectors of deleted items, which finds what the live version finds."""
+
+
+class Purge(Inspect):
+    """Compact, remove every older version, and prove by a scan that nothing of a deleted item is left."""
+
+
+class Rollback(JobConfig):
+    """Publish the content of an earlier version again, as the newest.
+
+    Attributes:
+        index_dir: ROOT of the index.
+        version: number of the version to go back to.
+    """
+
+    index_dir: Path
+    version: int
+
+
+def do_build(config: Build) -> Results:
+    return build(config.job(), Store.at(config.index_dir)).as_json()
+
+
+def do_inspect(config: Inspect) -> Results:
+    artifact = open_artifact(config.index_dir, "index")
+    versions = {str(number): digest for number, digest in history(Store.at(artifact.place)).items()}
+    size = sum(entry.bytes for entry in artifact.files)
+    return {
+        **artifact.facts,
+        "digest": artifact.digest,
+        "bytes": size,
+        "parents": artifact.parents,
+        "versions": versions,
+    }
+
+
+def do_verify(config: Verify) -> Results:
+    artifact = open_artifact(config.index_dir, "index")
+    verify(Searcher.of(artifact))
+    return {"digest": artifact.digest, "verified": len(artifact.files), "ntotal": artifact.facts["ntotal"]}
+
+
+def do_delete(config: Delete) -> Results:
+    return edit.delete(Store.at(config.index_dir), config.ids()).as_json()
+
+
+def do_add(config: Add) -> Results:
+    embeddings = open_artifact(config.embeddings, "embeddings")
+    return edit.add(Store.at(config.index_dir), embeddings, workers=config.num_workers).as_json()
+
+
+def do_rebuild(config: Rebuild) -> Results:
+    embeddings = open_artifact(config.embeddings, "embeddings")
+    return edit.rebuild(Store.at(config.index_dir), embeddings, workers=config.num_workers).as_json()
+
+
+def do_compact(config: Compact) -> Results:
+    return edit.compact(Store.at(config.index_dir)).as_json()
+
+
+def do_purge(config: Purge) -> Results:
+    return purge(Store.at(config.index_dir)).as_json()
+
+
+def do_plan(config: Build) -> Results:
+    """Measure the candidates, and keep what was measured for the build."""
+    return config.job().as_json()
+
+
+def do_rollback(config: Rollback) -> Results:
+    return rollback(Store.at(config.index_dir), config.version).as_json()
+
+
+def plan_build(config: Build) -> Results:
+    return config.job().as_json()
+
+
+def plan_read(config: Inspect) -> Results:
+    artifact = open_artifact(config.index_dir, "index")
+    return {"would": "read", "digest": artifact.digest, "bytes": sum(entry.bytes for entry in artifact.files)}
+
+
+def plan_delete(config: Delete) -> Results:
+    ids = np.unique(np.array(config.ids(), np.int64))
+    alive = int(np.isin(ids, Searcher.open(config.index_dir).live_ids).sum())
+    return {"would": "delete", "items": alive, "already_deleted": len(ids) - alive}
+
+
+def plan_add(config: Add) -> Results:
+    return {**plan_read(config), "would": "add", "rows": open_artifact(config.embeddings, "embeddings").facts["rows"]}
+
+
+def plan_purge(config: Purge) -> Results:
+    versions = history(Store.at(config.index_dir))
+    return {**plan_read(config), "would": "compact and remove versions", "versions": sorted(versions)[:-1]}
+
+
+def plan_rollback(config: Rollback) -> Results:
+    versions = history(Store.at(config.index_dir))
+    return {"would": "publish", "digest": versions.get(config.version), "as_version": max(versions, default=0) + 1}
+
+
+Command = tuple[Any, Callable[[Any], Results], Callable[[Any], Results]]
+COMMANDS: Final[Mapping[str, Command]] = {
+    "plan": (Build, plan_build, do_plan),
+    "build": (Build, plan_build, do_build),
+    "add": (Add, plan_add, do_add),
+    "delete": (Delete, plan_delete, do_delete),
+    "rebuild": (Rebuild, plan_add, do_rebuild),
+    "compact": (Compact, plan_read, do_compact),
+    "purge": (Purge, plan_purge, do_purge),
+    "inspect": (Inspect, plan_read, do_inspect),
+    "verify": (Verify, plan_read, do_verify),
+    "rollback": (Rollback, plan_rollback, do_rollback),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return main(*COMMANDS[argv[0]], argv[1:], f"zsr index {argv[0]}")
+    does = {name: (work if name == "plan" else kind).__doc__ for name, (kind, _, work) in COMMANDS.items()}
+    about = {name: " ".join(str(text).partition("Attributes:")[0].split()) for name, text in does.items()}
+    return overview("zsr index", about, argv)

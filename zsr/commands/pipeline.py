@@ -1,0 +1,295 @@
+"""All stages as one job: prepare -> semantics -> features -> train -> embed -> index -> evaluate.
+
+    zsr pipeline --config FILE.yaml
+
+The file has one section a stage, with the flags of the job of that name; what stages hand to each other is filled in.
+Started again, the job goes on from the last finished stage, and within a stage from the last finished piece, since
+every stage returns what an equal run has made before. It fails with the exit code of the stage that failed.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from zsr import measure
+from zsr.artifact import write_atomically
+from zsr.commands import embed, evaluate, features, index, prepare, semantics, train
+from zsr.commands.base import JobConfig, Results, attach, file_values, main, ours, without_file
+from zsr.errors import ConfigError, StorageError
+from zsr.storage import url_of
+
+DIGESTS: Final = (
+    "data",
+    "semantics",
+    "features",
+    "checkpoint",
+    "embeddings",
+    "digest",
+)  # what stages call their result
+FILLED_IN: Final = {  # by the pipeline, and therefore no keys of a stage's section
+    "prepare": ("output", "features_output", "inspect", "sheet", "sheet_rows"),
+    "semantics": ("output", "data"),
+    "features": ("output", "data"),
+    "train": ("output", "data", "features", "semantics", "seed"),
+    "embed": ("output", "data", "features", "checkpoint", "modality"),
+    "index": ("embeddings", "queries", "index_dir"),
+    "evaluate": ("output", "data", "features", "semantics", "checkpoint", "index_dir", "query_modality"),
+}
+
+
+class Config(JobConfig):
+    """Flags of zsr pipeline, and one section a stage.
+
+    Attributes:
+        output: directory or object store prefix that takes every artifact.
+        report: directory of the report and timeline.json; OUTPUT/report, and wanted where that is an object store.
+        seeds: one training run each; gallery and index are of the first.
+        features_from: the backbone of zsr features; the source itself, for parquet and wikipedia; or the tower that
+            --train.tower trains along.
+        device: of every stage that runs a model and whose section names none: cuda requests GPUs, which the autoscaler
+            starts if none is up; cpu requests none; auto is cuda where there are some or can be.
+    """
+
+    output: Path
+    report: Path | None = None
+    seeds: tuple[int, ...] = (0,)
+    features_from: Literal["backbone", "source", "tower"] = "backbone"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def section(stage: str, config: type[BaseModel], **defaults: Any) -> type[BaseModel]:
+    """The flags of a stage's job without those that the pipeline fills in; unknown ones are refused."""
+    fields: dict[str, Any] = {
+        name: (about.annotation, defaults.get(name, about))
+        for name, about in config.model_fields.items()
+        if name not in ("plan", *FILLED_IN[stage])
+    }
+    return create_model(
+        stage.capitalize(),
+        __config__=ConfigDict(frozen=True, extra="forbid"),
+        __doc__=config.__doc__,
+        __module__=__name__,
+        **fields,
+    )
+
+
+def config_of(model: str, preset: str | None = None) -> type[Any]:
+    """The configuration's class with the options of `model`. Raises ConfigError if there is no such model or preset."""
+    words = ["--model", model, *(("--preset", preset) if preset else ())]
+    types = {
+        "prepare": section("prepare", prepare.Config),
+        "semantics": section("semantics", semantics.Config),
+        "features": section("features", features.Config),
+        "train": section("train", train.config_for(words), model=model, preset=preset),
+        # the report is about unseen classes; a gallery of all rows is embedded by zsr embed with this checkpoint
+        "embed": section("embed", embed.Config, classes="unseen"),
+        "index": section("index", index.Build),
+        "evaluate": section("evaluate", evaluate.Config),
+    }
+    fields: dict[str, Any] = {stage: (kind, ... if _wants(kind) else kind()) for stage, kind in types.items()}
+    return create_model("Config", __base__=Config, __module__=__name__, **fields)
+
+
+def _wants(kind: type[BaseModel]) -> bool:
+    return any(about.is_required() for about in kind.model_fields.values())
+
+
+def config_for(argv: Sequence[str]) -> type[Any]:
+    """The configuration's class: the model that `--train.model` or the file names types `train.options`."""
+    flags, path = without_file(argv)
+    content = None if path is None else file_values(path).get("train")
+    found: dict[str, Any] = dict(content) if isinstance(content, Mapping) else {}
+    for name in ("model", "preset"):
+        found[name] = train.peek(flags, f"train.{name}", found.get(name))
+    return config_of(str(found["model"] or "contrastive"), found["preset"])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a stage's job."""
+
+    name: str
+    config: JobConfig
+    plan: Callable[[Any], Results]
+    work: Callable[[Any], Results]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the artifacts of one pipeline lie, and what its stages are called with."""
+
+    config: Any
+
+    def at(self, name: str) -> Path:
+        return Path(self.config.output / name)
+
+    @property
+    def report(self) -> Path:
+        """Where the report goes. Raises ConfigError for an object store: it is looked at with a browser."""
+        if self.config.report is not None:
+            return Path(self.config.report)
+        if (url := url_of(self.config.output)) is not None:
+            raise ConfigError(f"--output {url} is an object store; give --report DIRECTORY for report and timeline")
+        return self.at("report")
+
+    @property
+    def checkpoints(self) -> tuple[Path, ...]:
+        return tuple(self.at(f"checkpoint-{seed}") for seed in self.config.seeds)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What training, embedding and evaluation read."""
+        features = None if self.config.features_from == "tower" else self.at("features")
+        return {"data": self.at("data"), "features": features}
+
+    def stage(self, name: str, job: Any, kind: type[JobConfig] | None = None, **filled_in: Any) -> Stage:
+        """The stage `name`, whose first word is its section, with what is filled in."""
+        section = name.partition(" ")[0]
+        given = getattr(self.config, section)
+        # values as they are: a dump would turn nested models into plain mappings
+        values = {field: getattr(given, field) for field in type(given).model_fields}
+        if values.get("device") == "auto":
+            values["device"] = self.config.device
+        return Stage(name, (kind or job.Config)(**values, **filled_in), job.plan, job.work)
+
+    def stages(self) -> Iterator[Stage]:
+        """All of them in order."""
+        imported = self.at("features") if self.config.features_from == "source" else None
+        yield self.stage("prepare", prepare, output=self.at("data"), features_output=imported)
+        yield self.stage("semantics", semantics, data=self.at("data"), output=self.at("semantics"))
+        if self.config.features_from == "backbone":
+            yield self.stage("features", features, data=self.at("data"), output=self.at("features"))
+        yield from self._trained()
+        yield from self._embedded()
+        yield self._indexed()
+        # an index of all rows would be compared with a test on unseen ones
+        indexes = (self.at("index"),) if self.config.embed.classes == "unseen" else ()
+        report: dict[str, Any] = {
+            "semantics": self.at("semantics"),
+            "checkpoint": self.checkpoints,
+            "index_dir": indexes,
+        }
+        query = self.config.train.query
+        yield self.stage("evaluate", evaluate, **self.inputs, **report, query_modality=query, output=self.report)
+
+    def _trained(self) -> Iterator[Stage]:
+        kind = train.config_for(["--model", self.config.train.model])
+        for seed, output in zip(self.config.seeds, self.checkpoints, strict=True):
+            about: dict[str, Any] = {"semantics": self.at("semantics"), "seed": seed, "output": output}
+            yield self.stage(f"train seed {seed}", train, kind, **self.inputs, **about)
+
+    def _embedded(self) -> Iterator[Stage]:
+        for modality in dict.fromkeys(("photo", self.config.train.query)):
+            output = self.at(f"embeddings-{modality}")
+            about: dict[str, Any] = {"checkpoint": self.checkpoints[0], "modality": modality, "output": output}
+            yield self.stage(f"embed {modality}", embed, **self.inputs, **about)
+
+    def _indexed(self) -> Stage:
+        given = self.config.index
+        values = {field: getattr(given, field) for field in type(given).model_fields}
+        build = index.Build(
+            **values,
+            embeddings=self.at("embeddings-photo"),
+            queries=self.at(f"embeddings-{self.config.train.query}"),
+            index_dir=self.at("index"),
+        )
+        return Stage("index", build, index.plan_build, index.do_build)
+
+
+@dataclass(frozen=True)
+class Lap:
+    """One line of the timeline.
+
+    Attributes:
+        stage: its name.
+        seconds: the driver's clock.
+        cpu_seconds: of the driver and of the tasks, actors and workers that report theirs.
+        task_cpu_seconds: the latter, by what `map_pieces` calls them.
+        exit_code: 0, or why the pipeline ended here.
+        digest: of the artifact that came out, if any did.
+    """
+
+    stage: str
+    seconds: float
+    cpu_seconds: float
+    task_cpu_seconds: Mapping[str, float]
+    exit_code: int
+    digest: str | None = None
+
+
+def digest_of(results: Results) -> str | None:
+    """The digest of what a stage made: its results may name what it read as well, which stands earlier in `DIGESTS`."""
+    return next((str(results[key]) for key in reversed(DIGESTS) if key in results), None)
+
+
+class Timeline:
+    """Runs stages and remembers what each took; also in a file, which is whole at any time.
+
+    Attributes:
+        laps: of this run; a stage that an earlier run finished takes the time of finding that out.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.laps: list[Lap] = []
+
+    def run(self, stage: Stage) -> Results:
+        """The stage's results. Raises what it raises, after noting that, with the timeline attached."""
+        began, cpu = time.monotonic(), time.process_time()
+        try:
+            results = stage.work(stage.config)
+        except BaseException as error:
+            known = ours(error)
+            self._note(stage.name, began, cpu, 1 if known is None else known.exit_code, None)
+            attach(error, {"failed_stage": stage.name, **self.as_results()})
+            raise
+        self._note(stage.name, began, cpu, 0, digest_of(results))
+        return results
+
+    def _note(self, stage: str, began: float, cpu: float, code: int, digest: str | None) -> None:
+        seconds, own = time.monotonic() - began, time.process_time() - cpu
+        measure.stage_took(stage, seconds)
+        spent = measure.spent()
+        tasks = {what: round(value, 2) for what, value in sorted(spent.items())}
+        lap = Lap(stage, round(seconds, 1), round(own + spent.total(), 1), tasks, code, digest)
+        self.laps.append(lap)
+        write_atomically(self.file, (json.dumps([asdict(one) for one in self.laps], indent=1) + "\n").encode())
+        print(f"{stage}: {lap.seconds} s, {lap.cpu_seconds} CPU s, exit {code}", file=sys.stderr, flush=True)
+
+    def as_results(self) -> Results:
+        """For the job's JSON line."""
+        return {
+            "timeline": [asdict(lap) for lap in self.laps],
+            "digests": {lap.stage: lap.digest for lap in self.laps if lap.digest is not None},
+        }
+
+
+def plan(config: Any) -> Results:
+    """What each stage would do, as far as its inputs exist already."""
+    planned: list[Results] = []
+    for stage in Layout(config).stages():
+        try:
+            what: Results | str = stage.plan(stage.config)
+        except StorageError:
+            what = "can be planned when the stages before it have finished"
+        planned.append({"stage": stage.name, "plan": what})
+    return {"stages": planned, "output": str(config.output)}
+
+
+def work(config: Any) -> Results:
+    results: Results = {}
+    layout = Layout(config)
+    timeline = Timeline(layout.report / "timeline.json")
+    for stage in list(layout.stages()):  # all of them first: a bad section ends it before anything runs
+        results = timeline.run(stage)
+    return {**results, **timeline.as_results()}
+
+
+def run(argv: Sequence[str]) -> int:
+    return main(config_for, plan, work, argv, "zsr pipeline")

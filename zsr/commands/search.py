@@ -1,0 +1,251 @@
+"""Neighbours of sketches: `zsr search --index-dir I --queries EMB --output neighbours.json`.
+
+For a drawing, or a folder of drawings, give `--sketch PATH --checkpoint C` instead of `--queries`; for photos, `--photo
+PATH`. For millions of queries,
+give a directory: `--output ROOT` becomes an artifact with a shard of answers beside each shard of queries, made by many
+workers, and the job goes on where a killed one stopped.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from pydantic import Field
+
+from zsr.artifact import Store, open_artifact
+from zsr.commands.base import JobConfig, Results, main
+from zsr.data.decode import IMAGE_SUFFIXES, BadImage, Limits, decode
+from zsr.data.drawing import looks_like_a_photo
+from zsr.embedding.shards import Prices
+from zsr.errors import ConfigError
+from zsr.exported import of_checkpoint
+from zsr.index.answers import Answers, Asked, answer, into_file, require_suffix, write_answers
+from zsr.index.by_list import require
+from zsr.index.offline import predict, search_all
+from zsr.index.picture import draw, pictures_in
+from zsr.index.search import Searcher
+from zsr.storage import files_below, is_file, read_file
+
+logger = logging.getLogger("zsr")
+
+CHECKED_SIDE: Final = 32  # pixels, at which an image is decoded to see whether it can be read
+
+
+class Search(JobConfig):
+    """Search an index.
+
+    Attributes:
+        index_dir: ROOT of the index, or one object in it.
+        output: .json or .parquet, one row a neighbour; or, for `queries`, ROOT of a NEIGHBOURS artifact.
+        queries: EMB of the queries, from the checkpoint that embedded the gallery.
+        sketch: a drawing, or a folder of drawings, instead of `queries`; requires `checkpoint`.
+        photo: a photo, or a folder of photos, instead of `queries`; requires `checkpoint`.
+        checkpoint: the one that embedded the gallery.
+        weights: of the checkpoint's backbone, where its package has none.
+        k: neighbours a query.
+        nprobe: lists to look into; the published operating point if not given.
+        refine_factor: candidates to re-rank, in multiples of k; the published operating point if not given.
+        labels: only items of these classes, under any spelling.
+        replicas: for a NEIGHBOURS artifact: 0 lets each worker map the whole index; from 1 on its segments lie on the
+            nodes, each on so many of them.
+        list_ranges: for a NEIGHBOURS artifact: from 1 on the lists are scanned in so many ranges, each by one worker,
+            which reads the codes of its range alone: for an index that is larger than the memory.
+        num_workers: at most, that map the whole index; as many as there are CPUs if not given.
+        cpu_price: of a CPU's hour, in any currency; a NEIGHBOURS artifact's results then name the cost of a million
+            queries.
+        picture: a PNG that shows the first queries with what was found; wants `data`.
+        data: DATA with the pictures of the gallery.
+    """
+
+    index_dir: Path
+    output: Path
+    queries: Path | None = None
+    sketch: Path | None = None
+    photo: Path | None = None
+    checkpoint: Path | None = None
+    weights: Path | None = None
+    k: int = Field(default=10, ge=1)
+    nprobe: int | None = Field(default=None, ge=1)
+    refine_factor: int | None = Field(default=None, ge=1)
+    labels: tuple[str, ...] = ()
+    replicas: int = Field(default=0, ge=0)
+    list_ranges: int = Field(default=0, ge=0)
+    num_workers: int | None = Field(default=None, ge=1)
+    cpu_price: float = 0.0
+    picture: Path | None = None
+    data: Path | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError for flags that do not go together."""
+        if not self.offline:
+            require_suffix(self.output)
+        if sum(given is not None for given in (self.queries, self.sketch, self.photo)) != 1:
+            raise ConfigError("give one of --queries (embeddings), --sketch (drawings) and --photo (photos)")
+        if self.queries is None and self.checkpoint is None:
+            raise ConfigError("--sketch and --photo require --checkpoint, the one that embedded the gallery")
+        if self.picture is not None and self.data is None:
+            raise ConfigError("--picture wants --data, which holds the gallery's pictures")
+        if self.offline and (self.queries is None or self.picture is not None):
+            raise ConfigError(f"--output {self.output} is a ROOT: it wants --queries, and no --picture")
+        if self.replicas and not self.offline:
+            raise ConfigError("--replicas is for an --output that is a ROOT, not a file")
+        if self.list_ranges and not self.offline:
+            raise ConfigError("--list-ranges is for an --output that is a ROOT, not a file")
+
+    @property
+    def offline(self) -> bool:
+        """Whether the answers become an artifact."""
+        return not into_file(self.output)
+
+    @property
+    def images(self) -> tuple[Literal["sketch", "photo"], Path]:
+        """Modality and place of queries that are image files."""
+        return ("photo", self.photo) if self.photo is not None else ("sketch", self.sketch or Path())
+
+    def asked(self, facts: Mapping[str, Any]) -> Asked:
+        """What is asked of the index with these facts: never more neighbors than it has items."""
+        return Asked(min(self.k, int(facts["ntotal"])), self.nprobe, self.refine_factor, self.labels)
+
+
+def plan(config: Search) -> Results:
+    config.check()
+    index = open_artifact(config.index_dir, "index")
+    if config.list_ranges:
+        require(index, config.asked(index.facts), config.replicas)
+    point = index.facts["operating_point"]
+    cost: Results = {}
+    if config.queries is not None:
+        queries = open_artifact(config.queries, "embeddings")
+        count = queries.facts["rows"]
+        if config.offline and not config.replicas and not config.list_ranges:
+            prices = Prices(config.cpu_price)
+            cost = {
+                "cost": predict(index, queries, config.asked(index.facts), workers=config.num_workers, prices=prices)
+            }
+    else:
+        count = len(image_files(config.images[1]))
+    return {
+        "index": index.digest,
+        "queries": count,
+        "nprobe": config.nprobe or point["nprobe"],
+        "refine_factor": config.refine_factor or point["refine_factor"],
+        "bytes_mapped": sum(entry.bytes for entry in index.files),
+        **cost,
+    }
+
+
+def image_files(place: Path) -> list[Path]:
+    """`place` itself, or the images in the folder `place` and below, in name order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if is_file(place):
+        return [place]
+    found = [path for path in files_below(place) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise ConfigError(f"{place}: no image there; expected an image file, or a folder with some in it")
+    return found
+
+
+def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
+    """Answers to image files, and the files' bytes."""
+    modality, place = config.images
+    checkpoint = open_artifact(config.checkpoint or Path(), "checkpoint")
+    if checkpoint.digest != searcher.space.checkpoint:
+        raise ConfigError(
+            f"--checkpoint {config.checkpoint}: {checkpoint.digest[:12]} did not embed the gallery; give "
+            f"{searcher.space.checkpoint[:12]}, which did"
+        )
+    model = of_checkpoint(checkpoint, config.weights)
+    files, images = readable(image_files(place))
+    vectors = model.embed_sketch(files) if modality == "sketch" else model.embed_photo(files)
+    if modality == "sketch":
+        warn_of_photos(files, images)
+    hits = config.asked(searcher.facts).of(searcher, vectors)
+    keys = np.array([str(path) for path in files], object)
+    return Answers(np.arange(len(files)), keys, np.full(len(files), None), hits), list(images)
+
+
+def readable(files: Sequence[Path]) -> tuple[list[Path], list[bytes]]:
+    """Those of `files` that decode, and their bytes; a warning names the others.
+
+    Raises:
+        ConfigError: none does.
+    """
+    images, bad = {}, []
+    for path in files:
+        try:
+            data = read_file(path)
+            decode(data, CHECKED_SIDE, Limits())
+            images[path] = data
+        except (BadImage, OSError) as error:
+            bad.append(f"{path}: {error}")
+    said = f"{len(bad)} of {len(files)} images cannot be read: {'; '.join(bad[:3])}{'; ...' if len(bad) > 3 else ''}"
+    if not images:
+        raise ConfigError(said)
+    if bad:
+        logger.warning("%s; the others are searched for", said)
+    return list(images), list(images.values())
+
+
+def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
+    """Say which of the drawings look like photos: their answers are those to a drawing that is none."""
+    if photos := [path for path, image in zip(files, images, strict=True) if looks_like_a_photo(image)]:
+        logger.warning(
+            "%d of %d drawings look like photos, such as %s: they have no even background; to search by a photo, "
+            "give --photo instead of --sketch",
+            len(photos),
+            len(files),
+            photos[0],
+        )
+
+
+def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
+    """Answers to embeddings, and the queries' pictures where DATA has them."""
+    queries = open_artifact(config.queries or Path(), "embeddings")
+    answers = answer(searcher, queries, config.asked(searcher.facts))
+    if config.picture is None:
+        return answers, []
+    data = open_artifact(config.data or Path(), "data")
+    drawn = dict(pictures_in(data, str(queries.facts["modality"]), set(answers.ids.tolist())))
+    return answers, [drawn.get(int(identity)) for identity in answers.ids]
+
+
+def to_artifact(config: Search) -> Results:
+    """Answers to embeddings, as NEIGHBOURS."""
+    index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries or Path(), "embeddings")
+    output = Store.at(config.output)
+    made, told = search_all(
+        index,
+        queries,
+        config.asked(index.facts),
+        output,
+        replicas=config.replicas,
+        list_ranges=config.list_ranges,
+        workers=config.num_workers,
+        prices=Prices(config.cpu_price),
+    )
+    return {"neighbours": made.digest, "index": index.digest, **made.facts, **told}
+
+
+def work(config: Search) -> Results:
+    config.check()
+    if config.offline:
+        return to_artifact(config)
+    index = open_artifact(config.index_dir, "index")
+    searcher = Searcher.of(index)
+    answers, queries = (from_files if config.queries is None else from_embeddings)(config, searcher)
+    write_answers(answers, config.output)
+    if config.picture is not None:
+        ids = set(answers.hits.ids.ravel().tolist())
+        found = dict(pictures_in(open_artifact(config.data or Path(), "data"), "photo", ids))
+        draw(answers, found, queries, config.picture)
+    k = answers.hits.ids.shape[1]
+    return {"index": index.digest, "queries": len(answers.ids), "k": k, "output": str(config.output)}
+
+
+def run(argv: Sequence[str]) -> int:
+    return main(Search, plan, work, argv, "zsr search")

@@ -1,0 +1,169 @@
+"""Trials of zsr train over a search space, or over several seeds, to the best configuration by validation classes."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import Field, ValidationError, create_model
+
+from zsr.artifact import write_atomically
+from zsr.commands import train
+from zsr.commands.base import Results, file_values, main, refusals
+from zsr.devices import DeviceSettings
+from zsr.errors import ConfigError
+from zsr.training.run import Run, describe
+from zsr.training.tune import Overrides, SearcherName, Sweep, Trial, best_setting, parse_space, run_sweep
+
+# what makes scores of two trials incomparable, or is no setting of a run
+FIXED: Final = (
+    *("data", "split", "query", "model", "preset", "validation_classes", "num_workers", "output", "plan", "resume"),
+    *("seed", "track", "log_every", "device", "gpus_per_worker"),
+)
+OWN: Final = ("search_space", "trials", "seeds", "searcher", "trials_per_gpu", "search_seed")
+
+
+class Config(train.Config):
+    """Flags of zsr tune: those of zsr train, which every trial starts from, and these.
+
+    Attributes:
+        search_space: YAML file of `FIELD: {KIND: VALUES}`, such as `options.lr: {loguniform: [1e-5, 1e-3]}`; kinds are
+            uniform, loguniform, randint, choice and grid. Without it the seeds alone are trained.
+        trials: settings that are drawn; each is trained with every seed.
+        seeds: of the runs; a setting's score is the mean over them.
+        searcher: random, or optuna (extra `optuna`).
+        trials_per_gpu: trials that share what --gpus-per-worker says; a small model cannot fill a GPU.
+        search_seed: of the drawing.
+    """
+
+    search_space: Path | None = None
+    trials: int = Field(8, ge=1)
+    seeds: tuple[int, ...] = (0,)
+    searcher: SearcherName = "random"
+    trials_per_gpu: int = Field(1, ge=1)
+    search_seed: int = 0
+
+
+def base(config: Any) -> dict[str, Any]:
+    """The flags of zsr train that trials start from, as plain values; paths absolute, for trials run elsewhere."""
+    values = {name: getattr(config, name) for name in type(config).model_fields if name not in OWN}
+    found = {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
+    return {**found, "options": config.options.model_dump(mode="json"), "num_workers": 1}
+
+
+def trial_config(values: Mapping[str, Any], overrides: Overrides) -> Any:
+    """The configuration of zsr train for one trial.
+
+    Raises:
+        ConfigError: no such field, one that trials may not differ in, or a value that it does not take.
+    """
+    changed = {**values, "options": dict(values["options"])}
+    for name, value in overrides.items():
+        field, _, option = name.partition(".")
+        field = field.replace("-", "_")
+        if field not in changed or (field in FIXED and name != "seed") or (field == "options") != bool(option):
+            known = sorted(set(changed) - {*FIXED, "options"}) + [f"options.{o}" for o in values["options"]]
+            raise ConfigError(f"search space: {name!r} cannot be searched; these can: {known}")
+        if option and option not in changed["options"]:
+            raise ConfigError(f"search space: no option {option!r}; known are {sorted(values['options'])}")
+        if option:
+            changed["options"][option] = value
+        else:
+            changed[field] = value
+    kind = train.config_for(["--model", changed["model"]])
+    try:
+        return kind(**changed)
+    except ValidationError as error:
+        raise ConfigError(f"trial {dict(overrides)}: {refusals(error, kind)}") from error
+
+
+def make(values: Mapping[str, Any], overrides: Overrides) -> Run:
+    """The run of one trial."""
+    config = trial_config(values, overrides)
+    return train.prepare_run(config, config.options)
+
+
+def sweep_of(config: Any) -> Sweep:
+    """What is tried.
+
+    Raises:
+        ConfigError: see `parse_space` and `trial_config`.
+    """
+    content = {} if config.search_space is None else file_values(config.search_space, "--search-space")
+    values = base(config)
+    space = parse_space(content)
+    if "seed" in space:
+        raise ConfigError("search space: a seed is no setting; use --seeds")
+    for name, given in content.items():
+        ((kind, listed),) = given.items()
+        for value in listed if kind in ("choice", "grid") else ():
+            trial_config(values, {name: value})  # a value that is refused is better refused now
+    known = {name.partition(".")[0] for name in space}
+    trial_config(values, {name: values.get(name, values["options"].get(name.partition(".")[2])) for name in space})
+    return Sweep(
+        space=space,
+        samples=config.trials if known else 1,
+        seeds=config.seeds,
+        searcher=config.searcher,
+        device=DeviceSettings(device=config.device, gpus_per_worker=config.gpus_per_worker / config.trials_per_gpu),
+        seed=config.search_seed,
+    )
+
+
+def plan(config: Any) -> Results:
+    sweep = sweep_of(config)
+    first = describe(make(base(config), {"seed": sweep.seeds[0]}))
+    return {"settings": sweep.samples, "seeds": list(sweep.seeds), "space": sorted(sweep.space), "each": first}
+
+
+def work(config: Any) -> Results:
+    values = base(config)
+    trials = run_sweep(partial(make, values), sweep_of(config), config.output.absolute())
+    setting, score = best_setting(trials)
+    best = config.output / "best.yaml"
+    write_atomically(best, yaml.safe_dump(flags(trial_config(values, setting))).encode())
+    write_atomically(config.output / "trials.json", json.dumps([asdict(t) for t in trials], indent=1).encode())
+    print(table(trials), file=sys.stderr)
+    return {
+        "trials": len(trials),
+        "failed": sum(trial.score is None for trial in trials),
+        "best": setting,
+        "validation_map_all": score,
+        "best_config": str(best),
+        "checkpoint": trials[0].checkpoint,
+    }
+
+
+def flags(config: Any) -> dict[str, Any]:
+    """What `zsr train --config` takes, without --output."""
+    values = config.model_dump(
+        mode="json", exclude={"output", "plan", "resume", "track", "log_every", *DeviceSettings.model_fields}
+    )
+    values["options"] = {name: value for name, value in values["options"].items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """A line a trial, best first."""
+    lines = ["validation mAP  step  setting"]
+    for trial in trials:
+        score = "        failed" if trial.score is None else f"{trial.score:14.4f}"
+        said = ", ".join(f"{name}={value}" for name, value in trial.overrides.items())
+        lines.append(
+            f"{score}  {'' if trial.best_step is None else trial.best_step:>4}  {said}  {trial.error}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def config_for(argv: Sequence[str]) -> type[Any]:
+    """The flags, `--options.NAME` typed by the model. Raises ConfigError: no such model or preset."""
+    options = train.config_for(argv).model_fields["options"]
+    return create_model("Config", __base__=Config, __module__=__name__, options=(options.annotation, options.default))
+
+
+def run(argv: Sequence[str]) -> int:
+    return main(config_for, plan, work, argv, "zsr tune")
