@@ -43,8 +43,9 @@ from zsr.artifact import Artifact, Store
 from zsr.data.prepare import Prepare, prepare
 from zsr.data.sources.folders import Folders
 from zsr.embedding.backbone import ShardExtractor, extract, plan, shards
-from zsr.embedding.encode import BackboneSettings, Featurizer, featurizer
-from zsr.embedding.shards import Prices, compute, fingerprint
+from zsr.embedding.encode import Featurizer, featurizer
+from zsr.embedding.settings import BackboneSettings, Prices
+from zsr.embedding.shards import compute, fingerprint
 from zsr.models import backbones
 from zsr.worker import keep_freed_memory
 

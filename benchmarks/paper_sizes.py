@@ -28,7 +28,8 @@ from torch import Tensor
 from zsr.batch import Batch
 from zsr.models import backbones, build, configure
 from zsr.models.protocol import Inputs, Model, Tower
-from zsr.training.engines import Engines, Precision, deepspeed_config, init_distributed
+from zsr.training.config import Precision
+from zsr.training.engines import Engines, deepspeed_config, init_distributed
 
 STEPS: Final = 2
 

@@ -106,7 +106,7 @@ def fit(config: Config, at: Mapping[str, Path], name: str, kind: str, seed: int)
     """One training run, or what an earlier one left."""
     model, recipe = name.partition(" ")[0], RECIPES[name]
     options = configure(model, recipe.get("options", {}), recipe.get("preset"))
-    flags = train.config_for(["--model", model])(
+    flags = train.config_of(model)(
         **{"batch_size": config.batch, **at, **recipe, "options": options},
         split=config.split,
         output=where(config, name, kind, seed),

@@ -152,7 +152,8 @@ def test_open_pictures_and_arrays_are_the_same_as_their_files(with_tower: Path, 
         assert np.array_equal(model.embed_sketch(same), paths)
     assert model.embed_photo([]).shape == (0, model.dim)
     assert not np.allclose(model.embed_photo([picture]), paths)  # towers differ, and sketches are inverted
-    for wrong in (picture, tmp_path / "a.png", pixels, [pixels.astype(float)], [tmp_path / "none.png"]):
+    refused: list[Any] = [picture, tmp_path / "a.png", pixels, [pixels.astype(float)], [tmp_path / "none.png"]]
+    for wrong in refused:
         with pytest.raises(ConfigError, match="picture"):
             model.embed_sketch(wrong)
     with pytest.raises(ConfigError, match="not text"):

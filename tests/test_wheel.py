@@ -95,7 +95,7 @@ def test_all_stages_run_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> 
         "search --index-dir index --queries sketch --output found.json",
         f"evaluate {inputs} --semantics semantics --checkpoint checkpoint --output report",
     ):
-        command = [wheel / "zsr", *words.split()]
+        command = [str(wheel / "zsr"), *words.split()]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
         )
@@ -105,7 +105,6 @@ def test_all_stages_run_outside_of_the_checkout(wheel: Path, tmp_path: Path) -> 
     assert len(json.loads((tmp_path / "found.json").read_text())) > 10
     assert "</html>" in (tmp_path / "report" / "report.html").read_text()
     where = "import zsr, json; print(zsr.__file__, zsr.open_artifact('index', 'index').digest)"
-    said = subprocess.run(
-        [wheel / "python", "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert said.stdout.startswith(str(wheel.parent)), said.stderr
+    command = [str(wheel / "python"), "-c", where]
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith(str(wheel.parent))

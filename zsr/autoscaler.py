@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-import ray
 import yaml
 
 from zsr.errors import ConfigError
@@ -45,6 +44,8 @@ def startable(config: Mapping[str, Any]) -> tuple[tuple[NodeType, ...], int]:
 
 @lru_cache(maxsize=1)
 def _read(gcs_address: str) -> Mapping[str, Any]:
+    import ray
+
     if "KUBERNETES_SERVICE_HOST" in os.environ and "RAY_CLUSTER_NAME" in os.environ:
         return kubernetes_config(os.environ["RAY_CLUSTER_NAME"])
     if gcs_address.rpartition(":")[0] == ray.util.get_node_ip_address():  # type: ignore[no-untyped-call]
@@ -64,6 +65,8 @@ def autoscaler_config() -> Mapping[str, Any]:
     Raises:
         ConfigError: there is one, and it cannot be read.
     """
+    import ray
+
     return _read(ray.get_runtime_context().gcs_address)
 
 

@@ -31,7 +31,6 @@ from zsr.storage import shared_environment
 logger = logging.getLogger("zsr")
 
 FOR_TESTS = ("ZSR_FAULT", "ZSR_FAKE_GPU", "ZSR_EXECUTOR")  # variables that tests set, for every process of a job
-LOCAL_CPUS = 4  # logical: two training workers plus the data tasks that feed them, also on a laptop with 2 cores
 ANSWER: Final = 5.0  # seconds in which a head must answer; Ray itself would try for over 13 minutes
 # bytes of a folder for Ray's sessions: Ray adds ray/session_TIME_PID/sockets/plasma_store, and a socket's path has 107
 SHORT: Final = 107 - len("/ray/session_2026-11-28_09-00-00_000000_4194304/sockets/plasma_store.1")
@@ -240,7 +239,7 @@ def _start_local() -> str:
     _leaving.enter_context(_loopback())
     _leaving.enter_context(_token(folder))
     head = {
-        "num_cpus": local_cpus(),
+        "num_cpus": worker.local_cpus(),
         "object_store_memory": 512 << 20,
         "include_dashboard": False,
         "node_ip_address": "127.0.0.1",
@@ -265,14 +264,9 @@ def set_data_context() -> None:
     worker.setup()  # again: importing ray.data sets its own log levels
 
 
-def is_this_machine() -> bool:
-    """Whether no cluster is given, so that this machine alone does the work."""
-    return _local is not None or (not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "") in ("", "local"))
-
-
-def local_cpus() -> int:
-    """CPUs that a cluster of this machine alone offers."""
-    return max(LOCAL_CPUS, os.cpu_count() or 1)
+def is_connected() -> bool:
+    """Whether this process is connected to a cluster."""
+    return bool(ray.is_initialized())
 
 
 def started_here() -> bool:

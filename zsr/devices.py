@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-import ray
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from zsr import cluster, executor
+from zsr import executor
 from zsr.autoscaler import NodeType, autoscaler_config, startable
 from zsr.errors import ConfigError, Infeasible
+from zsr.worker import local_cpus
 
 logger = logging.getLogger("zsr")
 
@@ -189,6 +188,9 @@ def own_device() -> Literal["cpu", "cuda"]:
     """
     if executor.in_this_process() or FAKE in os.environ:
         return "cpu"
+    import ray
+    import torch
+
     if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         return "cpu"
     if not torch.cuda.is_available():
@@ -204,9 +206,13 @@ def own_device() -> Literal["cpu", "cuda"]:
 
 def capacity() -> Capacity:
     """What this cluster has and can have. Connects, unless this machine alone would be the cluster and has no GPU."""
-    if cluster.is_this_machine() and not _has_gpu():
+    if executor.is_this_machine() and not _has_gpu():
         cores = os.cpu_count() or 1
-        return Capacity(({"CPU": float(cluster.local_cpus())},), cores=cores)
+        return Capacity(({"CPU": float(local_cpus())},), cores=cores)
+    import ray
+
+    from zsr import cluster
+
     cluster.connect()
     live = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = tuple(dict(node["Resources"]) for node in live)
@@ -221,4 +227,6 @@ def capacity() -> Capacity:
 
 def _has_gpu() -> bool:
     """Whether this machine seems to have a GPU; Ray, once started, says how many torch may use."""
+    import torch
+
     return FAKE in os.environ or Path("/dev/nvidia0").exists() or torch.cuda.is_available()

@@ -32,6 +32,14 @@ def in_this_process() -> bool:
     return _here
 
 
+def is_this_machine() -> bool:
+    """Whether no cluster is given, so that this machine alone does the work."""
+    cluster = sys.modules.get("zsr.cluster")  # loads Ray, which takes seconds
+    if cluster is not None and cluster.is_connected():
+        return bool(cluster.started_here())
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
 def runs_here(small: bool, gpus: float = 0) -> bool:
     """Whether work runs in this process.
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from zsr.artifact import Artifact, canonical, open_artifact, sha256, write_atomically
 from zsr.data.decode import COMPATIBLE, VERSION
-from zsr.embedding.encode import BackboneSettings, Featurizer, featurizer
+from zsr.embedding.encode import Featurizer, featurizer
+from zsr.embedding.settings import BackboneSettings
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import backbones
 from zsr.models.protocol import Inputs

@@ -6,6 +6,7 @@ Ray calls `setup` through the runtime environment. Nothing heavy is imported her
 import ctypes
 import functools
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,13 @@ COMPLAINTS = (
     "ray._private.services",
 )
 CLEANER = "PlacementGroupCleanerMonitor"  # Ray's name of the thread of that cleaner
+
+
+def local_cpus() -> int:
+    """CPUs that a cluster of this machine alone offers: two training workers and the tasks that feed them fit, also on
+    a laptop with two cores.
+    """
+    return max(4, os.cpu_count() or 1)
 
 
 def setup() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ROOT, LocalCluster
-from zsr.commands import doctor, probes
+from zsr.commands import checks, doctor, probes
 from zsr.commands.base import Results
-from zsr.commands.doctor import Check, Node, comparable, gpus, same_extras, same_versions
+from zsr.commands.checks import Check, Node, comparable, gpus, same_extras, same_versions
 
 
 def examine(cluster: LocalCluster) -> tuple[int, Results, str]:
@@ -64,7 +64,7 @@ def test_the_doctor_finds_a_node_with_another_version(tmp_path: Path, local: Loc
 @pytest.mark.parametrize(("flags", "well"), [({}, False), ({"max_skew": 3.0}, True)])
 def test_a_clock_may_differ_by_max_skew(flags: dict[str, float], well: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "clock_skew", lambda _: -2.0)
-    (check,) = doctor.clocks([node("a", "2.13.0")], doctor.Config(**flags))
+    (check,) = checks.clocks([node("a", "2.13.0")], doctor.Config(**flags))
     assert (check.found, not check.fix) == ("-2.000 s", well)
 
 

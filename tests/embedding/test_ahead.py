@@ -14,7 +14,7 @@ from zsr.artifact import open_artifact
 from zsr.data.decode import Pictures, Resize
 from zsr.embedding.ahead import Decoders
 from zsr.embedding.backbone import Extractor
-from zsr.embedding.encode import BackboneSettings
+from zsr.embedding.settings import BackboneSettings
 from zsr.embedding.shards import Clocks
 from zsr.models import backbones
 

@@ -14,8 +14,8 @@ from zsr.data.decode import Pictures, Resize
 from zsr.data.pictures import decoded
 from zsr.embedding.ahead import Images
 from zsr.embedding.backbone import Extractor
-from zsr.embedding.encode import BackboneSettings
 from zsr.embedding.nvjpeg import DeviceDecoders
+from zsr.embedding.settings import BackboneSettings
 from zsr.embedding.shards import Clocks
 from zsr.models import backbones
 

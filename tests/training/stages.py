@@ -39,7 +39,8 @@ from tests.models.test_models import SMALL, STEPPED
 from zsr.batch import Batch
 from zsr.models import backbones, build, layers, lcale
 from zsr.models.protocol import Inputs, Model, Optimizer, Tower
-from zsr.training.engines import Engines, Precision, Stage, deepspeed_config, init_distributed
+from zsr.training.config import Precision, Stage
+from zsr.training.engines import Engines, deepspeed_config, init_distributed
 
 ROWS: Final = 16  # of the global batch
 STEPS: Final = 20

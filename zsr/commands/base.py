@@ -4,6 +4,7 @@ A command is a configuration class, a `plan` (what it would do, as JSON values) 
 results). `zsr NAME --config FILE.yaml --flag value`: the file fills the flags, the command line wins.
 """
 
+import argparse
 import difflib
 import io
 import json
@@ -298,15 +299,24 @@ def without_file(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     Raises:
         ConfigError: no file is named.
     """
-    flags = list(argv)
-    at = next((at for at, flag in enumerate(flags) if flag == "--config" or flag.startswith("--config=")), None)
-    if at is None:
-        return flags, None
-    words = flags[at].partition("=")[2:] if "=" in flags[at] else flags[at + 1 : at + 2]
-    if not words or not words[0]:
+    found, flags = _read(argv, "config")
+    if found["config"] == "":
         raise ConfigError("--config requires the name of a YAML file")
-    del flags[at : at + (1 if "=" in flags[at] else 2)]
-    return flags, Path(words[0])
+    return flags, None if found["config"] is None else Path(found["config"])
+
+
+def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
+    """The values of some flags that decide which others there are; None for one that is not given."""
+    return _read(argv, *names)[0]
+
+
+def _read(argv: Sequence[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
+    """The values of some flags, empty where one stands without a value, and all other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?", const="")
+    found, others = parser.parse_known_args(argv)
+    return {name: getattr(found, name) for name in names}, others
 
 
 def file_flags(config_type: type[BaseModel], path: Path) -> list[str]:

@@ -6,20 +6,11 @@ Compared over nodes: versions, extras, the GPUs that Ray and torch see, free dis
 an all-reduce (NCCL over GPUs, gloo without) and of an object on its way between two object stores.
 """
 
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 
-import ray
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
-from zsr.cluster import connect
-from zsr.commands import probes
 from zsr.commands.base import JobConfig, Results, attach, main
 from zsr.errors import ConfigError
 
@@ -42,190 +33,19 @@ class Config(JobConfig):
     megabytes: int = Field(32, ge=1)
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the table.
-
-    Attributes:
-        what: was looked at.
-        found: in words.
-        fix: what to do; empty if nothing.
-    """
-
-    what: str
-    found: str
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node that Ray counts as alive.
-
-    Attributes:
-        offered: what it offers to tasks, by name.
-        facts: what `probes.describe` found there, or {"failed": why}.
-    """
-
-    identity: str
-    name: str
-    offered: Mapping[str, float]
-    facts: Mapping[str, Any]
-
-
-def nodes_of(described: Sequence[Mapping[str, Any]]) -> list[Node]:
-    """The live nodes among Ray's, each asked about itself."""
-    alive = sorted((n for n in described if n["Alive"]), key=lambda n: n["NodeID"])
-    asked: dict[str, Any] = {
-        n["NodeID"]: probes.describe.options(**probes.on(n["NodeID"])).remote(tempfile.gettempdir()) for n in alive
-    }
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=probes.WAIT)
-    return [
-        Node(
-            identity=n["NodeID"],
-            name=f"{n['Labels'].get('zsr/kind', 'node')} {n['NodeManagerAddress']} {n['NodeID'][:6]}",
-            offered=n["Resources"],
-            facts=answer(asked[n["NodeID"]]),
-        )
-        for n in alive
-    ]
-
-
-def answer(reference: Any) -> probes.Facts:
-    """What a probe found, or why it did not, in one line."""
-    try:
-        return dict(ray.get(reference, timeout=0))
-    except ray.exceptions.GetTimeoutError:
-        return {"failed": f"no answer within {probes.WAIT:.0f} s"}
-    except ray.exceptions.RayError as error:
-        return {"failed": str(error).strip().splitlines()[-1]}
-
-
-def answers(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Whether every node ran the probe."""
-    for node in nodes:
-        why = node.facts.get("failed", "")
-        fix = "look at its raylet.log and at its environment, or take the node out" if why else ""
-        yield Check(f"{node.name} answers", why or "yes", fix)
-
-
-def same_versions(nodes: Sequence[Node]) -> Iterator[Check]:
-    """One line a package whose version differs, or one that says that none does."""
-    found = {node.name: comparable(node.facts["versions"]) for node in nodes}
-    packages = sorted(set().union(*found.values()))
-    differing = [p for p in packages if len({versions.get(p) for versions in found.values()}) > 1]
-    for package in differing:
-        counted = Counter(versions.get(package, "") for versions in found.values())
-        usual = counted.most_common(1)[0][0]
-        odd = {name: v.get(package, "") or "none" for name, v in found.items() if v.get(package, "") != usual}
-        listed = ", ".join(f"{version} on {name}" for name, version in odd.items())
-        fix = f"install {package} {usual or 'nowhere'} there, or start these nodes from the image of the others"
-        yield Check(f"version of {package}", f"{usual or 'none'} on {counted[usual]} nodes, {listed}", fix)
-    if not differing:
-        known = [f"{p} {v}" for p, v in next(iter(found.values())).items() if v]
-        yield Check("versions alike", ", ".join(known))
-
-
-def comparable(versions: Mapping[str, str]) -> dict[str, str]:
-    """Versions without what may differ between nodes with and without a GPU: the build, and faiss's two packages."""
-    plain = {package: version.partition("+")[0] for package, version in versions.items()}
-    faiss = [plain.pop(package) for package in ("faiss-cpu", "faiss-gpu") if package in plain]
-    return plain | {"faiss": " and ".join(version for version in faiss if version)}
-
-
-def same_extras(nodes: Sequence[Node]) -> Iterator[Check]:
-    """One line per extra that some nodes lack, and one for those that all have."""
-    found = {node.name: set(node.facts["extras"]) for node in nodes}
-    everywhere = set.intersection(*found.values())
-    for extra in sorted(set().union(*found.values()) - everywhere):
-        lacking = [name for name, extras in found.items() if extra not in extras]
-        fix = f"install zsr[{extra}] there, or start these nodes from the image of the others"
-        yield Check(f"extra {extra}", f"not on {', '.join(lacking)}", fix)
-    without = "" if "s3" in everywhere else "; without s3, no artifact can be in a bucket"
-    yield Check("extras on all nodes", (", ".join(sorted(everywhere)) or "none") + without)
-
-
-def gpus(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Whether torch sees what Ray offers."""
-    for node in nodes:
-        offered, torch = int(node.offered.get("GPU", 0)), node.facts["gpus_torch"]
-        fix = ""
-        if torch < offered:
-            fix = "torch has no CUDA there: install the GPU image, or a driver that its CUDA version requires"
-        elif torch > offered:
-            fix = "Ray offers fewer than there are: start the node with --num-gpus, or leave it out"
-        yield Check(f"GPUs of {node.name}", f"Ray {offered}, torch {torch}", fix)
-
-
-def disks(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
-    """Free space where Ray spills and logs."""
-    for node in nodes:
-        free = node.facts["free_bytes"] / 2**30
-        few = free < config.min_free_gib
-        fix = f"free {config.min_free_gib - free:.1f} GiB, or set --object-spilling-directory to a larger disk"
-        yield Check(f"free disk of {node.name}", f"{free:.1f} GiB", fix if few else "")
-
-
-def clocks(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
-    """Every node's clock against the driver's."""
-    for node in nodes:
-        skew = probes.clock_skew(node.identity)
-        fix = "run a time service there (chrony)" if abs(skew) > config.max_skew else ""
-        yield Check(f"clock of {node.name}", f"{skew:+.3f} s", fix)
-
-
-def links(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
-    """Bandwidth between nodes: what training and data move over."""
-    with_gpu = [node for node in nodes if node.offered.get("GPU", 0) >= 1]
-    ring = with_gpu if len(with_gpu) > 1 else nodes
-    if len(nodes) < 2:
-        return
-    size = config.megabytes << 20
-    backend = "NCCL" if ring is with_gpu else "gloo"
-    names = f"all-reduce over {len(ring)} nodes, {backend}"
-    speed = probes.all_reduce_speed([node.identity for node in ring], ring is with_gpu, size) * 8 / 1e9
-    fix = "NCCL_DEBUG=INFO tells the link it took; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME choose another"
-    yield Check(names, f"{speed:.2f} Gbit/s", fix if speed < config.min_all_reduce_gbit else "")
-    for source, target in zip(nodes, [*nodes[1:], nodes[0]], strict=True):
-        speed = probes.object_store_speed(source.identity, target.identity, size) * 8 / 1e9
-        fix = "more --object-store-memory, a larger /dev/shm, or nodes in one zone"
-        what = f"object store {source.name} to {target.name}"
-        yield Check(what, f"{speed:.2f} Gbit/s", fix if speed < config.min_object_store_gbit else "")
-
-
-def examine(config: Config) -> list[Check]:
-    """Every check, in the order of the table."""
-    connect()
-    nodes = nodes_of(ray.nodes())  # type: ignore[no-untyped-call]
-    checks = list(answers(nodes))
-    well = [node for node in nodes if "failed" not in node.facts]
-    checks += [
-        *same_versions(well),
-        *same_extras(well),
-        *gpus(well),
-        *disks(well, config),
-        *clocks(well, config),
-        *links(well, config),
-    ]
-    return checks
-
-
-def show(checks: Sequence[Check]) -> None:
-    """The table, on stdout."""
-    table = Table("", "what", "found", "fix", box=None, pad_edge=False)
-    for check in checks:
-        table.add_row("FIX" if check.fix else "ok", check.what, check.found, check.fix)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
 def plan(config: Config) -> Results:
-    return {"checks": [check.__name__ for check in (answers, same_versions, same_extras, gpus, disks, clocks, links)]}
+    from zsr.commands import checks
+
+    return {"checks": [check.__name__ for check in checks.ALL]}
 
 
 def work(config: Config) -> Results:
-    checks = examine(config)
-    show(checks)
-    wrong = [check for check in checks if check.fix]
-    results: Results = {"checks": [asdict(check) for check in checks]}
+    from zsr.commands import checks
+
+    found = checks.examine(config)
+    checks.show(found)
+    wrong = [check for check in found if check.fix]
+    results: Results = {"checks": [asdict(check) for check in found]}
     if wrong:
         error = ConfigError("; ".join(f"{check.what}: {check.found}: {check.fix}" for check in wrong))
         attach(error, results)

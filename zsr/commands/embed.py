@@ -9,8 +9,7 @@ from zsr.artifact import Artifact, Store, open_artifact
 from zsr.commands.base import JobConfig, Results, main
 from zsr.data.rows import Modality
 from zsr.devices import DeviceSettings
-from zsr.embedding import gallery
-from zsr.embedding.shards import Prices
+from zsr.embedding.settings import Classes, Prices
 
 
 class Config(DeviceSettings, JobConfig):
@@ -35,7 +34,7 @@ class Config(DeviceSettings, JobConfig):
     modality: Modality
     output: Path
     features: Path | None = None
-    classes: gallery.Classes = "all"
+    classes: Classes = "all"
     actors: int | None = Field(None, ge=1)
     decoders: int | None = None
     cpu_price: float = 0.0
@@ -51,6 +50,8 @@ class Config(DeviceSettings, JobConfig):
 
 
 def plan(config: Config) -> Results:
+    from zsr.embedding import gallery
+
     data, features, checkpoint = config.open()
     source = gallery.source_of(data, features, checkpoint, config.modality)
     rows, dim = (features or data).facts["rows"][config.modality], checkpoint.facts["dim"]
@@ -69,6 +70,8 @@ def plan(config: Config) -> Results:
 
 
 def work(config: Config) -> Results:
+    from zsr.embedding import gallery
+
     data, features, checkpoint = config.open()
     store = Store.at(config.output)
     embeddings, tally = gallery.embed(

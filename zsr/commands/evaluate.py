@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import Field
 
@@ -11,10 +11,11 @@ from zsr.commands.base import JobConfig, Results, main
 from zsr.data.rows import Modality
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
-from zsr.evaluation.bench import BackboneSaw, Protocol, Task
-from zsr.evaluation.compare import Given, LearnedOn, Settings, by_split, compare
-from zsr.evaluation.pictures import pictures_of
-from zsr.evaluation.report import Report, as_json, write
+from zsr.evaluation.settings import BackboneSaw, LearnedOn, Protocol
+
+if TYPE_CHECKING:
+    from zsr.evaluation.compare import Given, Settings
+    from zsr.evaluation.report import Report
 
 TITLES: Final[dict[Protocol, str]] = {
     "zero-shot": "Zero-shot retrieval",
@@ -69,12 +70,15 @@ class Config(DeviceSettings, JobConfig):
     k: int = Field(1000, ge=1)
     ks: tuple[int, ...] = (100, 200)
 
-    def given(self) -> Given:
+    def given(self) -> "Given":
         """The opened inputs.
 
         Raises:
             What opening raises; ConfigError where the inputs do not fit each other.
         """
+        from zsr.evaluation.bench import Task
+        from zsr.evaluation.compare import Given, by_split
+
         task = Task(
             query=self.query_modality,
             gallery=self.gallery_modality,
@@ -101,8 +105,10 @@ class Config(DeviceSettings, JobConfig):
                 )
         return Given(bench, tuple(others), indexes)
 
-    def settings(self) -> Settings:
+    def settings(self) -> "Settings":
         """What the report shows."""
+        from zsr.evaluation.compare import Settings
+
         return Settings(
             title=self.title or f"{TITLES[self.protocol]}: {self.query_modality} to {self.gallery_modality}",
             k=self.k,
@@ -128,14 +134,20 @@ def plan(config: Config) -> Results:
 
 
 def work(config: Config) -> Results:
+    from zsr.evaluation.compare import compare
+    from zsr.evaluation.pictures import pictures_of
+    from zsr.evaluation.report import write
+
     given = config.given()
     report = compare(given, Store.at(config.output / "floors"), config.settings())
     write(config.output, report, pictures_of(given.bench.data, report))
     return headline(report, config.output)
 
 
-def headline(report: Report, output: Path) -> Results:
-    """The few numbers that a job prints."""
+def headline(report: "Report", output: Path) -> Results:
+    """The few numbers that a command prints."""
+    from zsr.evaluation.report import as_json
+
     values = as_json(report)
     exact = {row["name"]: row for row in values["rows"] if row["search"] is None}
     through = [row for row in values["rows"] if row["search"] is not None]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from zsr.artifact import open_artifact
 from zsr.commands.base import JobConfig, Results, main
-from zsr.export import WEIGHTS, export
 from zsr.storage import read_file
 
 
@@ -29,6 +28,8 @@ class Config(JobConfig):
 
 
 def plan(config: Config) -> Results:
+    from zsr.export import WEIGHTS
+
     checkpoint = open_artifact(config.checkpoint, "checkpoint")
     return {
         "checkpoint": checkpoint.digest,
@@ -39,6 +40,8 @@ def plan(config: Config) -> Results:
 
 
 def work(config: Config) -> Results:
+    from zsr.export import WEIGHTS, export
+
     description = export(
         open_artifact(config.checkpoint, "checkpoint"),
         config.output,

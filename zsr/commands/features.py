@@ -9,13 +9,8 @@ from pydantic import Field
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.commands.base import JobConfig, Results, main
 from zsr.devices import DeviceSettings
-from zsr.embedding.backbone import extract, predict
-from zsr.embedding.backbone import plan as plan_features
-from zsr.embedding.encode import BackboneSettings
-from zsr.embedding.finetune import Finetune, finetune
-from zsr.embedding.shards import Prices
-from zsr.evaluation.metrics import mean_average_precision
-from zsr.models import backbones
+from zsr.embedding.settings import BackboneSettings, Finetune, Prices
+from zsr.models.choices import Fit, PixelScaling
 
 
 class Config(DeviceSettings, JobConfig):
@@ -51,8 +46,8 @@ class Config(DeviceSettings, JobConfig):
     weights: Path | None = None
     layer: str | None = None
     size: int | None = None
-    fit: backbones.Fit = "stretch"
-    scaling: backbones.Scaling = "published"
+    fit: Fit = "stretch"
+    scaling: PixelScaling = "published"
     invert_sketches: bool = False
     jpegs: Literal["cpu", "gpu"] = "cpu"
     texts: Literal["minilm", "none"] = "minilm"
@@ -69,6 +64,10 @@ class Config(DeviceSettings, JobConfig):
 
 
 def plan(config: Config) -> Results:
+    from zsr.embedding.backbone import plan as plan_features
+    from zsr.embedding.backbone import predict
+    from zsr.models import backbones
+
     data = open_artifact(config.data, "data")
     weights = backbones.weights_path(config.backbone, config.weights)
     rows = {m: n for m, n in data.facts["rows"].items() if m != "text" or config.texts != "none"}
@@ -87,6 +86,11 @@ def plan(config: Config) -> Results:
 
 
 def work(config: Config) -> Results:
+    from zsr.embedding.backbone import extract
+    from zsr.embedding.finetune import finetune
+    from zsr.evaluation.metrics import mean_average_precision
+    from zsr.models import backbones
+
     data = open_artifact(config.data, "data")
     settings = config.settings()
     published = backbones.weights_path(config.backbone, config.weights)

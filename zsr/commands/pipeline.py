@@ -17,10 +17,9 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from zsr import measure
 from zsr.artifact import write_atomically
 from zsr.commands import embed, evaluate, features, index, prepare, semantics, train
-from zsr.commands.base import JobConfig, Results, attach, file_values, main, ours, without_file
+from zsr.commands.base import JobConfig, Results, attach, file_values, main, ours, peek, without_file
 from zsr.errors import ConfigError, StorageError
 from zsr.storage import url_of
 
@@ -81,12 +80,16 @@ def section(stage: str, config: type[BaseModel], **defaults: Any) -> type[BaseMo
 
 def config_of(model: str, preset: str | None = None) -> type[Any]:
     """The configuration's class with the options of `model`. Raises ConfigError if there is no such model or preset."""
-    words = ["--model", model, *(("--preset", preset) if preset else ())]
+    return _with_train(section("train", train.config_of(model, preset), model=model, preset=preset))
+
+
+def _with_train(kind: type[BaseModel]) -> type[Any]:
+    """The configuration's class with this section of the model."""
     types = {
         "prepare": section("prepare", prepare.Config),
         "semantics": section("semantics", semantics.Config),
         "features": section("features", features.Config),
-        "train": section("train", train.config_for(words), model=model, preset=preset),
+        "train": kind,
         # the report is about unseen classes; a gallery of all rows is embedded by zsr embed with this checkpoint
         "embed": section("embed", embed.Config, classes="unseen"),
         "index": section("index", index.Build),
@@ -105,9 +108,11 @@ def config_for(argv: Sequence[str]) -> type[Any]:
     flags, path = without_file(argv)
     content = None if path is None else file_values(path).get("train")
     found: dict[str, Any] = dict(content) if isinstance(content, Mapping) else {}
-    for name in ("model", "preset"):
-        found[name] = train.peek(flags, f"train.{name}", found.get(name))
-    return config_of(str(found["model"] or "contrastive"), found["preset"])
+    given = peek(flags, "train.model", "train.preset")
+    model, preset = (given[f"train.{name}"] or found.get(name) for name in ("model", "preset"))
+    if not model and not preset and {"-h", "--help"} & set(flags):  # a model takes seconds to load
+        return _with_train(section("train", train.Config))
+    return config_of(str(model or train.DEFAULT_MODEL), preset)
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class Layout:
         yield self.stage("evaluate", evaluate, **self.inputs, **report, query_modality=query, output=self.report)
 
     def _trained(self) -> Iterator[Stage]:
-        kind = train.config_for(["--model", self.config.train.model])
+        kind = train.config_of(self.config.train.model)
         for seed, output in zip(self.config.seeds, self.checkpoints, strict=True):
             about: dict[str, Any] = {"semantics": self.at("semantics"), "seed": seed, "output": output}
             yield self.stage(f"train seed {seed}", train, kind, **self.inputs, **about)
@@ -254,6 +259,8 @@ class Timeline:
 
     def _note(self, stage: str, began: float, cpu: float, code: int, digest: str | None) -> None:
         seconds, own = time.monotonic() - began, time.process_time() - cpu
+        from zsr import measure
+
         measure.stage_took(stage, seconds)
         spent = measure.spent()
         tasks = {what: round(value, 2) for what, value in sorted(spent.items())}

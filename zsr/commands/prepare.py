@@ -7,7 +7,6 @@ from pydantic import Field
 
 from zsr.artifact import Store, open_artifact, write_atomically
 from zsr.commands.base import JobConfig, Results, main
-from zsr.data import inspect
 from zsr.data import prepare as rows
 from zsr.data.features import import_features
 from zsr.data.listing import listing
@@ -106,6 +105,8 @@ def work(config: Config) -> Results:
 
 def look(data: Path, config: Config) -> Results:
     """`--inspect`: the report as results, and the contact sheet beside the caller."""
+    from zsr.data import inspect
+
     results, page = inspect.look(open_artifact(data, "data"), config.sheet_rows)
     sheet = config.sheet or local_path("contact_sheet.png")
     write_atomically(sheet, page)

@@ -9,24 +9,20 @@ workers, and the job goes on where a killed one stopped.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from pydantic import Field
 
 from zsr.artifact import Store, open_artifact
 from zsr.commands.base import JobConfig, Results, main
-from zsr.data.decode import IMAGE_SUFFIXES, BadImage, Limits, decode
-from zsr.data.drawing import looks_like_a_photo
-from zsr.embedding.shards import Prices
+from zsr.embedding.settings import Prices
 from zsr.errors import ConfigError
-from zsr.exported import of_checkpoint
-from zsr.index.answers import Answers, Asked, answer, into_file, require_suffix, write_answers
-from zsr.index.by_list import require
-from zsr.index.offline import predict, search_all
-from zsr.index.picture import draw, pictures_in
-from zsr.index.search import Searcher
 from zsr.storage import files_below, is_file, read_file
+
+if TYPE_CHECKING:
+    from zsr.index.answers import Answers, Asked
+    from zsr.index.search import Searcher
 
 logger = logging.getLogger("zsr")
 
@@ -79,6 +75,8 @@ class Search(JobConfig):
 
     def check(self) -> None:
         """Raise ConfigError for flags that do not go together."""
+        from zsr.index.answers import require_suffix
+
         if not self.offline:
             require_suffix(self.output)
         if sum(given is not None for given in (self.queries, self.sketch, self.photo)) != 1:
@@ -97,6 +95,8 @@ class Search(JobConfig):
     @property
     def offline(self) -> bool:
         """Whether the answers become an artifact."""
+        from zsr.index.answers import into_file
+
         return not into_file(self.output)
 
     @property
@@ -104,12 +104,17 @@ class Search(JobConfig):
         """Modality and place of queries that are image files."""
         return ("photo", self.photo) if self.photo is not None else ("sketch", self.sketch or Path())
 
-    def asked(self, facts: Mapping[str, Any]) -> Asked:
+    def asked(self, facts: Mapping[str, Any]) -> "Asked":
         """What is asked of the index with these facts: never more neighbors than it has items."""
+        from zsr.index.answers import Asked
+
         return Asked(min(self.k, int(facts["ntotal"])), self.nprobe, self.refine_factor, self.labels)
 
 
 def plan(config: Search) -> Results:
+    from zsr.index.by_list import require
+    from zsr.index.offline import predict
+
     config.check()
     index = open_artifact(config.index_dir, "index")
     if config.list_ranges:
@@ -142,6 +147,8 @@ def image_files(place: Path) -> list[Path]:
     Raises:
         ConfigError: there is none.
     """
+    from zsr.data.decode import IMAGE_SUFFIXES
+
     if is_file(place):
         return [place]
     found = [path for path in files_below(place) if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -150,8 +157,11 @@ def image_files(place: Path) -> list[Path]:
     return found
 
 
-def from_files(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
+def from_files(config: Search, searcher: "Searcher") -> "tuple[Answers, list[bytes | None]]":
     """Answers to image files, and the files' bytes."""
+    from zsr.exported import of_checkpoint
+    from zsr.index.answers import Answers
+
     modality, place = config.images
     checkpoint = open_artifact(config.checkpoint or Path(), "checkpoint")
     if checkpoint.digest != searcher.space.checkpoint:
@@ -175,6 +185,8 @@ def readable(files: Sequence[Path]) -> tuple[list[Path], list[bytes]]:
     Raises:
         ConfigError: none does.
     """
+    from zsr.data.decode import BadImage, Limits, decode
+
     images, bad = {}, []
     for path in files:
         try:
@@ -193,6 +205,8 @@ def readable(files: Sequence[Path]) -> tuple[list[Path], list[bytes]]:
 
 def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
     """Say which of the drawings look like photos: their answers are those to a drawing that is none."""
+    from zsr.data.drawing import looks_like_a_photo
+
     if photos := [path for path, image in zip(files, images, strict=True) if looks_like_a_photo(image)]:
         logger.warning(
             "%d of %d drawings look like photos, such as %s: they have no even background; to search by a photo, "
@@ -203,8 +217,11 @@ def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
         )
 
 
-def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[bytes | None]]:
+def from_embeddings(config: Search, searcher: "Searcher") -> "tuple[Answers, list[bytes | None]]":
     """Answers to embeddings, and the queries' pictures where DATA has them."""
+    from zsr.index.answers import answer
+    from zsr.index.picture import pictures_in
+
     queries = open_artifact(config.queries or Path(), "embeddings")
     answers = answer(searcher, queries, config.asked(searcher.facts))
     if config.picture is None:
@@ -216,6 +233,8 @@ def from_embeddings(config: Search, searcher: Searcher) -> tuple[Answers, list[b
 
 def to_artifact(config: Search) -> Results:
     """Answers to embeddings, as NEIGHBOURS."""
+    from zsr.index.offline import search_all
+
     index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries or Path(), "embeddings")
     output = Store.at(config.output)
     made, told = search_all(
@@ -232,6 +251,10 @@ def to_artifact(config: Search) -> Results:
 
 
 def work(config: Search) -> Results:
+    from zsr.index.answers import write_answers
+    from zsr.index.picture import draw, pictures_in
+    from zsr.index.search import Searcher
+
     config.check()
     if config.offline:
         return to_artifact(config)

@@ -3,15 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from zsr.artifact import Store, open_artifact
 from zsr.commands.base import JobConfig, Results, main
-from zsr.data import semantics
 from zsr.data.rows import canonical_label
-from zsr.data.semantics.settings import Settings
 from zsr.errors import ConfigError
 from zsr.storage import local_path, read_text
+
+if TYPE_CHECKING:
+    from zsr.data.semantics.settings import Settings
 
 
 class Config(JobConfig):
@@ -53,8 +54,10 @@ class Config(JobConfig):
             raise ConfigError("no class names; give --data or --labels")
         return tuple(sorted(named))
 
-    def settings(self) -> Settings:
+    def settings(self) -> "Settings":
         """Files read, flags checked. Raises ConfigError for a malformed one."""
+        from zsr.data.semantics.settings import Settings
+
         return Settings(
             vectors=_paths("--vectors", self.vectors),
             names=_table("--names", self.names),
@@ -86,12 +89,16 @@ def _table(flag: str, file: Path | None) -> dict[str, str]:
 
 
 def plan(config: Config) -> Results:
+    from zsr.data import semantics
+
     classes = config.classes()
     work = semantics.plan(classes, config.kinds, config.settings())
     return {"plan": work.digest, "classes": len(classes), "kinds": sorted(config.kinds), "output": str(config.output)}
 
 
 def work(config: Config) -> Results:
+    from zsr.data import semantics
+
     artifact = semantics.build(config.classes(), config.kinds, Store.at(config.output), config.settings())
     return {"semantics": artifact.digest, **artifact.facts}
 

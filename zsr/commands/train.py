@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import Field, create_model
 
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.commands.base import JobConfig, Results, file_values, main, without_file
+from zsr.commands.base import JobConfig, Results, file_values, main, peek, without_file
 from zsr.data import splits
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
-from zsr.evaluation.metrics import mean_average_precision
-from zsr.models import MODELS, backbones, configure
-from zsr.models.protocol import ModelConfig, Query, Tower
-from zsr.training import metrics, trackers
-from zsr.training.config import TrainSettings
-from zsr.training.engines import Precision, Stage, deepspeed_config
-from zsr.training.run import Run, TowerStart, describe, metrics_path, train_model
+from zsr.models import MODELS, configure
+from zsr.models.choices import Fit, PixelScaling, Query
+from zsr.training.config import Precision, Stage, TrackerName, TrainSettings
+
+if TYPE_CHECKING:
+    from zsr.models.protocol import ModelConfig
+    from zsr.training.run import Run, TowerStart
 
 DEFAULT_MODEL: Final = "contrastive"  # the best of docs/results.md
 
@@ -46,7 +46,7 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
         semantics: SEMANTICS with a vector for every class; only models that learn from none can do without.
         split: a published split by name, random:UNSEEN:SEED, or a JSON file.
         output: ROOT of the checkpoint artifact.
-        model: which model.
+        model: which model; `zsr train --model NAME --help` lists its options.
         preset: a named set of the model's options, such as the paper's own; single options go on top.
         track: TensorBoard's event files (beside the metrics), mlflow or wandb, in addition to the JSONL.
         log_every: steps from one line of metrics to the next.
@@ -67,8 +67,8 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
     weights: Path | None = None
     random_weights: bool = False
     layer: str | None = None
-    scaling: backbones.Scaling = "published"
-    fit: backbones.Fit = "stretch"
+    scaling: PixelScaling = "published"
+    fit: Fit = "stretch"
     attention: bool = False
     prompts: int = 0
     size: int | None = None
@@ -79,19 +79,23 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
     query: Query = "sketch"
     model: str = DEFAULT_MODEL
     preset: str | None = None
-    track: tuple[trackers.Name, ...] = ()
+    track: tuple[TrackerName, ...] = ()
     log_every: int = Field(10, ge=1)
     zero_stage: Stage | None = None
     precision: Precision | None = None
     recompute: bool = False
     resume: Literal["latest", "never"] = "latest"
 
-    def inputs(self) -> Artifact | TowerStart:
+    def inputs(self) -> "Artifact | TowerStart":
         """What the model eats. Raises ConfigError unless it is either features or a tower."""
         if (self.features is None) == (self.tower is None):
             raise ConfigError("give either --features, or a --tower that makes them of the pictures")
         if self.features is not None:
             return open_artifact(self.features, "features")
+        from zsr.models import backbones
+        from zsr.models.protocol import Tower
+        from zsr.training.run import TowerStart
+
         name = str(self.tower)
         path = None if self.random_weights else backbones.weights_path(name, self.weights)
         architecture = backbones.architecture(
@@ -115,8 +119,13 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
         return TowerStart(tower, path)
 
 
-def prepare_run(config: Config, options: ModelConfig) -> Run:
+def prepare_run(config: Config, options: "ModelConfig") -> "Run":
     """Open the inputs and resolve the split. Raises what opening and resolving raise."""
+    from zsr.evaluation.metrics import mean_average_precision
+    from zsr.training import trackers
+    from zsr.training.engines import deepspeed_config
+    from zsr.training.run import Run
+
     data = open_artifact(config.data, "data")
     split = splits.choose(config.split, data.facts["classes"], config.validation_classes, config.seed)
     return Run(
@@ -138,10 +147,15 @@ def prepare_run(config: Config, options: ModelConfig) -> Run:
 
 
 def plan(config: Any) -> Results:
+    from zsr.training.run import describe
+
     return describe(prepare_run(config, config.options))
 
 
 def work(config: Any) -> Results:
+    from zsr.training import metrics
+    from zsr.training.run import metrics_path, train_model
+
     run = prepare_run(config, config.options)
     checkpoint = train_model(run, fresh=config.resume == "never")
     facts = checkpoint.facts
@@ -156,14 +170,23 @@ def work(config: Any) -> Results:
 
 
 def config_for(argv: Sequence[str]) -> type[Any]:
-    """The flags of this model: `--options.NAME` is typed by the model that `--model` (or the file) names, which also
-    has its own defaults of the run's length.
+    """The flags of the model that `--model` or the file names: `--options.NAME` is typed by it, and it has its own
+    defaults of the run's length. For help, only those of a model that is named: loading one takes seconds.
 
     Raises:
         ConfigError: no such model or preset.
     """
-    name = str(peek(argv, "model", DEFAULT_MODEL))
-    preset = peek(argv, "preset", None)
+    flags, path = without_file(argv)
+    values = {} if path is None else file_values(path)
+    named = {name: given or values.get(name) for name, given in peek(flags, "model", "preset").items()}
+    if not any(named.values()) and {"-h", "--help"} & set(flags):
+        return Config
+    return config_of(*named.values())
+
+
+def config_of(model: object = None, preset: object = None) -> type[Any]:
+    """`config_for` a model and one of its presets."""
+    name = str(model or DEFAULT_MODEL)
     if name not in MODELS:
         raise ConfigError(f"no model {name!r}; known are {sorted(MODELS)}")
     options = configure(name, {}, None if preset is None else str(preset))
@@ -172,19 +195,7 @@ def config_for(argv: Sequence[str]) -> type[Any]:
         about = copy(Config.model_fields[flag])
         about.default = value
         fields[flag] = (about.annotation, about)
-    return create_model("Config", __base__=Config, __module__=__name__, **fields)
-
-
-def peek(argv: Sequence[str], name: str, default: str | None) -> str | None:
-    """The value of one flag before the flags can be parsed, from the command line or else from --config's file."""
-    flags, path = without_file(argv)
-    found = default if path is None else file_values(path).get(name, default)
-    for at, flag in enumerate(flags):
-        if flag == f"--{name}" and at + 1 < len(flags):
-            found = flags[at + 1]
-        if flag.startswith(f"--{name}="):
-            found = flag.partition("=")[2]
-    return found
+    return create_model("Config", __base__=Config, __module__=__name__, __doc__=Config.__doc__, **fields)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 from pydantic import Field, ValidationError, create_model
@@ -16,8 +16,11 @@ from zsr.commands import train
 from zsr.commands.base import Results, file_values, main, refusals
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
-from zsr.training.run import Run, describe
-from zsr.training.tune import Overrides, SearcherName, Sweep, Trial, best_setting, parse_space, run_sweep
+from zsr.training.config import SearcherName
+
+if TYPE_CHECKING:
+    from zsr.training.run import Run
+    from zsr.training.tune import Overrides, Sweep, Trial
 
 # what makes scores of two trials incomparable, or is no setting of a run
 FIXED: Final = (
@@ -55,7 +58,7 @@ def base(config: Any) -> dict[str, Any]:
     return {**found, "options": config.options.model_dump(mode="json"), "num_workers": 1}
 
 
-def trial_config(values: Mapping[str, Any], overrides: Overrides) -> Any:
+def trial_config(values: Mapping[str, Any], overrides: "Overrides") -> Any:
     """The configuration of zsr train for one trial.
 
     Raises:
@@ -74,25 +77,27 @@ def trial_config(values: Mapping[str, Any], overrides: Overrides) -> Any:
             changed["options"][option] = value
         else:
             changed[field] = value
-    kind = train.config_for(["--model", changed["model"]])
+    kind = train.config_of(changed["model"])
     try:
         return kind(**changed)
     except ValidationError as error:
         raise ConfigError(f"trial {dict(overrides)}: {refusals(error, kind)}") from error
 
 
-def make(values: Mapping[str, Any], overrides: Overrides) -> Run:
+def make(values: Mapping[str, Any], overrides: "Overrides") -> "Run":
     """The run of one trial."""
     config = trial_config(values, overrides)
     return train.prepare_run(config, config.options)
 
 
-def sweep_of(config: Any) -> Sweep:
+def sweep_of(config: Any) -> "Sweep":
     """What is tried.
 
     Raises:
         ConfigError: see `parse_space` and `trial_config`.
     """
+    from zsr.training.tune import Sweep, parse_space
+
     content = {} if config.search_space is None else file_values(config.search_space, "--search-space")
     values = base(config)
     space = parse_space(content)
@@ -115,12 +120,16 @@ def sweep_of(config: Any) -> Sweep:
 
 
 def plan(config: Any) -> Results:
+    from zsr.training.run import describe
+
     sweep = sweep_of(config)
     first = describe(make(base(config), {"seed": sweep.seeds[0]}))
     return {"settings": sweep.samples, "seeds": list(sweep.seeds), "space": sorted(sweep.space), "each": first}
 
 
 def work(config: Any) -> Results:
+    from zsr.training.tune import best_setting, run_sweep
+
     values = base(config)
     trials = run_sweep(partial(make, values), sweep_of(config), config.output.absolute())
     setting, score = best_setting(trials)
@@ -147,7 +156,7 @@ def flags(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def table(trials: Sequence[Trial]) -> str:
+def table(trials: Sequence["Trial"]) -> str:
     """A line a trial, best first."""
     lines = ["validation mAP  step  setting"]
     for trial in trials:
@@ -160,9 +169,10 @@ def table(trials: Sequence[Trial]) -> str:
 
 
 def config_for(argv: Sequence[str]) -> type[Any]:
-    """The flags, `--options.NAME` typed by the model. Raises ConfigError: no such model or preset."""
-    options = train.config_for(argv).model_fields["options"]
-    return create_model("Config", __base__=Config, __module__=__name__, options=(options.annotation, options.default))
+    """The flags, see `train.config_for`."""
+    options = train.config_for(argv).model_fields.get("options")
+    typed: dict[str, Any] = {} if options is None else {"options": (options.annotation, options.default)}
+    return create_model("Config", __base__=Config, __module__=__name__, __doc__=Config.__doc__, **typed)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -18,12 +18,12 @@ from zsr.data.pictures import Decoded, has_images
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
 from zsr.devices import AUTO, Devices, DeviceSettings, choose, own_device
 from zsr.embedding.ahead import Decoders
-from zsr.embedding.encode import BackboneSettings, featurizer, tower_of
+from zsr.embedding.encode import architecture_of, featurizer, tower_of
 from zsr.embedding.nvjpeg import DeviceDecoders
+from zsr.embedding.settings import BackboneSettings, Prices
 from zsr.embedding.shards import (
     MADE_FROM,
     Clocks,
-    Prices,
     Tally,
     compute,
     fingerprint,
@@ -59,7 +59,7 @@ def plan(data: Artifact, settings: BackboneSettings, weights: Path | Artifact) -
         config |= {role: weights.facts[role] for role in ("saw", "trained")}
         parents["checkpoint"] = weights.digest
     else:
-        made = settings.architecture(weights)
+        made = architecture_of(settings, weights)
         config |= {"layer": made["layer"], "size": backbones.side(made, settings.size)}
         config["weights"] = backbones.digest(weights)
     if any(name.startswith(TEXT) for name in shards(data, settings)):

@@ -5,16 +5,16 @@ share. It needs no Ray.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch.nn import functional
 
 from zsr import progress
 from zsr.artifact import Artifact
 from zsr.data.decode import BadImage, Limits, Pictures, decode
+from zsr.embedding.settings import BackboneSettings
 from zsr.errors import ConfigError
 from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs, Tower
@@ -25,35 +25,9 @@ BATCH: Final = 1024  # feature rows in one forward pass
 SIDES: Final = ("sketch", "photo")
 
 
-class BackboneSettings(BaseModel):
-    """What shapes FEATURES.
-
-    Attributes:
-        backbone: name in `backbones.BACKBONES`.
-        layer: which of its outputs; None takes the first.
-        size: side in pixels that pictures are resized to; None takes the backbone's own.
-        fit: `stretch` keeps the whole picture and not its aspect, as the papers of this field do; `published` cuts out
-            the middle as the backbone's publishers do.
-        scaling: of pixels: as published with the backbone, or `unit`, pixels / 255 and nothing else.
-        invert_sketches: white strokes on black, as SEM-PCYC's backbones were tuned on.
-        jpegs: what decodes them; a GPU's pixels differ by some of 255, see `zsr.embedding.nvjpeg`.
-        texts: what text rows go through, if there are any; `none` leaves them without features.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    backbone: str = "lite0"
-    layer: str | None = None
-    size: int | None = None
-    fit: backbones.Fit = "stretch"
-    scaling: backbones.Scaling = "published"
-    invert_sketches: bool = False
-    jpegs: Literal["cpu", "gpu"] = "cpu"
-    texts: Literal["minilm", "none"] = "minilm"
-
-    def architecture(self, weights: Path) -> dict[str, Any]:
-        """See `backbones.architecture`."""
-        return backbones.architecture(self.backbone, weights, layer=self.layer, scaling=self.scaling)
+def architecture_of(settings: BackboneSettings, weights: Path) -> dict[str, Any]:
+    """See `backbones.architecture`."""
+    return backbones.architecture(settings.backbone, weights, layer=settings.layer, scaling=settings.scaling)
 
 
 def tower_of(checkpoint: Artifact) -> Tower:
@@ -111,7 +85,7 @@ def featurizer(settings: BackboneSettings, weights: Path | Artifact, sha256: str
         model, resize = open_model(weights), pictures_of(tower_of(weights)).resize
         towers = {side: cast(backbones.Backbone, model.tower(side)) for side in SIDES}
         return Featurizer(towers, Pictures(resize, settings.invert_sketches))
-    made = settings.architecture(weights)
+    made = architecture_of(settings, weights)
     resize = resize_of(made, backbones.side(made, settings.size), settings.fit)
     loaded = backbones.load(settings.backbone, weights, sha256, layer=settings.layer, scaling=settings.scaling)
     return Featurizer(dict.fromkeys(SIDES, loaded), Pictures(resize, settings.invert_sketches))

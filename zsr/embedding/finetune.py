@@ -2,37 +2,15 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from zsr.artifact import Artifact, Store
 from zsr.data import splits
 from zsr.devices import AUTO, DeviceSettings
-from zsr.embedding.encode import BackboneSettings
+from zsr.embedding.encode import architecture_of
+from zsr.embedding.settings import BackboneSettings, Finetune
 from zsr.models import backbones, configure
 from zsr.models.protocol import Tower
-from zsr.training.config import TrainSettings
 from zsr.training.loop import Score
 from zsr.training.run import Run, TowerStart, train_model
-
-
-class Finetune(BaseModel):
-    """How the backbone is fine-tuned. The specifications say that it was, not how: these numbers are ours.
-
-    Attributes:
-        shared: one backbone for both modalities; the papers tune one each.
-        lr: of the classifiers on top.
-        rate: the backbone's learning rate as a multiple of that.
-        tune: which of its parameters train, see zsr train --tower-tune.
-        training: of the run; its validation classes choose the step.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shared: bool = False
-    lr: float = Field(1e-3, gt=0)
-    rate: float = Field(0.1, gt=0)
-    tune: str = "all"
-    training: TrainSettings = TrainSettings(epochs=10, batch_size=32, augment=True)
 
 
 def finetune(
@@ -50,7 +28,7 @@ def finetune(
     Raises:
         ConfigError: see `splits.choose`, `backbones.architecture` and `train_model`.
     """
-    made = settings.architecture(weights)
+    made = architecture_of(settings, weights)
     tower = Tower(
         architecture=made,
         size=backbones.side(made, settings.size),

@@ -7,7 +7,7 @@ ranks them.
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +21,14 @@ from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.devices import AUTO, DeviceSettings, choose, own_device
 from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
-from zsr.embedding.shards import MADE_FROM, Clocks, Prices, Tally, compute, fingerprint, forecast
+from zsr.embedding.settings import Classes, Prices
+from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint, forecast
 from zsr.errors import ConfigError
 from zsr.executor import IMAGES, VECTORS
 from zsr.models.protocol import Inputs
 from zsr.training.checkpoint import open_model
 from zsr.training.source import pictures_of
 from zsr.worker import keep_freed_memory
-
-Classes = Literal["all", "unseen", "validation", "training"]
 
 
 def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | None:

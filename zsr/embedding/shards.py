@@ -22,6 +22,7 @@ from zsr import progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
 from zsr.devices import AUTO, Devices, DeviceSettings, capacity, choose
 from zsr.embedding.ahead import PROBE
+from zsr.embedding.settings import Prices
 from zsr.errors import DamagedArtifact, Infeasible, StorageError
 from zsr.executor import map_pieces, runs_here
 from zsr.worker import ONE_ARENA
@@ -69,17 +70,6 @@ class Clocks:
             if item is END:
                 return
             yield cast(Item, item)
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What an hour costs, in any currency. Zero prices nothing."""
-
-    cpu_hour: float = 0.0
-    gpu_hour: float = 0.0
-
-
-FREE: Final = Prices()
 
 
 @dataclass(frozen=True)

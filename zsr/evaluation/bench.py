@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,11 +28,9 @@ from zsr.errors import ConfigError, Leakage
 from zsr.evaluation import imagenet, metrics, protocol
 from zsr.evaluation.metrics import Ints, Labels
 from zsr.evaluation.protocol import Evaluation, Sampling, Side
+from zsr.evaluation.settings import BackboneSaw, Protocol
 from zsr.models.protocol import Embedder, Inputs
 from zsr.training.source import pictures_of
-
-Protocol = Literal["zero-shot", "generalised", "generalised-sempcyc", "few-shot"]
-BackboneSaw = Literal["auto", "imagenet-1k", "unknown"]
 
 SEEN_SHARE: Final = 0.2  # of the unseen items, in SEM-PCYC's released code
 

@@ -6,7 +6,7 @@ Everything is embedded here, from FEATURES or pictures, so that each row is meas
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_low
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,13 +31,12 @@ from zsr.evaluation.report import (
     best,
 )
 from zsr.evaluation.scatter import Scatter, scatter
+from zsr.evaluation.settings import LearnedOn
 from zsr.index.search import Searcher
 from zsr.models import build, itq
 from zsr.models.protocol import Embedder, Inputs
 from zsr.models.protocol import Rows as FitRows
 from zsr.training.checkpoint import open_model
-
-LearnedOn = Literal["seen", "queries"]
 
 FLOORS: Final = ("raw", "ridge")
 CODED_FROM: Final = 20_000  # seen items a modality that codes are learned from

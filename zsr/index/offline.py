@@ -14,7 +14,8 @@ from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Store
 from zsr.cluster import connect, resources
 from zsr.embedding.ahead import PROBE
-from zsr.embedding.shards import FREE, Prices, cost_of
+from zsr.embedding.settings import FREE, Prices
+from zsr.embedding.shards import cost_of
 from zsr.errors import StorageError
 from zsr.executor import QUERIES, map_pieces, runs_here
 from zsr.index import by_list

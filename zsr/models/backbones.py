@@ -21,10 +21,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import pretrained, vgg
+from zsr.models.choices import PixelScaling
 
 Triple = tuple[float, float, float]
 Interpolation = Literal["bilinear", "bicubic"]
-Scaling = Literal["published", "unit"]
 
 
 class Input(BaseModel):
@@ -46,9 +46,6 @@ class Input(BaseModel):
     interpolation: Interpolation
     crop: float | None
     resizable: bool = True
-
-
-Fit = Literal["stretch", "published"]
 
 
 class Architecture(Input):
@@ -222,7 +219,7 @@ def architecture(
     weights: Path | None = None,
     *,
     layer: str | None = None,
-    scaling: Scaling = "published",
+    scaling: PixelScaling = "published",
     attention: bool = False,
     prompts: int = 0,
 ) -> dict[str, Any]:
@@ -308,7 +305,7 @@ def load_weights(backbone: Backbone, path: Path) -> None:
 
 
 def load(
-    name: str, weights: Path, sha256: str, *, layer: str | None = None, scaling: Scaling = "published"
+    name: str, weights: Path, sha256: str, *, layer: str | None = None, scaling: PixelScaling = "published"
 ) -> Backbone:
     """Backbone `name` in eval mode with weights whose digest must be `sha256`. Arguments as for `architecture`.
 

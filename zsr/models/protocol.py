@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from zsr.batch import Batch
 from zsr.errors import ConfigError
 from zsr.models import backbones
+from zsr.models.choices import Fit, Query
 from zsr.models.layers import Scale
 
 Terms = dict[str, Tensor]
 Shared = Any
 Metric = Literal["cosine", "l2", "hamming"]
 Scaling = Literal["standard", "unit", "none"]
-Query = Literal["sketch", "text"]
 
 
 class ModelConfig(BaseModel):
@@ -135,7 +135,7 @@ class Tower(BaseModel):
 
     architecture: dict[str, Any]
     size: int
-    fit: backbones.Fit = "stretch"
+    fit: Fit = "stretch"
     invert_sketches: bool = False
     shared: bool = True
     rate: float = 0.1

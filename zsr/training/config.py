@@ -1,8 +1,13 @@
 """What shapes a training run. Everything here enters the checkpoint's manifest."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Precision = Literal["fp32", "bf16", "fp16"]  # of the forward passes
+Stage = Literal[0, 1, 2, 3]  # of ZeRO
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+SearcherName = Literal["random", "optuna"]  # of a sweep
 
 
 def worker_range(count: int | str) -> int | str:

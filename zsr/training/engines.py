@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,9 @@ from zsr.models.layers import world_size
 from zsr.models.protocol import Embedder, Group, Model, Phase, Terms
 from zsr.storage import read_text
 from zsr.training import accumulate
+from zsr.training.config import Precision, Stage
 from zsr.training.recompute import recomputed
 from zsr.training.zero import put_back, stage_of, whole_state
-
-Precision = Literal["fp32", "bf16", "fp16"]
-Stage = Literal[0, 1, 2, 3]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST: Final = "torch_autocast"  # DeepSpeed's section for computing in 16 bits with 32-bit weights

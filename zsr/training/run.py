@@ -39,7 +39,8 @@ from zsr.data.stream import first_pictures, survey
 from zsr.devices import AUTO, FAKE, Devices, DeviceSettings, choose, own_device
 from zsr.errors import ConfigError, DamagedArtifact, Infeasible, Leakage
 from zsr.models import MODELS, backbones, build
-from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Query, Tower
+from zsr.models.choices import Query
+from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Tower
 from zsr.models.protocol import Rows as FitRows
 from zsr.storage import url_of
 from zsr.training import checkpoint

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from zsr.data.decode import Pictures, Resize
-from zsr.models import backbones
+from zsr.models.choices import Fit
 from zsr.models.protocol import Tower
 
 
-def resize_of(architecture: Mapping[str, Any], size: int, fit: backbones.Fit) -> Resize:
+def resize_of(architecture: Mapping[str, Any], size: int, fit: Fit) -> Resize:
     """How pictures of any shape become what a backbone takes."""
     return Resize(size, architecture["interpolation"], architecture["crop"] if fit == "published" else None)
 

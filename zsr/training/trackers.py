@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 from zsr import progress
 from zsr.artifact import Plan, write_atomically
 from zsr.errors import ConfigError
 from zsr.storage import files_below
+from zsr.training.config import TrackerName
 from zsr.training.metrics import NETWORK, WAIT
 
 logger = logging.getLogger("zsr")
 
-Name = Literal["tensorboard", "mlflow", "wandb"]
 Line = Mapping[str, Any]
 
 POLL: Final = 0.5  # seconds between two looks at the file
@@ -39,7 +39,7 @@ class Tracking:
         every: steps from one line to the next.
     """
 
-    names: tuple[Name, ...] = ()
+    names: tuple[TrackerName, ...] = ()
     every: int = 10
 
 
@@ -130,7 +130,7 @@ class Wandb:
         self.run.finish()
 
 
-TRACKERS: Final[Mapping[Name, Callable[[Path, Plan], Tracker]]] = {
+TRACKERS: Final[Mapping[TrackerName, Callable[[Path, Plan], Tracker]]] = {
     "tensorboard": TensorBoard,
     "mlflow": Mlflow,
     "wandb": Wandb,

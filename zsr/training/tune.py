@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from ray import tune
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
@@ -25,6 +25,7 @@ from zsr.artifact import Store
 from zsr.cluster import connect
 from zsr.devices import AUTO, DeviceSettings, capacity, choose
 from zsr.errors import ConfigError, Infeasible, ZsrError
+from zsr.training.config import SearcherName
 from zsr.training.run import Run, train_model
 
 logger = logging.getLogger("zsr")
@@ -33,7 +34,6 @@ SCORE: Final = "validation_map_all"
 FAILED: Final = -1.0  # below any score: what a trial reports that ended with an error of ours
 RETRIES: Final = 3  # of a trial whose process or node was lost
 
-SearcherName = Literal["random", "optuna"]
 Overrides = Mapping[str, Any]  # field of the configuration, dotted for the model's options -> value
 
 
