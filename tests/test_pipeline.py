@@ -63,7 +63,7 @@ def test_pictures_to_report(tmp_path: Path, pictured: list[object]) -> None:
     features = tmp_path / "features"
     ok("features", *pictured[:2], "--output", features, "--size", 32, "--actors", 1)
     inputs = [*pictured[:2], "--features", features, *pictured[2:]]
-    trained = ok("train", *inputs, "--output", tmp_path / "checkpoint", *SHORT, "--num-workers", 2)
+    trained = ok("train", *inputs, "--output", tmp_path / "checkpoint", *SHORT, "--num-workers", 0)
     assert trained["steps"] == 10
     search_and_report(tmp_path, inputs, tmp_path / "checkpoint")
 
@@ -73,7 +73,7 @@ def test_an_image_tower_is_trained_along_and_again_with_the_validation_classes(
 ) -> None:
     flags = ["--tower", "tiny", "--random-weights", "--size", 16, "--model", "doodle2search", "--augment", "--refit"]
     flags += ["--tower-rate", 0.5, "--tower-tune", "norms", "--window", 4]
-    refitted = ok("train", *SHORT, *flags, *pictured, "--num-workers", 1, "--output", tmp_path / "tower")
+    refitted = ok("train", *SHORT, *flags, *pictured, "--num-workers", 0, "--output", tmp_path / "tower")
     final, chosen = (
         open_artifact(tmp_path / "tower" / "objects" / d, "checkpoint") for d in _versions(tmp_path / "tower")
     )
@@ -95,7 +95,7 @@ def test_an_image_tower_is_trained_along_and_again_with_the_validation_classes(
 def test_a_backbone_tuned_on_a_class_is_refused_where_that_class_is_unseen(tmp_path: Path) -> None:
     raw = toy.write_pictures(tmp_path / "raw", toy.CLASSES[:6], each=4)
     ok("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "data")
-    how = [f"--finetune.training.{flag}" for flag in ("epochs=1", "steps-per-epoch=2", "batch-size=4", "num-workers=1")]
+    how = [f"--finetune.training.{flag}" for flag in ("epochs=1", "steps-per-epoch=2", "batch-size=4", "num-workers=0")]
     tune = ("--finetune-on-seen", "random:2:0", *how, "--finetune.training.validation-classes=0")
     flags = ("--data", tmp_path / "data", "--size", 32, "--actors", 1)
     plain = ok("features", *flags, "--output", tmp_path / "plain")
@@ -237,7 +237,7 @@ def test_ridge_is_refitted_with_the_penalty_that_validation_chose(tmp_path: Path
 def test_without_validation_classes_the_last_step_is_kept(
     tmp_path: Path, featured: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = (*featured, *SHORT, "--num-workers", 1, "--validation-classes", 0, "--keep-checkpoints", "all")
+    flags = (*featured, *SHORT, "--num-workers", 0, "--validation-classes", 0, "--keep-checkpoints", "all")
     done = ok("train", *flags, "--output", tmp_path / "all", "--rows-per-class", 6)
     assert (done["best_step"], done["steps"], done["validation_map_all"]) == (10, 10, None)
     report = ("--checkpoint", tmp_path / "all", "--output", tmp_path / "report")
@@ -367,7 +367,7 @@ def test_an_unknown_configuration_key_is_refused(tmp_path: Path, featured: list[
 
 
 def test_a_huge_learning_rate_stops_with_the_term_and_the_step(tmp_path: Path, featured: list[object]) -> None:
-    flags = (*featured, "--output", tmp_path / "x", *SHORT, "--num-workers", 1, "--options.generator-lr", "1e30")
+    flags = (*featured, "--output", tmp_path / "x", *SHORT, "--num-workers", 0, "--options.generator-lr", "1e30")
     results = job("train", *flags)
     assert results["exit_code"] == 6
     assert "step" in results["error"]

@@ -26,7 +26,6 @@ from ray.data import DataContext
 from zsr import measure, noise, progress, worker
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH
-from zsr.storage import shared_environment
 
 logger = logging.getLogger("zsr")
 
@@ -151,14 +150,14 @@ def _loopback() -> Iterator[None]:
     several_nodes = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # of this process, where Ray has read its environment
     try:
-        with _environment(worker.LOOPBACK):
+        with environment(worker.LOOPBACK):
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = several_nodes
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables, and give them their old values afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -221,7 +220,7 @@ def _token(folder: str) -> Iterator[None]:
     path.touch(mode=0o600)
     path.write_text(secrets.token_hex(32))
     try:
-        with _environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
+        with environment({"RAY_AUTH_TOKEN_PATH": str(path)}):
             loader.reset_cache()
             yield
     finally:
@@ -235,7 +234,7 @@ def _start_local() -> str:
     """
     global _local
     folder, spilled = _leaving.enter_context(session_folders())
-    _leaving.enter_context(_environment({"RAY_TMPDIR": folder}))
+    _leaving.enter_context(environment({"RAY_TMPDIR": folder}))
     _leaving.enter_context(_loopback())
     _leaving.enter_context(_token(folder))
     head = {

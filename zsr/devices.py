@@ -201,6 +201,25 @@ def own_device() -> Literal["cpu", "cuda"]:
     return "cuda"
 
 
+def here(settings: DeviceSettings) -> Devices:
+    """What this process runs on: what Ray gave to a task or actor, or what there is on this machine.
+
+    Raises:
+        Infeasible: a GPU is requested, and there is none that torch can use.
+        ConfigError: see `own_device`.
+    """
+    import ray
+    import torch
+
+    if ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
+        return Devices(1.0 if own_device() == "cuda" else 0.0, 1, "as Ray gave it to this process")
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        if settings.device == "cuda":
+            raise Infeasible("--device cuda: torch finds no CUDA device on this machine; use --device cpu")
+        return Devices(0.0, 1, "in this process")
+    return Devices(1.0, 1, "in this process")
+
+
 # ---- what there is ---------------------------------------------------------------------------------------------------
 
 

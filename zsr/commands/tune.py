@@ -55,7 +55,7 @@ def base(config: Any) -> dict[str, Any]:
     """The flags of zsr train that trials start from, as plain values; paths absolute, for trials run elsewhere."""
     values = {name: getattr(config, name) for name in type(config).model_fields if name not in OWN}
     found = {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
-    return {**found, "options": config.options.model_dump(mode="json"), "num_workers": 1}
+    return {**found, "options": config.options.model_dump(mode="json"), "num_workers": 0}
 
 
 def trial_config(values: Mapping[str, Any], overrides: "Overrides") -> Any:

@@ -11,7 +11,7 @@ SearcherName = Literal["random", "optuna"]  # of a sweep
 
 
 def worker_range(count: int | str) -> int | str:
-    """A number of workers as it is, or `LEAST:MOST` in its one spelling."""
+    """A number of workers as it is, 0 for this process, or `LEAST:MOST` in its one spelling."""
     if isinstance(count, int):
         least, most = count, count
     else:
@@ -19,8 +19,10 @@ def worker_range(count: int | str) -> int | str:
             least, most = (int(part) for part in count.split(":")) if ":" in count else 2 * (int(count),)
         except ValueError:
             raise ValueError(f"{count!r} is neither a number of workers, such as 4, nor a range, such as 2:8") from None
+    if least == most == 0:
+        return 0
     if not 1 <= least <= most:
-        raise ValueError(f"{count} workers; at least 1 is wanted, and the most not below the least")
+        raise ValueError(f"{count} workers; the least must be at least 1, and the most not below the least")
     return least if least == most else f"{least}:{most}"
 
 
@@ -53,7 +55,8 @@ class TrainSettings(BaseModel):
         seed: of the split's validation draw, the initial weights, the batches and the noise.
         keep_checkpoints: "best" keeps the chosen weights; "all" also those of every epoch, to report the peak; a number
             those of so many epochs, the best ones, or the last ones where no class is held out.
-        num_workers: Ray Train workers. Bits are reproducible at a fixed number. A range, such as 2:8, takes what the
+        num_workers: Ray Train workers; 0 trains in this process, which starts sooner than one worker and ends with the
+            same bits. Bits are reproducible at a fixed number. A range, such as 2:8, takes what the
             cluster has, and goes on with fewer or more when that changes. A step has the rows that the most workers
             would have, whatever the number (less a remainder that does not divide); results agree up to rounding and
             noise.
@@ -81,7 +84,7 @@ class TrainSettings(BaseModel):
     @property
     def workers(self) -> tuple[int, int]:
         """The least and the most workers."""
-        least, _, most = str(self.num_workers).partition(":")
+        least, _, most = str(self.num_workers or 1).partition(":")
         return int(least), int(most or least)
 
     def rows(self, world: int) -> int:

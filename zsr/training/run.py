@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsr import measure, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import set_data_context, started_here
+from zsr.cluster import environment, set_data_context, started_here
 from zsr.data.decode import VERSION
 from zsr.data.pictures import has_images
 from zsr.data.rows import home_rank
@@ -36,7 +36,7 @@ from zsr.data.semantics import class_vectors
 from zsr.data.shards import Source, collect, stream
 from zsr.data.splits import Split
 from zsr.data.stream import first_pictures, survey
-from zsr.devices import AUTO, FAKE, Devices, DeviceSettings, choose, own_device
+from zsr.devices import AUTO, FAKE, Devices, DeviceSettings, choose, here, own_device
 from zsr.errors import ConfigError, DamagedArtifact, Infeasible, Leakage
 from zsr.models import MODELS, backbones, build
 from zsr.models.choices import Query
@@ -170,7 +170,8 @@ class Run:
             "model": self.model,
             "options": checkpoint.canonical_options(self.options),
             "inputs": checkpoint.canonical_options(self.inputs.model_dump()),
-            "settings": self.settings.model_dump(),
+            # in this process or in one worker: the same bits
+            "settings": self.settings.model_dump() | {"num_workers": self.settings.num_workers or 1},
             "deepspeed": self.deepspeed,
             "features": dict(self.features.config) if isinstance(self.features, Artifact) else None,
             "split": self.split.as_json(),
@@ -210,7 +211,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifact:
+def train_model(run: Run, *, fresh: bool = False) -> Artifact:
     """Train, seal the chosen checkpoint and publish it. An equal run that was finished before is returned as it is.
 
     With `settings.refit` a run without it comes first; its checkpoint is a version of its own, and the last one is what
@@ -218,8 +219,6 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
 
     Args:
         fresh: forget what a killed run has staged, in place of going on from there.
-        alone: train in this process, a Ray task or actor, as the only worker: the same bits as with one Ray Train
-            worker, without its processes.
 
     Raises:
         NonFiniteLoss: see the loop.
@@ -230,7 +229,7 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
         if not run.split.validation:
             raise ConfigError("--refit wants validation classes to choose the step on; give some, or leave it out")
         once = replace(run, settings=run.settings.model_copy(update={"refit": False}))
-        first = train_model(once, fresh=fresh, alone=alone)
+        first = train_model(once, fresh=fresh)
         run = replace(run, chosen=first, options={**run.options, **first.facts["chosen_options"]})
     _refuse_leaks(run)
     plan = run.plan()
@@ -244,7 +243,7 @@ def train_model(run: Run, *, fresh: bool = False, alone: bool = False) -> Artifa
         done_steps, output = checkpoint.staged_step(staging), metrics_path(run, plan.digest).parent
         progress.found_finished("train", done_steps, run.last_step, "steps")
         with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, done_steps, output):
-            (_fit_alone if alone else _fit)(run, staging)
+            (_fit if run.settings.num_workers else _fit_here)(run, staging)
     else:  # closed form needs no worker group: the stream does the reading, one process the sums
         Devices(0, 1, f"{run.model} is solved in closed form by the driver").say(1)
         torch.set_num_threads(run.settings.threads)
@@ -323,15 +322,21 @@ def _fit(run: Run, staging: Staging) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _fit_alone(run: Run, staging: Staging) -> None:
-    """Train in this process, on the device that Ray gave it."""
-    device = own_device()
-    _refuse_combinations(run, device)
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
-    with tempfile.TemporaryDirectory() as folder:
-        backend = "nccl" if device == "cuda" else "gloo"
+def _fit_here(run: Run, staging: Staging) -> None:
+    """Train in this process: a command's own, or a Ray actor's, on the device that Ray gave it."""
+    devices = here(run.device)
+    _refuse_combinations(run, devices.name)
+    devices.say(1)
+    backend = "nccl" if devices.name == "cuda" else "gloo"
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with tempfile.TemporaryDirectory() as folder, environment(ranks):
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        _work(run, staging, Place(0, 1, device), lambda _: None)
+        try:
+            _work(run, staging, Place(0, 1, devices.name), lambda _: None)
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(strict)
 
 
 def _failures(error: Exception) -> Mapping[Any, Exception]:

@@ -165,7 +165,7 @@ def _trial(config: dict[str, Any], make: Callable[[Overrides], Run], trials: Pat
         if not run.split.validation:
             raise ConfigError("trials are chosen between on validation classes; give some")
         store = Store.at(trials / run.plan().digest[:12])
-        made = train_model(replace(run, output=store), alone=True)
+        made = train_model(replace(run, output=store))
         score, step = made.facts["validation_map_all"], made.facts["best_step"]
         tune.report({SCORE: float(score), "best_step": int(step), "checkpoint": str(made.directory), "error": ""})
     except Exception as error:  # the other trials go on, and the table says what became of this one
