@@ -26,6 +26,7 @@ from ray.data import DataContext
 from zsr import measure, noise, progress, worker
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH
+from zsr.storage import shared_environment
 
 logger = logging.getLogger("zsr")
 
