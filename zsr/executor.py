@@ -6,8 +6,8 @@ bits. The environment variable ZSR_EXECUTOR overrides the choice: `ray` sends ev
 that needs no GPU, for a debugger or a machine on which Ray does not start.
 """
 
+import copy
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,8 +111,8 @@ def _here_in_turn(
     *,
     counts_rows: bool,
 ) -> Iterator[dict[str, Any]]:
-    """`stream_pieces` in this process. Arguments are copied by pickle as on their way to a worker."""
-    shared = pickle.loads(pickle.dumps(dict(shared)))
+    """`stream_pieces` in this process. Arguments are copied, as on their way to a worker."""
+    shared = copy.deepcopy(dict(shared))
     done = 0
 
     def count(rows: int) -> None:

@@ -10,7 +10,7 @@ from zsr import cluster
 @pytest.fixture(scope="module", autouse=True)
 def one_connection(ray_cluster: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zsr.commands.base.cluster.disconnect", lambda: None)
+        patch.setattr("zsr.cluster.disconnect", lambda: None)
         cluster.connect()
         yield
     cluster.disconnect()
