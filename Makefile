@@ -27,6 +27,9 @@ test: $(VENV)/installed
 sanity: $(VENV)/installed ## gates and ablations of the models on a synthetic world; some minutes
 	$(RUN) -m tests.sanity.run
 
+# workers are to be killed, too, however small the work is
+faults faults-nightly: export ZSR_EXECUTOR = ray
+
 faults: $(VENV)/installed ## the demo and prepare, killed at random times, end with the digests of unbroken ones
 	$(RUN) -m tests.faults.kill_demo runs/faults
 	$(RUN) -m tests.faults.kill_prepare runs/faults/prepare

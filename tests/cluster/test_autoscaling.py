@@ -17,7 +17,7 @@ from cluster.local import ROOT
 from tests import toy
 from tests.cluster.autoscaling import Autoscaling, autoscaling_cluster
 from tests.pipeline import features_only, job, ok
-from zsr import autoscaler, devices
+from zsr import autoscaler, devices, executor
 from zsr.autoscaler import NodeType, startable
 from zsr.devices import Capacity, Devices, DeviceSettings, chosen
 from zsr.errors import ConfigError, Infeasible
@@ -178,6 +178,7 @@ def featured(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> lis
 def submitted(cluster: Autoscaling, name: str, *flags: object, fake: bool = True) -> tuple[dict[str, Any], list[str]]:
     """Results of a job on the cluster, and the lines that say what it runs on."""
     environment = {**cluster.environment, "PYTHONPATH": str(ROOT), **({devices.FAKE: "1"} if fake else {})}
+    environment[executor.VARIABLE] = "ray"  # however small the work is
     command = [sys.executable, "-m", "zsr", name, *map(str, flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip(), done.stderr[-3000:]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from zsr import executor
 from zsr.artifact import Artifact, Plan, Store
 from zsr.data.rows import row_id
 
@@ -116,7 +117,7 @@ def run_job(name: str, *words: object, fault: str = "") -> Ended:
     """`python -m jobs.NAME` in a process of its own, on the Ray cluster of this session, with a fault point armed."""
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     if fault:
-        environment["ZSR_FAULT"] = fault
+        environment |= {"ZSR_FAULT": fault, executor.VARIABLE: "ray"}  # in a worker, however small the work is
     ended = subprocess.run(
         [sys.executable, "-m", "zsr", name, *map(str, words)],
         cwd=Path(__file__).parents[2],

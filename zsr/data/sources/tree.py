@@ -51,7 +51,7 @@ class Entry:
         return self.name.startswith(".")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # caches of what was read are by object: a later one may find other files
 class Tree:
     """Everything below `root`, a path or a URL such as s3://bucket/prefix. Names are relative, with slashes.
 
@@ -60,7 +60,7 @@ class Tree:
     """
 
     root: str
-    unread: Counter[str] = field(default_factory=Counter, compare=False)
+    unread: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def at(cls, root: str | Path) -> "Tree":

@@ -50,7 +50,7 @@ class Wikipedia(TreeSource):
             path = self._file(f"{part}set_txt_img_cat.list")
             lines = read_text(path, "list").splitlines()
             for matrix in (f"I_{short}", f"T_{short}"):
-                if (rows := len(_matrix(str(file), matrix))) != len(lines):
+                if (rows := len(_matrix(str(file), matrix, guard))) != len(lines):
                     raise ConfigError(f"{path}: {len(lines)} lines, but {rows} rows in {matrix}; they go line by line")
             for row, line in enumerate(lines):
                 text, image, label = _fields(line, names, f"{path}:{row + 1}")
@@ -72,7 +72,8 @@ class Wikipedia(TreeSource):
     def feature(self, item: Item) -> np.ndarray:
         """The raw feature, (128,) of a photo or (10,) of a text, float32."""
         name, _, row = item.where.partition(":")
-        return np.asarray(_matrix(str(Path(self.root) / MATRICES), name)[int(row)], dtype=np.float32)
+        file = Path(self.root) / MATRICES
+        return np.asarray(_matrix(str(file), name, file_guard(file))[int(row)], dtype=np.float32)
 
     def _file(self, name: str) -> Path:
         path = Path(self.root) / name
@@ -90,7 +91,8 @@ def _fields(line: str, names: list[str], where: str) -> tuple[str, str, str]:
 
 
 @lru_cache(maxsize=4)
-def _matrix(file: str, name: str) -> np.ndarray:
+def _matrix(file: str, name: str, guard: str) -> np.ndarray:
+    """One matrix of a file, read again when its guard is another."""
     try:
         from scipy.io import loadmat
     except ImportError:
