@@ -207,7 +207,7 @@ def serve(argv: Sequence[str]) -> int:
     try:
         config = parse(Config, argv, "python -m cluster.local")
         require_token(os.environ)
-        if config.plan:
+        if config.dry_run:
             return _say({kind: node_labels(kind) for kind in ("head", *config.workers())})
         if not config.isolated:
             os.environ |= LOOPBACK

@@ -100,7 +100,7 @@ def test_every_stage_makes_the_same_artifacts_here_and_in_workers(
         ok("train", *artifacts, "--model", "ridge", "--split", "random:3:0", "--validation-classes", 2,
            "--num-workers", 1, "--output", checkpoint[1])  # fmt: skip
         for modality in ("photo", "sketch"):
-            ok("embed", *common, *checkpoint, "--modality", modality, "--output", root / modality, "--actors", 1)
+            ok("embed", *common, *checkpoint, "--modality", modality, "--output", root / modality, "--num-workers", 1)
         queries = ("--queries", root / "sketch", "--index-dir", root / "index")
         ok("index", "build", "--embeddings", root / "photo", *queries)
         ok("search", *queries, "--output", root / "found")
@@ -111,7 +111,7 @@ def test_every_stage_makes_the_same_artifacts_here_and_in_workers(
             root / "images-data",
             "--size",
             32,
-            "--actors",
+            "--num-workers",
             1,
             "--output",
             root / "images-features",

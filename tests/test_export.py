@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def features(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("features")
-    ok("features", "--data", data, "--output", root, "--size", 48, "--actors", 1, "--invert-sketches")
+    ok("features", "--data", data, "--output", root, "--size", 48, "--num-workers", 1, "--invert-sketches")
     return root
 
 

@@ -204,8 +204,8 @@ def test_plan_does_not_work(capsys: pytest.CaptureFixture[str]) -> None:
     def never(config: Config) -> Results:
         raise AssertionError("worked")
 
-    assert main(Config, show, never, ["--output", "x", "--plan"], "zsr work") == 0
-    assert last_line(capsys)["config"]["plan"] is True
+    assert main(Config, show, never, ["--output", "x", "--dry-run"], "zsr work") == 0
+    assert last_line(capsys)["config"]["dry_run"] is True
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DamagedArtifact, ZsrError])

@@ -61,7 +61,7 @@ def flags_to_paths(flags: list[object]) -> dict[str, Path]:
 
 def test_pictures_to_report(tmp_path: Path, pictured: list[object]) -> None:
     features = tmp_path / "features"
-    ok("features", *pictured[:2], "--output", features, "--size", 32, "--actors", 1)
+    ok("features", *pictured[:2], "--output", features, "--size", 32, "--num-workers", 1)
     inputs = [*pictured[:2], "--features", features, *pictured[2:]]
     trained = ok("train", *inputs, "--output", tmp_path / "checkpoint", *SHORT, "--num-workers", 0)
     assert trained["steps"] == 10
@@ -97,7 +97,7 @@ def test_a_backbone_tuned_on_a_class_is_refused_where_that_class_is_unseen(tmp_p
     ok("prepare", "--source", "sketchy", "--input", raw, "--output", tmp_path / "data")
     how = [f"--finetune.training.{flag}" for flag in ("epochs=1", "steps-per-epoch=2", "batch-size=4", "num-workers=0")]
     tune = ("--finetune-on-seen", "random:2:0", *how, "--finetune.training.validation-classes=0")
-    flags = ("--data", tmp_path / "data", "--size", 32, "--actors", 1)
+    flags = ("--data", tmp_path / "data", "--size", 32, "--num-workers", 1)
     plain = ok("features", *flags, "--output", tmp_path / "plain")
     tuned = ok("features", *flags, *tune, "--output", tmp_path / "tuned")
     assert tuned["rows"] == plain["rows"]
@@ -142,10 +142,12 @@ def search_and_report(root: Path, inputs: list[object], checkpoint: Path) -> dic
 
 
 def test_a_finished_run_is_found_and_another_seed_is_another_run(trained: Path, featured: list[object]) -> None:
-    planned = [ok("train", *featured, "--output", trained, *SHORT, "--seed", seed, "--plan")["plan"] for seed in (0, 1)]
+    planned = [
+        ok("train", *featured, "--output", trained, *SHORT, "--seed", seed, "--dry-run")["plan"] for seed in (0, 1)
+    ]
     assert planned[0] != planned[1]
     again = ok("train", *featured, "--output", trained, *SHORT)
-    assert again["checkpoint"] == open_checkpoint(trained).digest
+    assert again["digest"] == open_checkpoint(trained).digest
 
 
 def test_unseen_poison_leaves_every_loss_and_weight_as_it_is(tmp_path: Path, trained: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
     assert not list((tmp_path / "killed").rglob("versions/*"))
     assert list((tmp_path / "killed").rglob("state/00000005.safetensors"))
     resumed = ok("train", *flags)
-    assert resumed["checkpoint"] == open_checkpoint(trained).digest
+    assert resumed["digest"] == open_checkpoint(trained).digest
 
 
 def test_ridge_is_refitted_with_the_penalty_that_validation_chose(tmp_path: Path, featured: list[object]) -> None:
@@ -254,13 +256,13 @@ def test_class_vectors_are_asked_for_where_a_model_learns_from_them(tmp_path: Pa
     flags = (*featured[:4], *SHORT, "--output", tmp_path / "x")
     refused = job("train", *flags, "--model", "sem-pcyc")
     assert "sem-pcyc learns from class vectors; give --semantics" in refused["error"]
-    assert ok("train", *flags, "--model", "cvae", "--plan")["classes"]["training"] == 5
+    assert ok("train", *flags, "--model", "cvae", "--dry-run")["classes"]["training"] == 5
     refused = job("train", "--data", featured[1], *SHORT, "--output", tmp_path / "x", "--model", "cvae")
     assert "give either --features, or a --tower" in refused["error"]
 
 
 def test_plan_trains_nothing(tmp_path: Path, featured: list[object]) -> None:
-    planned = ok("train", *featured, "--output", tmp_path / "x", *SHORT, "--plan")
+    planned = ok("train", *featured, "--output", tmp_path / "x", *SHORT, "--dry-run")
     assert planned["steps_at_most"] == 10
     assert "parameters" in planned["model"]
     assert not (tmp_path / "x").exists()

@@ -111,7 +111,7 @@ def test_it_fails_with_the_stages_exit_code_and_goes_on_from_there(tmp_path: Pat
     assert resumed["digests"] == {stage: made_at(tmp_path / "run" / place) for stage, place in digests.items()}
     assert json.loads((tmp_path / "run" / "report" / "timeline.json").read_text()) == resumed["timeline"]
     assert (tmp_path / "run" / "report" / "report.html").exists()
-    planned = ok("pipeline", "--config", written(tmp_path), "--plan")
+    planned = ok("pipeline", "--config", written(tmp_path), "--dry-run")
     assert planned_of(planned, "embed photo")["dim"] == planned_of(planned, "embed sketch")["dim"]
 
 

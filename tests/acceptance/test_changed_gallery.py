@@ -57,9 +57,9 @@ class Gallery:
         """The commands of docs/guide.md for a gallery that changed."""
         data = ("--data", self.at("data"))
         ok("prepare", "--source", "folders", "--input", self.raw, "--output", self.at("data"), "--rows-per-shard", 3)
-        ok("features", *data, "--output", self.at("features"), "--size", 32, "--actors", 1)
+        ok("features", *data, "--output", self.at("features"), "--size", 32, "--num-workers", 1)
         ok("embed", *data, "--features", self.at("features"), "--checkpoint", self.checkpoint, "--modality", "photo",
-           "--output", self.at("photo"), "--actors", 1)  # fmt: skip
+           "--output", self.at("photo"), "--num-workers", 1)  # fmt: skip
         if Store.at(self.at("index")).versions():
             ok("index", "rebuild", "--index-dir", self.at("index"), "--embeddings", self.at("photo"))
         else:
@@ -96,7 +96,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Gall
     shutil.copytree(made.raw / "photo", root / "drawn" / "photo")
     ok("prepare", "--source", "folders", "--input", root / "drawn", "--output", data[1])
     features = ("--features", root / "trained" / "features")
-    ok("features", *data, "--output", features[1], "--size", 32, "--actors", 1)
+    ok("features", *data, "--output", features[1], "--size", 32, "--num-workers", 1)
     ok("train", *data, *features, "--model", "raw", "--split", "random:1:0", "--validation-classes", 0,
        "--num-workers", 1, "--output", made.checkpoint)  # fmt: skip
     made.update()

@@ -18,7 +18,7 @@ def test_help_is_there(words: tuple[str, ...], capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: zsr {' '.join(words)} ")
     assert "--config" in shown
-    assert "--plan" in shown
+    assert "--dry-run" in shown
 
 
 @pytest.mark.parametrize(("words", "listed"), [((), COMMANDS), (("index",), OF_INDEX)])

@@ -34,17 +34,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> dict[
     checkpoint, common = ("--checkpoint", root / "checkpoint"), artifacts[:4]
     ok("train", *artifacts, "--model", "ridge", *SPLIT, "--output", checkpoint[1])
     for modality in ("photo", "sketch"):
-        ok("embed", *common, *checkpoint, "--modality", modality, "--output", root / modality, "--actors", 1)
+        ok("embed", *common, *checkpoint, "--modality", modality, "--output", root / modality, "--num-workers", 1)
     queries = ("--queries", root / "sketch")
     index = ("--index-dir", root / "index")
     ok("index", "build", "--embeddings", root / "photo", *queries, *index)
     ok("prepare", "--source", "folders", "--input", images, "--output", root / "images-data")
     return {
         "prepare": ["--source", "folders", "--input", images],
-        "features": ["--data", root / "images-data", "--size", 32, "--actors", 1],
+        "features": ["--data", root / "images-data", "--size", 32, "--num-workers", 1],
         "semantics": artifacts[:2],
         "train": [*artifacts, *SHORT, *SPLIT],
-        "embed": [*common, *checkpoint, "--modality", "sketch", "--actors", 1],
+        "embed": [*common, *checkpoint, "--modality", "sketch", "--num-workers", 1],
         "index build": ["--embeddings", root / "photo", *queries],
         "search": [*index, *queries],
         "evaluate": [*artifacts, *checkpoint],

@@ -93,11 +93,22 @@ def test_pixels_are_what_a_viewer_shows(root: Path) -> None:
 def test_a_drawing_finds_photos_of_its_class(root: Path) -> None:
     data, features = ("--data", root / "data"), ("--features", root / "features")
     checkpoint, index = ("--checkpoint", root / "checkpoint"), ("--index-dir", root / "index")
-    ok("features", *data, "--output", features[1], "--size", 64, "--actors", 1)
+    ok("features", *data, "--output", features[1], "--size", 64, "--num-workers", 1)
     ok("train", *data, *features, "--model", "raw", "--split", "random:1:0", "--validation-classes", 0,
        "--num-workers", 1, "--output", checkpoint[1])  # fmt: skip
     for modality in ("photo", "sketch"):
-        ok("embed", *data, *features, *checkpoint, "--modality", modality, "--output", root / modality, "--actors", 1)
+        ok(
+            "embed",
+            *data,
+            *features,
+            *checkpoint,
+            "--modality",
+            modality,
+            "--output",
+            root / modality,
+            "--num-workers",
+            1,
+        )
     ok("index", "build", "--embeddings", root / "photo", "--queries", root / "sketch", *index)
     drawn, found = root / "my drawing.png", root / "found.json"
     messy.save(drawn, messy.drawing("tower", 40))

@@ -111,8 +111,8 @@ def test_a_submitted_job_ends_with_the_digest_of_the_direct_run(tmp_path: Path, 
     command = ("train", "--metadata", "team=search", "--", *flags, "--output", tmp_path / "submitted")
     code, results, log = submit(local, *command)
     assert code == 0, log[-3000:]
-    assert results["checkpoint"] == direct["checkpoint"]
-    assert open_artifact(tmp_path / "submitted", "checkpoint").digest == direct["checkpoint"]
+    assert results["digest"] == direct["digest"]
+    assert open_artifact(tmp_path / "submitted", "checkpoint").digest == direct["digest"]
     assert "train-" in results["submission_id"]
 
 

@@ -189,7 +189,7 @@ def test_rows_in_are_rows_used_and_quarantined_whatever_is_done_at_once(tmp_path
     for name in reversed(stage_listing(staging, rows, 8)):
         writing.write_slice({"name": name}, source, staging, settings.bytes_per_shard)
     again = ok("prepare", *flags, "--output", tmp_path / "alone")
-    assert again["data"] == found["data"]
+    assert again["digest"] == found["digest"]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_prepare_from_a_bucket_to_a_bucket_equals_the_one_on_a_disk(
     cluster.disconnect()  # tasks get the environment of the connection: the endpoint of this test
     there = ok("prepare", *flags, "--input", f"{bucket}/raw", "--output", f"{bucket}/data")
     here = ok("prepare", *flags, "--input", raw, "--output", tmp_path / "data")
-    assert there["data"] == here["data"]
+    assert there["digest"] == here["digest"]
     assert there["rows"] == {"in": 13, "used": 12, "quarantined": 1}
     data = open_artifact(f"{bucket}/data", "data")
     assert sum(len(data.read_table(entry.path)) for entry in data.shards()) == 12
@@ -307,7 +307,7 @@ def test_a_driver_killed_while_it_stages_the_listing_leaves_no_trace_in_the_resu
     assert killed.returncode == -9
     assert not list((tmp_path / "temporary").iterdir())
     again = ok("prepare", *flags, "--output", tmp_path / "killed")
-    assert again["data"] == ok("prepare", *flags, "--output", tmp_path / "unbroken")["data"]
+    assert again["digest"] == ok("prepare", *flags, "--output", tmp_path / "unbroken")["digest"]
     assert not any((tmp_path / "killed" / "staging").iterdir())
 
 

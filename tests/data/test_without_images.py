@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_tower_is_refused(data: Path, tmp_path: Path) -> None:
     flags = ("--data", data, "--split", "random:1:0", "--validation-classes", 0, "--output", tmp_path / "out")
-    for more in ((), ("--plan",)):
+    for more in ((), ("--dry-run",)):
         found = job("train", *flags, "--tower", "tiny", "--random-weights", "--model", "classifier", *more)
         assert found["exit_code"] == 2
         assert "have none of sketch and photo; train on --features, or prepare data with images" in found["error"]

@@ -104,7 +104,7 @@ def test_features_have_the_same_bits_whoever_decodes(data: Path) -> None:
 
 
 def test_a_gpu_that_shall_decode_has_to_be_there(data: Path, tmp_path: Path) -> None:
-    for flags in ((), ("--plan",)):
+    for flags in ((), ("--dry-run", "--measure")):
         told = job("features", "--data", data, "--output", tmp_path / "none", "--size", 32, "--jpegs", "gpu", *flags)
         assert told["exit_code"] == 2
         assert "the cluster has no GPU; use --jpegs cpu" in told["error"]
@@ -112,18 +112,18 @@ def test_a_gpu_that_shall_decode_has_to_be_there(data: Path, tmp_path: Path) -> 
 
 
 def test_a_job_takes_tasks_to_decode_and_refuses_more_than_there_is_room_for(data: Path, tmp_path: Path) -> None:
-    flags = ("--data", data, "--size", 32, "--actors", 1)
+    flags = ("--data", data, "--size", 32, "--num-workers", 1)
     plain = ok("features", *flags, "--output", tmp_path / "plain")
-    assert ok("features", *flags, "--output", tmp_path / "ahead", "--decoders", 2)["features"] == plain["features"]
+    assert ok("features", *flags, "--output", tmp_path / "ahead", "--decoders", 2)["digest"] == plain["digest"]
     refused = job("features", *flags, "--output", tmp_path / "refused", "--decoders", 99)
     assert refused["exit_code"] == 2
     assert "use --decoders" in refused["error"]
 
 
 def test_the_plan_predicts_what_it_costs_and_writes_nothing(data: Path, tmp_path: Path) -> None:
-    told = ok(
-        "features", "--data", data, "--output", tmp_path, "--size", 32, "--actors", 2, "--cpu-price", 0.04, "--plan"
-    )
+    words = ("--data", data, "--output", tmp_path, "--size", 32, "--num-workers", 2, "--cpu-price", 0.04, "--dry-run")
+    assert "cost" not in ok("features", *words)
+    told = ok("features", *words, "--measure")
     cost = told["cost"]
     a_row = cost["seconds_a_row"]
     assert set(a_row) == {"modality=photo", "modality=sketch"}
@@ -137,5 +137,7 @@ def test_the_plan_predicts_what_it_costs_and_writes_nothing(data: Path, tmp_path
 
 
 def test_the_plan_tries_no_other_batch_size_than_that_asked_for(data: Path, tmp_path: Path) -> None:
-    told = ok("features", "--data", data, "--output", tmp_path, "--size", 32, "--batch-size", 2, "--plan")
+    told = ok(
+        "features", "--data", data, "--output", tmp_path, "--size", 32, "--batch-size", 2, "--dry-run", "--measure"
+    )
     assert "rows_a_second_by_batch_size" not in told["cost"]

@@ -46,7 +46,7 @@ def by_hand(path: Path, image: bytes, invert: bool) -> np.ndarray:
 
 def test_features_of_a_directory_are_those_of_its_network(data: Path, dinov2: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--output", tmp_path, "--backbone", "dinov2", "--weights", dinov2, "--size", 28]
-    made = ok("features", *flags, "--fit", "published", "--invert-sketches", "--actors", 1)
+    made = ok("features", *flags, "--fit", "published", "--invert-sketches", "--num-workers", 1)
     assert made["dims"] == {"photo": 16, "sketch": 16}
     assert made["rows"] == {"photo": 6, "sketch": 6}
     features, pictures = open_artifact(tmp_path, "features"), open_artifact(data, "data")
@@ -60,8 +60,8 @@ def test_features_of_a_directory_are_those_of_its_network(data: Path, dinov2: Pa
 
 def test_the_plan_names_what_is_wanted_and_the_default_size(data: Path, tmp_path: Path) -> None:
     flags = ["--data", data, "--output", tmp_path]
-    assert job("features", *flags, "--backbone", "dinov2", "--plan")["exit_code"] == 2  # no weights
-    assert job("features", *flags, "--layer", "fc7", "--plan")["exit_code"] == 2  # lite0 has none
-    plain, told = (ok("features", *flags, *size, "--plan")["plan"] for size in ((), ("--size", 224)))
+    assert job("features", *flags, "--backbone", "dinov2", "--dry-run")["exit_code"] == 2  # no weights
+    assert job("features", *flags, "--layer", "fc7", "--dry-run")["exit_code"] == 2  # lite0 has none
+    plain, told = (ok("features", *flags, *size, "--dry-run")["plan"] for size in ((), ("--size", 224)))
     assert plain == told
-    assert ok("features", *flags, "--scaling", "unit", "--plan")["plan"] != plain
+    assert ok("features", *flags, "--scaling", "unit", "--dry-run")["plan"] != plain

@@ -40,7 +40,7 @@ def after(before: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def features(data: Path, output: Path, *flags: object) -> dict[str, Any]:
-    return ok("features", "--data", data, "--output", output, "--size", 32, "--actors", 1, *flags)
+    return ok("features", "--data", data, "--output", output, "--size", 32, "--num-workers", 1, *flags)
 
 
 def test_only_changed_shards_are_computed_and_nobody_can_tell(before: Path, after: Path, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_only_changed_shards_are_computed_and_nobody_can_tell(before: Path, afte
     fresh = features(after / "data", tmp_path / "fresh")
     assert first["cost"]["shards"] == {"computed": 6, "reused": 0, "finished_before": 0}
     assert again["cost"]["shards"] == {"computed": 1, "reused": 5, "finished_before": 0}
-    assert again["features"] == fresh["features"] != first["features"]
+    assert again["digest"] == fresh["digest"] != first["digest"]
     assert [read_all(artifact) for artifact in every_version(tmp_path / "kept")] == [24, 24]
     assert features(after / "data", tmp_path / "kept")["cost"] == {
         "shards": {"computed": 0, "reused": 0, "finished_before": 6}
@@ -58,7 +58,7 @@ def test_only_changed_shards_are_computed_and_nobody_can_tell(before: Path, afte
 
 def test_another_size_keeps_nothing(before: Path, tmp_path: Path) -> None:
     features(before / "data", tmp_path)
-    other = ok("features", "--data", before / "data", "--output", tmp_path, "--size", 40, "--actors", 1)
+    other = ok("features", "--data", before / "data", "--output", tmp_path, "--size", 40, "--num-workers", 1)
     assert other["cost"]["shards"] == {"computed": 6, "reused": 0, "finished_before": 0}
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_shard_is_not_taken_over_but_computed(before: Path, after: Pat
         path.write_bytes(path.read_bytes()[:-1] + b"!")
     again = features(after / "data", tmp_path / "kept")
     assert again["cost"]["shards"] == {"computed": 3, "reused": 3, "finished_before": 0}
-    assert again["features"] == features(after / "data", tmp_path / "fresh")["features"]
+    assert again["digest"] == features(after / "data", tmp_path / "fresh")["digest"]
 
 
 def test_the_cost_adds_up(before: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_texts_ask_for_photos_and_photos_for_texts(tmp_path: Path, made: Set) ->
     raw = toy.write_features(tmp_path / "raw", each=EACH)
     (raw / "modality=sketch").rename(raw / "modality=text")
     flags = features_only(tmp_path, raw)
-    ok("train", *flags, "--split", "random:3:0", "--query", "text", "--output", tmp_path / "ridge", *RIDGE)
+    ok("train", *flags, "--split", "random:3:0", "--query-modality", "text", "--output", tmp_path / "ridge", *RIDGE)
     common = (*flags, "--checkpoint", tmp_path / "ridge", "--output", tmp_path / "report")
     found = {}
     for query, gallery in (("text", "photo"), ("photo", "text")):

@@ -66,7 +66,7 @@ def jobs_of(root: Path) -> Iterator[Job]:
     generate(root / "raw", ROWS)
     at = {name: root / name for name in ("data", "features", "checkpoint")}
     run("prepare", "--source", "folders", "--input", root / "raw", "--output", at["data"], "--rows-per-shard", 40)
-    small = ("features", "--data", at["data"], "--size", 32, "--actors", 2)
+    small = ("features", "--data", at["data"], "--size", 32, "--num-workers", 2)
     run(*small, "--output", at["features"])
     inputs = [word for name in ("data", "features") for word in (f"--{name}", at[name])]
     train = ("train", *inputs, "--output", at["checkpoint"], "--model", "raw", "--split", "random:2:0")

@@ -44,7 +44,7 @@ def main() -> int:
     coin, raw = random.Random(arguments.seed), arguments.output / "raw"
     generate(raw, arguments.rows)
     started = time.monotonic()
-    unbroken = finish(command(raw, arguments.output / "unbroken"))["data"]
+    unbroken = finish(command(raw, arguments.output / "unbroken"))["digest"]
     whole = time.monotonic() - started
     print(f"seed {arguments.seed}; unbroken: {whole:.0f} s, {unbroken}", flush=True)
     wrong = 0
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def _differs(what: str, job: list[str], output: Path, unbroken: str) -> bool:
-    found = finish(job)["data"]
+    found = finish(job)["digest"]
     left = list((output / "staging").glob("*"))
     same = found == unbroken and not left
     print(f"{what}: {'equal digest' if same else f'DIFFERENT: {found}, left {left}'}", flush=True)

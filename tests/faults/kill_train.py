@@ -162,7 +162,7 @@ class Runs:
 
 def equal(runs: Runs, name: str, digest: str, what: str) -> bool:
     """Finish a run, and compare it with the unbroken one."""
-    found = finish(runs.command(name))["checkpoint"]
+    found = finish(runs.command(name))["digest"]
     wrong = [f"checkpoint {found[:12]}, expected {digest[:12]}"] if found != digest else []
     wrong += ["other losses"] if runs.losses(name) != runs.losses("unbroken") else []
     wrong += [f"left {path}" for path in runs.left_over(name)]
@@ -214,7 +214,7 @@ def other_worlds(runs: Runs, unbroken: dict[str, Any], token: Path) -> bool:
 def faults(runs: Runs, asked: argparse.Namespace, coin: random.Random, nodes: Nodes, token: Path) -> bool:
     """Everything that is asked for, of one model."""
     unbroken = finish(runs.command("unbroken"))
-    digest = unbroken["checkpoint"]
+    digest = unbroken["digest"]
     good = kill_workers(runs, digest, asked.kills, coin)
     good &= interrupted(
         runs, digest, "node of the workers removed", asked.nodes, coin, lambda _: nodes.remove_busiest()

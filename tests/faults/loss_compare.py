@@ -55,7 +55,7 @@ def weights(tree: Path, raw: Path, folder: Path, models: Sequence[str], steps: i
     for model in models:
         more = ("--model", model, "--output", str(folder / model), "--num-workers", "1", "--batch-size", "16")
         done = job(tree, "train", *inputs, *short, *more)
-        manifest = json.loads((folder / model / "objects" / done["checkpoint"] / "manifest.json").read_text())
+        manifest = json.loads((folder / model / "objects" / done["digest"] / "manifest.json").read_text())
         found[model] = next(f["sha256"] for f in manifest["files"] if f["path"] == "model.safetensors")
     return found
 

@@ -221,7 +221,7 @@ def test_the_jobs_build_inspect_verify_roll_back_and_search(
 ) -> None:
     place, index = tmp_path / "index", index_command.run
     inputs = ("--embeddings", world.root / "gallery", "--queries", world.root / "queries", "--index-dir", place)
-    planned = run(index, "build", *inputs, "--plan")
+    planned = run(index, "build", *inputs, "--dry-run")
     assert (planned["index_key"], planned["shards"], place.exists()) == ("Flat", 4, False)
     built = run(index, "build", *inputs)
     assert (built["exit_code"], built["version"], built["ntotal"]) == (0, 1, 3000)
@@ -265,9 +265,9 @@ def test_the_jobs_delete_by_key_filter_by_class_and_name_what_is_wrong(
     listed = tmp_path / "keys.txt"
     listed.write_bytes("\ufeffphoto-1\r\nphoto-2\r\n".encode())
     delete = ("delete", *where, "--keys-from", listed)
-    assert run(index, *delete, "--plan")["items"] == 2
+    assert run(index, *delete, "--dry-run")["items"] == 2
     assert run(index, *delete)["deleted"] == 2
-    assert run(index, *delete, "--keys", "photo-3", "--plan")["items"] == 1
+    assert run(index, *delete, "--keys", "photo-3", "--dry-run")["items"] == 1
     told = run(index, *delete, "--keys", "photo-3")
     assert (told["deleted"], told["already_deleted"]) == (1, 2)
     assert run(index, *delete)["deleted"] == 0

@@ -116,7 +116,7 @@ def test_a_run_goes_on_after_a_fault_in_any_stage(
     assert len(staging.pieces(scratch=True)) >= finished[point]
     ended = run_job("search", *words)
     assert ended.code == 0, ended.errors
-    assert ended.results["neighbours"] == whole
+    assert ended.results["digest"] == whole
     assert not staging.directory.exists()
 
 

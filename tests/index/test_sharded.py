@@ -38,10 +38,10 @@ def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
     rows = [pq.read_table(found.local(entry.path)) for entry in found.files]
     wanted = answers_table(answer(Searcher.open(index), queries, Asked(5)))
     assert [row for table in rows for row in table.to_pylist()] == wanted.to_pylist()
-    assert ended.results["neighbours"] == found.digest
+    assert ended.results["digest"] == found.digest
     if not flags:
         assert ended.results["cost_a_million"] == pytest.approx(2 * ended.results["cpu_hours_a_million"], abs=0.01)
-        cost = run_job("search", *words, "--num-workers", 2, "--plan").results["cost"]
+        cost = run_job("search", *words, "--num-workers", 2, "--dry-run", "--measure").results["cost"]
         every = 3 * len(world.sketches) * cost["seconds_a_row"] / 3600
         assert cost["seconds_a_row"] > 0
         assert (cost["workers"], cost["hours"]) == (2, pytest.approx(every / 2, abs=1e-6))

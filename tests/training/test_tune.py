@@ -49,13 +49,13 @@ def test_the_best_of_two_trials_is_the_one_of_the_higher_validation_score(
     assert scores[1e-3] != scores[1e-9]
     assert made["best"] == {"options.lr": max(scores, key=lambda rate: scores[rate])}
     assert made["validation_map_all"] == max(scores.values())
-    best = open_artifact(Path(made["checkpoint"]), "checkpoint")
+    best = open_artifact(Path(made["artifact"]), "checkpoint")
     assert best.facts["validation_map_all"] == max(scores.values())
     again = ok("train", "--config", made["best_config"], "--output", tmp_path / "again")
-    assert again["checkpoint"] == best.digest  # bit for bit, by a Ray Train worker
-    written = Path(made["checkpoint"]).joinpath("manifest.json").stat().st_mtime_ns
+    assert again["digest"] == best.digest  # bit for bit, by a Ray Train worker
+    written = Path(made["artifact"]).joinpath("manifest.json").stat().st_mtime_ns
     assert ok("tune", *flags)["validation_map_all"] == made["validation_map_all"]
-    assert Path(made["checkpoint"]).joinpath("manifest.json").stat().st_mtime_ns == written  # found, not made again
+    assert Path(made["artifact"]).joinpath("manifest.json").stat().st_mtime_ns == written  # found, not made again
 
 
 def drawn(sweep: Sweep) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def test_a_space_that_is_none_is_refused(given: Any) -> None:
 
 
 def test_what_makes_trials_incomparable_is_refused(tmp_path: Path, poisoned: list[object]) -> None:
-    flags = (*poisoned, *SPLIT, *SHORT, "--output", tmp_path / "out", "--plan", "--search-space")
+    flags = (*poisoned, *SPLIT, *SHORT, "--output", tmp_path / "out", "--dry-run", "--search-space")
     for field, given in (("split", {"choice": ["random:2:0"]}), ("options__none", {"choice": [1]}),
                          ("batch_size", {"choice": [0]}), ("seed", {"choice": [1]})):  # fmt: skip
         refused = job("tune", *flags, space(tmp_path / "space.yaml", **{field: given}))

@@ -24,6 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from tyro.extras import SubcommandApp
 
+from zsr.artifact import Artifact, sha256
 from zsr.artifact.lock import release_all
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH, say
@@ -40,12 +41,12 @@ class JobConfig(BaseModel):
     """Flags of every job.
 
     Attributes:
-        plan: print what would be done (stages, bytes, choices and why) and do nothing.
+        dry_run: print what would be done (stages, bytes, choices and why) and do nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    plan: bool = False
+    dry_run: bool = False
 
     @field_validator("*", mode="after")
     @classmethod
@@ -88,7 +89,7 @@ def main(
     try:
         flags: type[Config] = config_type if isinstance(config_type, type) else config_type(argv)
         config: Config = parse(flags, argv, program)
-        results = plan(config) if config.plan else work(config)
+        results = plan(config) if config.dry_run else work(config)
         code = 0
     except BaseException as error:  # the job's boundary: every failure becomes an exit code and one message
         WATCH.hold()
@@ -103,6 +104,22 @@ def main(
         release_all()
     WATCH.finish(json.dumps({**results, "exit_code": code}, sort_keys=True, default=str))
     return code
+
+
+def made(artifact: Artifact, root: object, **own: Any) -> Results:
+    """The results of a command that made `artifact`, published below `root`: the keys of all commands, then its own."""
+    return {"artifact": str(root), "digest": artifact.digest, "kind": artifact.kind, **own}
+
+
+def wrote(path: object, kind: str, content: bytes | None = None, **own: Any) -> Results:
+    """The results of a command that wrote something else than an artifact.
+
+    Args:
+        path: what was written; None for nothing.
+        content: what its digest is of, where there is one.
+    """
+    digest = None if content is None else sha256(content)
+    return {"artifact": None if path is None else str(path), "digest": digest, "kind": kind, **own}
 
 
 def overview(program: str, commands: Mapping[str, str], words: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ class Config(JobConfig):
 def composed(config: Config) -> Any:
     """The pipeline's configuration."""
     return pipeline.config_of(config.model)(
-        plan=config.plan,
+        dry_run=config.dry_run,
         output=config.output,
         seeds=config.seeds,
         prepare={"source": "emoji", "rows_per_shard": 500},

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from pydantic import Field
 
-from zsr.commands.base import JobConfig, Results, attach, main
+from zsr.commands.base import JobConfig, Results, attach, main, wrote
 from zsr.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def work(config: Config) -> Results:
     found = checks.examine(config)
     checks.show(found)
     wrong = [check for check in found if check.fix]
-    results: Results = {"checks": [asdict(check) for check in found]}
+    results = wrote(None, "checks", checks=[asdict(check) for check in found])
     if wrong:
         error = ConfigError("; ".join(f"{check.what}: {check.found}: {check.fix}" for check in wrong))
         attach(error, results)

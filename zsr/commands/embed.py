@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, made, main
 from zsr.data.rows import Modality
 from zsr.devices import DeviceSettings
 from zsr.embedding.settings import Classes, Prices
@@ -22,11 +22,12 @@ class Config(DeviceSettings, JobConfig):
         modality: which rows.
         output: ROOT of the EMB artifact.
         classes: all rows, or those of one role in the checkpoint's split.
-        actors: processes that hold the model; left out, as many as there is room for, on nodes that are
+        num_workers: processes that hold the model; left out, as many as there is room for, on nodes that are
             up or that the autoscaler can start.
         decoders: as in zsr features, for a checkpoint with an image tower.
         cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
         gpu_price: of a GPU's hour.
+        measure: with --dry-run: compute for some seconds, and predict from that what all of it costs.
     """
 
     data: Path
@@ -35,10 +36,11 @@ class Config(DeviceSettings, JobConfig):
     output: Path
     features: Path | None = None
     classes: Classes = "all"
-    actors: int | None = Field(None, ge=1)
+    num_workers: int | None = Field(None, ge=1)
     decoders: int | None = None
     cpu_price: float = 0.0
     gpu_price: float = 0.0
+    measure: bool = False
 
     def open(self) -> tuple[Artifact, Artifact | None, Artifact]:
         """Data, features and checkpoint."""
@@ -56,17 +58,20 @@ def plan(config: Config) -> Results:
     source = gallery.source_of(data, features, checkpoint, config.modality)
     rows, dim = (features or data).facts["rows"][config.modality], checkpoint.facts["dim"]
     digest = gallery.plan(data, source, checkpoint, config.modality, config.classes).digest
+    found = {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4}
+    if not config.measure:
+        return found
     cost = gallery.predict(
         data,
         features,
         checkpoint,
         config.modality,
         classes=config.classes,
-        actors=config.actors,
+        actors=config.num_workers,
         prices=Prices(config.cpu_price, config.gpu_price),
         device=config.devices,
     )
-    return {"plan": digest, "rows_at_most": rows, "dim": dim, "bytes_at_most": rows * dim * 4, "cost": cost}
+    return {**found, "cost": cost}
 
 
 def work(config: Config) -> Results:
@@ -81,12 +86,12 @@ def work(config: Config) -> Results:
         config.modality,
         store,
         classes=config.classes,
-        actors=config.actors,
+        actors=config.num_workers,
         decoders=config.decoders,
         device=config.devices,
     )
     prices = Prices(config.cpu_price, config.gpu_price)
-    return {"embeddings": embeddings.digest, **embeddings.facts, "cost": tally.report(prices)}
+    return made(embeddings, config.output, **embeddings.facts, cost=tally.report(prices))
 
 
 def run(argv: Sequence[str]) -> int:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import Field
 
 from zsr.artifact import Store, open_artifact
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, main, wrote
 from zsr.data.rows import Modality
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 from zsr.evaluation.settings import BackboneSaw, LearnedOn, Protocol
+from zsr.storage import read_file
 
 if TYPE_CHECKING:
     from zsr.evaluation.compare import Given, Settings
@@ -158,7 +159,6 @@ def headline(report: "Report", output: Path) -> Results:
         "map_all_unseen": medians.get(shown["name"], shown["scores"]["mAP@all"]),
         "map_all_unseen_index": through[0]["scores"]["mAP@all"] if through else None,
         "chance": shown["chance"]["mAP@all"],
-        "report": str(output / "report.html"),
     }
     floors = {f"floor_{name}": exact[name]["scores"]["mAP@all"] for name in ("raw", "ridge") if name in exact}
     more = {
@@ -167,7 +167,8 @@ def headline(report: "Report", output: Path) -> Results:
         "harmonic": {n: row["generalised"]["harmonic"]["mAP@all"] for n, row in exact.items() if row["generalised"]},
         "splits": {m["model"]: m["mean"] for m in (values["splits"] or {"models": []})["models"]},
     }
-    return {**results, **floors, **{name: found for name, found in more.items() if found}}
+    about = {**results, **floors, **{name: found for name, found in more.items() if found}}
+    return wrote(output / "report.html", "report", read_file(output / "report.json"), **about)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zsr.artifact import open_artifact
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, main, wrote
 from zsr.storage import read_file
 
 
@@ -49,13 +49,9 @@ def work(config: Config) -> Results:
         include_backbone=config.include_backbone,
         weights=config.weights,
     )
-    return {
-        "export": str(config.output),
-        "model": description.model,
-        "checkpoint": description.checkpoint,
-        "bytes": len(read_file(config.output / WEIGHTS)),
-        "sha256": description.weights,
-    }
+    weights = read_file(config.output / WEIGHTS)
+    about = {"model": description.model, "checkpoint": description.checkpoint, "bytes": len(weights)}
+    return wrote(config.output, "export", weights, **about)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, made, main
 from zsr.devices import DeviceSettings
 from zsr.embedding.settings import BackboneSettings, Finetune, Prices
 from zsr.models.choices import Fit, PixelScaling
@@ -31,13 +31,14 @@ class Config(DeviceSettings, JobConfig):
         texts: the sentence encoder that text rows go through, or none.
         finetune_on_seen: a split, as zsr train takes it; the backbone is first tuned to classify its seen classes.
         finetune: how.
-        batch_size: pictures in one forward pass; left out, 32 on a CPU and 64 on a GPU. `--plan` measures some sizes.
-        actors: processes that hold the backbone; left out, as many as there is room for, on nodes that are
+        batch_size: pictures in one forward pass; left out, 32 on a CPU and 64 on a GPU.
+        num_workers: processes that hold the backbone; left out, as many as there is room for, on nodes that are
             up or that the autoscaler can start.
         decoders: Ray tasks, a CPU each, that may decode ahead of each actor; left out, as many as there are CPUs for on
             a cluster with GPUs, else none. A probe of some seconds finds how many of them are needed.
         cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
         gpu_price: of a GPU's hour.
+        measure: with --dry-run: compute for some seconds, and predict from that what all of it costs.
     """
 
     data: Path
@@ -54,10 +55,11 @@ class Config(DeviceSettings, JobConfig):
     finetune_on_seen: str | None = None
     finetune: Finetune = Finetune()
     batch_size: int | None = None
-    actors: int | None = Field(None, ge=1)
+    num_workers: int | None = Field(None, ge=1)
     decoders: int | None = None
     cpu_price: float = 0.0
     gpu_price: float = 0.0
+    measure: bool = False
 
     def settings(self) -> BackboneSettings:
         return BackboneSettings(**{name: getattr(self, name) for name in BackboneSettings.model_fields})
@@ -72,17 +74,19 @@ def plan(config: Config) -> Results:
     weights = backbones.weights_path(config.backbone, config.weights)
     rows = {m: n for m, n in data.facts["rows"].items() if m != "text" or config.texts != "none"}
     digest = plan_features(data, config.settings(), weights).digest
-    prices = Prices(config.cpu_price, config.gpu_price)
+    found: Results = {"plan": digest, "rows": rows, "weights": str(weights)}
+    if not config.measure:
+        return found
     cost = predict(
         data,
         config.settings(),
         weights,
         batch=config.batch_size,
-        actors=config.actors,
-        prices=prices,
+        actors=config.num_workers,
+        prices=Prices(config.cpu_price, config.gpu_price),
         device=config.devices,
     )
-    return {"plan": digest, "rows": rows, "weights": str(weights), "cost": cost}
+    return {**found, "cost": cost}
 
 
 def work(config: Config) -> Results:
@@ -106,12 +110,12 @@ def work(config: Config) -> Results:
         weights,
         store,
         batch=config.batch_size,
-        actors=config.actors,
+        actors=config.num_workers,
         decoders=config.decoders,
         device=config.devices,
     )
     prices = Prices(config.cpu_price, config.gpu_price)
-    return {"features": features.digest, **features.facts, "cost": tally.report(prices)}
+    return made(features, config.output, **features.facts, cost=tally.report(prices))
 
 
 def run(argv: Sequence[str]) -> int:

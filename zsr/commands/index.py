@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from zsr.artifact import Store, open_artifact
-from zsr.commands.base import JobConfig, Results, main, overview
+from zsr.commands.base import JobConfig, Results, made, main, overview
 from zsr.errors import ConfigError
 from zsr.index import edit
-from zsr.index.build import Job, build
+from zsr.index.build import Job, Unmeasured, build
 from zsr.index.plan import IndexConfig
-from zsr.index.publish import history, rollback, verify
-from zsr.index.purge import purge
+from zsr.index.publish import Published, history, rollback, verify
+from zsr.index.purge import Purged, purge
 from zsr.index.search import Searcher
 from zsr.storage import read_text
 
@@ -42,7 +42,7 @@ class Build(JobConfig, IndexConfig):
         config = IndexConfig.model_validate(self.model_dump(include=set(IndexConfig.model_fields)))
         embeddings = open_artifact(self.embeddings, "embeddings")
         queries = None if self.queries is None else open_artifact(self.queries, "embeddings")
-        return Job.of(embeddings, queries, config, None if self.plan else Store.at(self.index_dir))
+        return Job.of(embeddings, queries, config, Store.at(self.index_dir), measure=not self.dry_run)
 
 
 class Inspect(JobConfig):
@@ -132,17 +132,22 @@ class Rollback(JobConfig):
     version: int
 
 
+def changed(config: Build | Inspect | Rollback, done: Published | edit.Changed | Purged) -> Results:
+    """What a command that published a version prints."""
+    published = done if isinstance(done, Published) else done.published
+    return made(published.artifact, config.index_dir, **done.as_json())
+
+
 def do_build(config: Build) -> Results:
-    return build(config.job(), Store.at(config.index_dir)).as_json()
+    return changed(config, build(config.job(), Store.at(config.index_dir)))
 
 
 def do_inspect(config: Inspect) -> Results:
     artifact = open_artifact(config.index_dir, "index")
     versions = {str(number): digest for number, digest in history(Store.at(artifact.place)).items()}
     size = sum(entry.bytes for entry in artifact.files)
-    return {
+    return made(artifact, config.index_dir) | {
         **artifact.facts,
-        "digest": artifact.digest,
         "bytes": size,
         "parents": artifact.parents,
         "versions": versions,
@@ -152,29 +157,29 @@ def do_inspect(config: Inspect) -> Results:
 def do_verify(config: Verify) -> Results:
     artifact = open_artifact(config.index_dir, "index")
     verify(Searcher.of(artifact))
-    return {"digest": artifact.digest, "verified": len(artifact.files), "ntotal": artifact.facts["ntotal"]}
+    return made(artifact, config.index_dir, verified=len(artifact.files), ntotal=artifact.facts["ntotal"])
 
 
 def do_delete(config: Delete) -> Results:
-    return edit.delete(Store.at(config.index_dir), config.ids()).as_json()
+    return changed(config, edit.delete(Store.at(config.index_dir), config.ids()))
 
 
 def do_add(config: Add) -> Results:
     embeddings = open_artifact(config.embeddings, "embeddings")
-    return edit.add(Store.at(config.index_dir), embeddings, workers=config.num_workers).as_json()
+    return changed(config, edit.add(Store.at(config.index_dir), embeddings, workers=config.num_workers))
 
 
 def do_rebuild(config: Rebuild) -> Results:
     embeddings = open_artifact(config.embeddings, "embeddings")
-    return edit.rebuild(Store.at(config.index_dir), embeddings, workers=config.num_workers).as_json()
+    return changed(config, edit.rebuild(Store.at(config.index_dir), embeddings, workers=config.num_workers))
 
 
 def do_compact(config: Compact) -> Results:
-    return edit.compact(Store.at(config.index_dir)).as_json()
+    return changed(config, edit.compact(Store.at(config.index_dir)))
 
 
 def do_purge(config: Purge) -> Results:
-    return purge(Store.at(config.index_dir)).as_json()
+    return changed(config, purge(Store.at(config.index_dir)))
 
 
 def do_plan(config: Build) -> Results:
@@ -183,11 +188,14 @@ def do_plan(config: Build) -> Results:
 
 
 def do_rollback(config: Rollback) -> Results:
-    return rollback(Store.at(config.index_dir), config.version).as_json()
+    return changed(config, rollback(Store.at(config.index_dir), config.version))
 
 
 def plan_build(config: Build) -> Results:
-    return config.job().as_json()
+    try:
+        return config.job().as_json()
+    except Unmeasured as why:
+        return {"index_key": None, "reasons": [str(why)]}
 
 
 def plan_read(config: Inspect) -> Results:

@@ -23,14 +23,6 @@ from zsr.commands.base import JobConfig, Results, attach, file_values, main, our
 from zsr.errors import ConfigError, StorageError
 from zsr.storage import url_of
 
-DIGESTS: Final = (
-    "data",
-    "semantics",
-    "features",
-    "checkpoint",
-    "embeddings",
-    "digest",
-)  # what stages call their result
 FILLED_IN: Final = {  # by the pipeline, and therefore no keys of a stage's section
     "prepare": ("output", "features_output", "inspect", "sheet", "sheet_rows"),
     "semantics": ("output", "data"),
@@ -67,7 +59,7 @@ def section(stage: str, config: type[BaseModel], **defaults: Any) -> type[BaseMo
     fields: dict[str, Any] = {
         name: (about.annotation, defaults.get(name, about))
         for name, about in config.model_fields.items()
-        if name not in ("plan", *FILLED_IN[stage])
+        if name not in ("dry_run", "measure", *FILLED_IN[stage])
     }
     return create_model(
         stage.capitalize(),
@@ -180,7 +172,7 @@ class Layout:
             "checkpoint": self.checkpoints,
             "index_dir": indexes,
         }
-        query = self.config.train.query
+        query = self.config.train.query_modality
         yield self.stage("evaluate", evaluate, **self.inputs, **report, query_modality=query, output=self.report)
 
     def _trained(self) -> Iterator[Stage]:
@@ -190,7 +182,7 @@ class Layout:
             yield self.stage(f"train seed {seed}", train, kind, **self.inputs, **about)
 
     def _embedded(self) -> Iterator[Stage]:
-        for modality in dict.fromkeys(("photo", self.config.train.query)):
+        for modality in dict.fromkeys(("photo", self.config.train.query_modality)):
             output = self.at(f"embeddings-{modality}")
             about: dict[str, Any] = {"checkpoint": self.checkpoints[0], "modality": modality, "output": output}
             yield self.stage(f"embed {modality}", embed, **self.inputs, **about)
@@ -201,7 +193,7 @@ class Layout:
         build = index.Build(
             **values,
             embeddings=self.at("embeddings-photo"),
-            queries=self.at(f"embeddings-{self.config.train.query}"),
+            queries=self.at(f"embeddings-{self.config.train.query_modality}"),
             index_dir=self.at("index"),
         )
         return Stage("index", build, index.plan_build, index.do_build)
@@ -228,11 +220,6 @@ class Lap:
     digest: str | None = None
 
 
-def digest_of(results: Results) -> str | None:
-    """The digest of what a stage made: its results may name what it read as well, which stands earlier in `DIGESTS`."""
-    return next((str(results[key]) for key in reversed(DIGESTS) if key in results), None)
-
-
 class Timeline:
     """Runs stages and remembers what each took; also in a file, which is whole at any time.
 
@@ -254,7 +241,7 @@ class Timeline:
             self._note(stage.name, began, cpu, 1 if known is None else known.exit_code, None)
             attach(error, {"failed_stage": stage.name, **self.as_results()})
             raise
-        self._note(stage.name, began, cpu, 0, digest_of(results))
+        self._note(stage.name, began, cpu, 0, results["digest"])
         return results
 
     def _note(self, stage: str, began: float, cpu: float, code: int, digest: str | None) -> None:

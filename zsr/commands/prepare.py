@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from zsr.artifact import Store, open_artifact, write_atomically
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, made, main, wrote
 from zsr.data import prepare as rows
 from zsr.data.features import import_features
 from zsr.data.listing import listing
@@ -95,11 +95,11 @@ def work(config: Config) -> Results:
     listed = listing(source, settings.seed)
     rows.warn_unread(listed.unread)
     data = rows.prepare(source, output, settings, listed)
-    results = {"data": data.digest, "rows": data.manifest["rows"], "quarantine": data.facts["quarantine"]}
+    results = made(data, output, rows=data.manifest["rows"], quarantine=data.facts["quarantine"])
     results["not_read"] = listed.unread
     if config.features_output is not None:
         features = import_features(source, listed, settings, data, Store.at(config.features_output))
-        results |= {"features": features.digest, "feature_rows": features.facts["rows"]}
+        results |= {"features": made(features, config.features_output, rows=features.facts["rows"])}
     return results
 
 
@@ -110,7 +110,7 @@ def look(data: Path, config: Config) -> Results:
     results, page = inspect.look(open_artifact(data, "data"), config.sheet_rows)
     sheet = config.sheet or local_path("contact_sheet.png")
     write_atomically(sheet, page)
-    return results | {"sheet": str(sheet)}
+    return wrote(sheet, "contact sheet", page, **results)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from zsr.artifact import Store, open_artifact
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, made, main, wrote
 from zsr.embedding.settings import Prices
 from zsr.errors import ConfigError
 from zsr.storage import files_below, is_file, read_file
@@ -51,6 +51,7 @@ class Search(JobConfig):
         num_workers: at most, that map the whole index; as many as there are CPUs if not given.
         cpu_price: of a CPU's hour, in any currency; a NEIGHBOURS artifact's results then name the cost of a million
             queries.
+        measure: with --dry-run, for a NEIGHBOURS artifact: search for some seconds, and predict what all of it costs.
         picture: a PNG that shows the first queries with what was found; wants `data`.
         data: DATA with the pictures of the gallery.
     """
@@ -70,6 +71,7 @@ class Search(JobConfig):
     list_ranges: int = Field(default=0, ge=0)
     num_workers: int | None = Field(default=None, ge=1)
     cpu_price: float = 0.0
+    measure: bool = False
     picture: Path | None = None
     data: Path | None = None
 
@@ -124,7 +126,7 @@ def plan(config: Search) -> Results:
     if config.queries is not None:
         queries = open_artifact(config.queries, "embeddings")
         count = queries.facts["rows"]
-        if config.offline and not config.replicas and not config.list_ranges:
+        if config.measure and config.offline and not config.replicas and not config.list_ranges:
             prices = Prices(config.cpu_price)
             cost = {
                 "cost": predict(index, queries, config.asked(index.facts), workers=config.num_workers, prices=prices)
@@ -237,7 +239,7 @@ def to_artifact(config: Search) -> Results:
 
     index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries or Path(), "embeddings")
     output = Store.at(config.output)
-    made, told = search_all(
+    found, told = search_all(
         index,
         queries,
         config.asked(index.facts),
@@ -247,7 +249,7 @@ def to_artifact(config: Search) -> Results:
         workers=config.num_workers,
         prices=Prices(config.cpu_price),
     )
-    return {"neighbours": made.digest, "index": index.digest, **made.facts, **told}
+    return made(found, config.output, index=index.digest, **found.facts, **told)
 
 
 def work(config: Search) -> Results:
@@ -267,7 +269,8 @@ def work(config: Search) -> Results:
         found = dict(pictures_in(open_artifact(config.data or Path(), "data"), "photo", ids))
         draw(answers, found, queries, config.picture)
     k = answers.hits.ids.shape[1]
-    return {"index": index.digest, "queries": len(answers.ids), "k": k, "output": str(config.output)}
+    about = {"index": index.digest, "queries": len(answers.ids), "k": k}
+    return wrote(config.output, "neighbors", read_file(config.output), **about)
 
 
 def run(argv: Sequence[str]) -> int:

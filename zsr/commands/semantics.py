@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from zsr.artifact import Store, open_artifact
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, made, main
 from zsr.data.rows import canonical_label
 from zsr.errors import ConfigError
 from zsr.storage import local_path, read_text
@@ -100,7 +100,7 @@ def work(config: Config) -> Results:
     from zsr.data import semantics
 
     artifact = semantics.build(config.classes(), config.kinds, Store.at(config.output), config.settings())
-    return {"semantics": artifact.digest, **artifact.facts}
+    return made(artifact, config.output, **artifact.facts)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import Field, create_model
 
 from zsr.artifact import Artifact, Store, open_artifact
-from zsr.commands.base import JobConfig, Results, file_values, main, peek, without_file
+from zsr.commands.base import JobConfig, Results, file_values, made, main, peek, without_file
 from zsr.data import splits
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
@@ -42,7 +42,7 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
         tower_rate: the tower's learning rate as a multiple of the model's; 0 keeps it frozen.
         tower_tune: which of its parameters train: all, norms (and prompts), or a regular expression of their names.
         invert_sketches: white strokes on black.
-        query: what the queries are.
+        query_modality: of the queries; the gallery holds photos.
         semantics: SEMANTICS with a vector for every class; only models that learn from none can do without.
         split: a published split by name, random:UNSEEN:SEED, or a JSON file.
         output: ROOT of the checkpoint artifact.
@@ -76,7 +76,7 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
     tower_rate: float = 0.1
     tower_tune: str = "all"
     invert_sketches: bool = False
-    query: Query = "sketch"
+    query_modality: Query = "sketch"
     model: str = DEFAULT_MODEL
     preset: str | None = None
     track: tuple[TrackerName, ...] = ()
@@ -138,7 +138,7 @@ def prepare_run(config: Config, options: "ModelConfig") -> "Run":
         settings=TrainSettings(**{name: getattr(config, name) for name in TrainSettings.model_fields}),
         output=Store.at(config.output),
         score=mean_average_precision,
-        query=config.query,
+        query=config.query_modality,
         deepspeed=deepspeed_config(config.zero_stage, config.precision),
         recompute=config.recompute,
         device=config.devices,
@@ -159,14 +159,15 @@ def work(config: Any) -> Results:
     run = prepare_run(config, config.options)
     checkpoint = train_model(run, fresh=config.resume == "never")
     facts = checkpoint.facts
-    return {
-        "checkpoint": checkpoint.digest,
-        "best_step": facts["best_step"],
-        "steps": facts["steps"],
-        "validation_map_all": facts["validation_map_all"],
-        "model": config.model,
-        metrics.WAIT: metrics.waited_share(metrics_path(run, checkpoint.plan)),
-    }
+    return made(
+        checkpoint,
+        config.output,
+        model=config.model,
+        best_step=facts["best_step"],
+        steps=facts["steps"],
+        validation_map_all=facts["validation_map_all"],
+        **{metrics.WAIT: metrics.waited_share(metrics_path(run, checkpoint.plan))},
+    )
 
 
 def config_for(argv: Sequence[str]) -> type[Any]:

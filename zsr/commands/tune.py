@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 from pydantic import Field, ValidationError, create_model
 
-from zsr.artifact import write_atomically
+from zsr.artifact import open_artifact, write_atomically
 from zsr.commands import train
-from zsr.commands.base import Results, file_values, main, refusals
+from zsr.commands.base import Results, file_values, made, main, refusals
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 from zsr.training.config import SearcherName
@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
 # what makes scores of two trials incomparable, or is no setting of a run
 FIXED: Final = (
-    *("data", "split", "query", "model", "preset", "validation_classes", "num_workers", "output", "plan", "resume"),
+    *(
+        "data",
+        "split",
+        "query_modality",
+        "model",
+        "preset",
+        "validation_classes",
+        "num_workers",
+        "output",
+        "dry_run",
+        "resume",
+    ),
     *("seed", "track", "log_every", "device", "gpus_per_worker"),
 )
 OWN: Final = ("search_space", "trials", "seeds", "searcher", "trials_per_gpu", "search_seed")
@@ -137,20 +148,21 @@ def work(config: Any) -> Results:
     write_atomically(best, yaml.safe_dump(flags(trial_config(values, setting))).encode())
     write_atomically(config.output / "trials.json", json.dumps([asdict(t) for t in trials], indent=1).encode())
     print(table(trials), file=sys.stderr)
-    return {
+    about = {
         "trials": len(trials),
         "failed": sum(trial.score is None for trial in trials),
         "best": setting,
         "validation_map_all": score,
         "best_config": str(best),
-        "checkpoint": trials[0].checkpoint,
     }
+    checkpoint = open_artifact(str(trials[0].checkpoint), "checkpoint")
+    return made(checkpoint, trials[0].checkpoint, **about)
 
 
 def flags(config: Any) -> dict[str, Any]:
     """What `zsr train --config` takes, without --output."""
     values = config.model_dump(
-        mode="json", exclude={"output", "plan", "resume", "track", "log_every", *DeviceSettings.model_fields}
+        mode="json", exclude={"output", "dry_run", "resume", "track", "log_every", *DeviceSettings.model_fields}
     )
     values["options"] = {name: value for name, value in values["options"].items() if value is not None}
     return {name: value for name, value in values.items() if value is not None}

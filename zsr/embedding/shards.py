@@ -267,7 +267,7 @@ def room_to_decode(actors: int, decoders: int | None, devices: Devices) -> int:
     if decoders is not None and decoders > room:
         raise Infeasible(
             f"{decoders} tasks to decode for each of {actors} actors, and CPUs for {max(0, room)}; use --decoders "
-            f"{max(0, room)}, fewer --actors, or add nodes"
+            f"{max(0, room)}, fewer --num-workers, or add nodes"
         )
     return max(0, room) if decoders is None else decoders
 

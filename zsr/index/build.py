@@ -13,7 +13,7 @@ import numpy as np
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
-from zsr.errors import DamagedArtifact
+from zsr.errors import ConfigError, DamagedArtifact
 from zsr.executor import VECTORS, map_pieces
 from zsr.index import drift, engine, ledger, lists, trial
 from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
@@ -34,22 +34,37 @@ def added_name(shard: int) -> str:
     return f"add/part-{shard:05d}.faiss"
 
 
-def measured(gallery: Vectors, queries: Vectors, config: IndexConfig, store: Store | None) -> list[Evidence]:
+def evidence_plan(gallery: Vectors, queries: Vectors, config: IndexConfig) -> Plan:
+    """What shapes the measurements of the candidates."""
+    shaped = config.model_dump(include={"recall_target", "max_index_memory_usage", "train_size", "seed"})
+    parents = {"embeddings": gallery.artifact.digest, "queries": queries.artifact.digest}
+    return Plan("index-plan", shaped, parents)
+
+
+def kept_evidence(work: Plan, store: Store) -> list[Evidence] | None:
+    """What an earlier run measured and kept under `store`/plans; None if there is nothing. Writes nothing."""
+    kept = Store.at(f"{store}/plans")
+    found = (kept.open(kept.digest_of(number)) for number in reversed(kept.versions()))
+    done = next((artifact for artifact in found if artifact.plan == work.digest), None)
+    return None if done is None else [Evidence(**row) for row in done.facts["evidence"]]
+
+
+def measured(gallery: Vectors, queries: Vectors, config: IndexConfig, store: Store) -> list[Evidence]:
     """Evidence for the candidates, measured once for the same inputs and flags and kept under `store`/plans.
 
     Raises:
         Infeasible: no candidate fits the budget.
     """
-    shaped = config.model_dump(include={"recall_target", "max_index_memory_usage", "train_size", "seed"})
-    parents = {"embeddings": gallery.artifact.digest, "queries": queries.artifact.digest}
-    work, kept = Plan("index-plan", shaped, parents), None if store is None else Store.at(f"{store}/plans")
-    done = kept and kept.made(work)
-    if done:
+    work, kept = evidence_plan(gallery, queries, config), Store.at(f"{store}/plans")
+    if done := kept.made(work):
         return [Evidence(**row) for row in done.facts["evidence"]]
     found = trial.measure(gallery, queries, config)
-    if kept is not None:
-        kept.publish(kept.staging(work).seal(facts={"evidence": [row.as_json() for row in found]}))
+    kept.publish(kept.staging(work).seal(facts={"evidence": [row.as_json() for row in found]}))
     return found
+
+
+class Unmeasured(ConfigError):
+    """The kind of index is chosen by measurements, which were not made yet."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,23 @@ class Job:
 
     @classmethod
     def of(
-        cls, embeddings: Artifact, queries: Artifact | None, config: IndexConfig, store: Store | None = None
+        cls,
+        embeddings: Artifact,
+        queries: Artifact | None,
+        config: IndexConfig,
+        store: Store | None = None,
+        *,
+        measure: bool = True,
     ) -> "Job":
         """Plan the index of `embeddings`, to be tuned on `queries`.
 
         Args:
             queries: such as those that will be asked; None tunes on rows of the gallery.
             store: of the index; what is measured for the plan is kept there and found again.
+            measure: whether candidates may be measured, which takes from seconds to minutes.
 
         Raises:
+            Unmeasured: candidates have to be measured first, and may not be.
             ConfigError: queries of another checkpoint, width or metric; a key that does not fit; Infeasible budgets.
         """
         gallery, sketches = Vectors.of(embeddings), Vectors.of(embeddings if queries is None else queries)
@@ -84,9 +107,20 @@ class Job:
         count, dim, metric = gallery.rows, gallery.space.dim, gallery.space.metric
         evidence: list[Evidence] = []
         if config.index_key is None and unmeasured(count, dim, metric, config) is None:
-            evidence = measured(gallery, sketches, config, store)
+            evidence = cls._evidence(gallery, sketches, config, store, measure)
         chosen = plan(count, dim, metric, config, largest_shard=largest, evidence=evidence)
         return cls(gallery, sketches, config, chosen)
+
+    @staticmethod
+    def _evidence(
+        gallery: Vectors, queries: Vectors, config: IndexConfig, store: Store | None, measure: bool
+    ) -> list[Evidence]:
+        if not measure:
+            known = None if store is None else kept_evidence(evidence_plan(gallery, queries, config), store)
+            if known is None:
+                raise Unmeasured("candidates are to be measured before one is chosen; `zsr index plan` measures them")
+            return known
+        return trial.measure(gallery, queries, config) if store is None else measured(gallery, queries, config, store)
 
     def artifact_plan(self) -> Plan:
         """What shapes the bytes: budgets and the number of workers do so only through the plan that they led to."""

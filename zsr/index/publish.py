@@ -30,7 +30,6 @@ class Published:
         facts = self.artifact.facts
         named = ("ntotal", "index_key", "exact", "operating_point", "imbalance", "dim", "metric", "checkpoint")
         return {
-            "digest": self.artifact.digest,
             "version": self.version,
             "bytes": sum(entry.bytes for entry in self.artifact.files),
             "recall": facts["operating_point"]["recall_sketch"],

@@ -190,7 +190,7 @@ class Run:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What `--plan` prints: sizes, steps and rows, without training. Of a refit it is the first stage's plan."""
+    """What `--dry-run` prints: sizes, steps and rows, without training. Of a refit it is the first stage's plan."""
     _refuse_combinations(run, "cpu" if run.device.device == "cpu" else "cuda")  # auto is decided when it runs
     with torch.device("meta"):  # sizes alone are wanted
         model = build(run.model, run.options, run.inputs)
