@@ -485,7 +485,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no backbone 'vgg'; known are"):
+    with pytest.raises(ConfigError, match="no backbone 'vgg'; there are"):
         backbones.weights_path("vgg", None)
     with pytest.raises(ConfigError, match="backbone tiny comes without weights; give --weights with a local file"):
         backbones.weights_path("tiny", None)

@@ -15,21 +15,13 @@ from zsr.models.protocol import Inputs, Model
 from zsr.models.sem_pcyc import RELEASED
 
 SQUARE = Inputs(sketch_dim=12, photo_dim=12, semantic_dim=7, classes=INPUTS.classes)
-STEPPED = ["sem-pcyc", "cvae", "caae", "doodle2search", "sketch-gcn", "lcale", "cfsa", "contrastive", "classifier"]
-# options of models whose published size would take seconds to build
-SMALL: dict[str, dict[str, Any]] = {
-    "cvae": {"latent": 4, "hidden": 8, "samples": 6},
-    "caae": {"latent": 4, "hidden": 8, "samples": 6, "judge": (8, 4)},
-    "doodle2search": {"dim": 6, "hidden": 8},
-    "sketch-gcn": {"dim": 6, "hidden": 8, "latent": 4, "latent_hidden": 8},
-    "lcale": {"dim": 6, "photo_hidden": (8, 8), "sketch_hidden": (8, 8), "word_hidden": (8, 8)},
-    "cfsa": {"hidden": 8, "noise": 4},
-    "contrastive": {},
-}
+STEPPED = [name for name, entry in MODELS.items() if issubclass(entry.model, Model)]
+SMALL = {name: dict(entry.small) for name, entry in MODELS.items()}
 
 
 def test_models_import_neither_ray_nor_deepspeed_nor_pyarrow() -> None:
-    code = "import sys, zsr.models; print([m for m in ('ray', 'deepspeed', 'pyarrow') if m in sys.modules])"
+    heavy = "[name for name in ('ray', 'deepspeed', 'pyarrow') if name in sys.modules]"
+    code = f"import sys; from zsr.models import MODELS; list(MODELS.values()); print({heavy})"
     root = Path(__file__).parents[2]
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert ran.stdout.strip() == "[]"
@@ -89,7 +81,7 @@ def test_raw_refuses_modalities_of_different_width() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "preset", "message"),
     [
-        ("sem-pcyk", {}, None, "known are .*sem-pcyc"),
+        ("sem-pcyk", {}, None, "no model .*; there are .*sem-pcyc"),
         ("sem-pcyc", {}, "relaesed", "presets are .*released"),
         ("sem-pcyc", {"dims": 3}, None, "dims: Extra inputs.*options are .*dim"),
         ("sem-pcyc", {"dim": 0}, None, "dim: Input should be greater than or equal to 2"),

@@ -85,6 +85,8 @@ def main(
         program: what is typed before them, such as `zsr train`.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.distributed prints hundreds from worker set-up
+    # `cluster.connect` does it: by itself Ray would start or join a cluster without the environment of our workers
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     results: Results = {}
     try:
         flags: type[Config] = config_type if isinstance(config_type, type) else config_type(argv)

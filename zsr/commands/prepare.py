@@ -22,7 +22,8 @@ class Config(JobConfig):
     """Flags of zsr prepare: --source, --input and --output to make DATA, or --inspect to look at it.
 
     Attributes:
-        source: emoji is embedded and needs no input; docs/data.md has what the others read.
+        source: folders, pairs, parquet, webdataset, sketchy, tuberlin, quickdraw, wikipedia, or an installed package's;
+            emoji is embedded and needs no input. docs/data.md has what each reads.
         output: ROOT of the DATA artifact.
         input: directory of the raw data.
         inspect: ROOT of a DATA artifact to look at; nothing is prepared.
@@ -41,7 +42,7 @@ class Config(JobConfig):
         seed: of the order of rows.
     """
 
-    source: registry.Name | None = None
+    source: str | None = None
     output: Path | None = None
     input: Path | None = None
     inspect: Path | None = None
@@ -62,7 +63,7 @@ class Config(JobConfig):
 
     def open_source(self) -> Source:
         if self.source is None:
-            raise ConfigError(f"--source is missing: one of {list(registry.NAMES)}, or --inspect DATA")
+            raise ConfigError(f"--source is missing: one of {', '.join(registry.SOURCES)}; or --inspect DATA")
         options = registry.Options(
             classes=self.classes, columns=self.columns, sketchy=self.sketchy, quickdraw=self.quickdraw
         )

@@ -188,8 +188,6 @@ def config_for(argv: Sequence[str]) -> type[Any]:
 def config_of(model: object = None, preset: object = None) -> type[Any]:
     """`config_for` a model and one of its presets."""
     name = str(model or DEFAULT_MODEL)
-    if name not in MODELS:
-        raise ConfigError(f"no model {name!r}; known are {sorted(MODELS)}")
     options = configure(name, {}, None if preset is None else str(preset))
     fields: dict[str, Any] = {"options": (type(options), options)}
     for flag, value in MODELS[name].schedule.items():

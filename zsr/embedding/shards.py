@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy
 
 from zsr import progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
+from zsr.cluster import connect
 from zsr.devices import AUTO, Devices, DeviceSettings, capacity, choose
 from zsr.embedding.ahead import PROBE
 from zsr.embedding.settings import Prices
@@ -174,6 +175,7 @@ def rates_of(
     kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequence[str], devices: Devices
 ) -> dict[str, dict[str, float]]:
     """Seconds per row of STAGES for each shard, by a Ray task with the device of one worker."""
+    connect()
     task = ray.remote(num_cpus=1, num_gpus=devices.gpus)(_rates)
     rates: dict[str, dict[str, float]] = ray.get(task.remote(kind, shared, names))
     return rates

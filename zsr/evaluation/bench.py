@@ -29,6 +29,7 @@ from zsr.evaluation import imagenet, metrics, protocol
 from zsr.evaluation.metrics import Ints, Labels
 from zsr.evaluation.protocol import Evaluation, Sampling, Side
 from zsr.evaluation.settings import BackboneSaw, Protocol
+from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs
 from zsr.training.source import pictures_of
 
@@ -280,7 +281,7 @@ class Bench:
         saw = self.task.backbone_saw
         if saw == "auto" and self.backbone == "random weights":
             return dict.fromkeys(self.tested, ())
-        on_imagenet = saw == "imagenet-1k" or (saw == "auto" and self.backbone in imagenet.ON_IMAGENET)
+        on_imagenet = saw == "imagenet-1k" or (saw == "auto" and backbones.on_imagenet(self.backbone))
         return imagenet.known(self.tested) if on_imagenet else None
 
     @property

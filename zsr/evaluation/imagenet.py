@@ -18,8 +18,6 @@ from typing import Final
 
 from zsr.data.rows import canonical_label
 
-ON_IMAGENET: Final = ("lite0", "resnet", "vgg16", "vgg16-bn", "vgg19", "vit")  # backbones by their name in FEATURES
-
 # class -> nouns that stand for it, in place of its own name; none where ImageNet has nothing of the kind
 BY_HAND: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from zsr import plugins
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import pretrained, vgg
 from zsr.models.choices import PixelScaling
@@ -105,6 +106,8 @@ class Entry:
         prefix: of the network's names, which those in a weights file do not have.
         spare: beginnings of names that a weights file may have beyond the network's.
         fresh: beginnings of names that it may lack: they stay as drawn.
+        imagenet: whether published weights were trained on the thousand classes of ImageNet-1k.
+        one_size: whether it takes one size of images only, which its configuration says.
     """
 
     layers: tuple[str, ...]
@@ -114,6 +117,8 @@ class Entry:
     prefix: str = ""
     spare: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    imagenet: bool = False
+    one_size: bool = False
 
 
 def _published(mean: Triple, std: Triple, interpolation: Interpolation, crop: float | None, size: int = 224) -> Input:
@@ -137,17 +142,17 @@ def _vgg(depth: vgg.Depth, batch_norm: bool) -> Entry:
         return found, found.dim
 
     layers = ("fc7", "fc6", "conv", "logits")
-    return Entry(layers, _imagenet("bilinear"), network, spare=("classifier.",), fresh=("attention.",))
+    return Entry(layers, _imagenet("bilinear"), network, spare=("classifier.",), fresh=("attention.",), imagenet=True)
 
 
-def _pretrained(name: str, published: Input) -> Entry:
+def _pretrained(name: str, published: Input, *, imagenet: bool = False, one_size: bool = False) -> Entry:
     """A tower of transformers; weights are a directory, which brings sizes and perhaps preprocessing of its own."""
 
     def network(made: Architecture) -> tuple[nn.Module, int]:
         found = pretrained.Pretrained(name, made.layer, made.config)
         return found, found.dim
 
-    return Entry(tuple(pretrained.KINDS[name].outputs), published, network)
+    return Entry(tuple(pretrained.KINDS[name].outputs), published, network, imagenet=imagenet, one_size=one_size)
 
 
 class Lite0(nn.Module):
@@ -190,26 +195,34 @@ HALF: Final = (0.5, 0.5, 0.5)
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 
-BACKBONES: Final[Mapping[str, Entry]] = {
-    "lite0": Entry(
-        ("pooled",),
-        # (x - 127) / 128 in the released code, where the picture is also cut
-        Input(shift=(127.0,) * 3, divisor=(128.0,) * 3, size=224, interpolation="bilinear", crop=224 / 256),
-        lambda _: (Lite0(), 1280),
-        weights=_lite0_weights,
-        prefix="network.",
-        spare=("network._fc.",),
-    ),
-    "vgg16": _vgg(16, batch_norm=False),
-    "vgg16-bn": _vgg(16, batch_norm=True),
-    "vgg19": _vgg(19, batch_norm=False),
-    "resnet": _pretrained("resnet", _imagenet("bicubic")),
-    "vit": _pretrained("vit", _published(HALF, HALF, "bilinear", None)),
-    "dinov2": _pretrained("dinov2", _imagenet("bicubic")),
-    "clip": _pretrained("clip", _published(CLIP_MEAN, CLIP_STD, "bicubic", 1.0)),
-    "tiny": Entry(("pooled",), _published(HALF, HALF, "bilinear", None, size=64), lambda _: (_tiny(), 64)),
-}
-FIXED: Final = ("vit", "clip")  # their positions are learned for one size, which config.json says
+LITE0: Final = Entry(
+    ("pooled",),
+    # (x - 127) / 128 in the released code, where the picture is also cut
+    Input(shift=(127.0,) * 3, divisor=(128.0,) * 3, size=224, interpolation="bilinear", crop=224 / 256),
+    lambda _: (Lite0(), 1280),
+    weights=_lite0_weights,
+    prefix="network.",
+    spare=("network._fc.",),
+    imagenet=True,
+)
+VGG16: Final = _vgg(16, batch_norm=False)
+VGG16_BN: Final = _vgg(16, batch_norm=True)
+VGG19: Final = _vgg(19, batch_norm=False)
+RESNET: Final = _pretrained("resnet", _imagenet("bicubic"), imagenet=True)
+# positions of these two are learned for one size
+VIT: Final = _pretrained("vit", _published(HALF, HALF, "bilinear", None), imagenet=True, one_size=True)
+CLIP: Final = _pretrained("clip", _published(CLIP_MEAN, CLIP_STD, "bicubic", 1.0), one_size=True)
+DINOV2: Final = _pretrained("dinov2", _imagenet("bicubic"))
+TINY: Final = Entry(("pooled",), _published(HALF, HALF, "bilinear", None, size=64), lambda _: (_tiny(), 64))
+
+BACKBONES: Final[plugins.Registry[Entry]] = plugins.Registry(
+    plugins.BACKBONES,
+    "backbone",
+    {
+        name: f"zsr.models.backbones:{name.replace('-', '_').upper()}"
+        for name in ("lite0", "vgg16", "vgg16-bn", "vgg19", "resnet", "vit", "dinov2", "clip", "tiny")
+    },
+)
 
 # -- what the rest of zsr calls --------------------------------------------------------------------------------------
 
@@ -235,7 +248,7 @@ def architecture(
     Raises:
         ConfigError: unknown backbone or layer, a directory that does not fit, or attention where there is none.
     """
-    entry = _entry(name)
+    entry = BACKBONES[name]
     chosen = layer or entry.layers[0]
     if chosen not in entry.layers:
         raise ConfigError(f"backbone {name} has no layer {layer!r}; its layers are {list(entry.layers)}")
@@ -254,6 +267,11 @@ def architecture(
     return _described(found).model_dump(mode="json")
 
 
+def on_imagenet(name: str) -> bool:
+    """Whether backbone `name` is one whose published weights were trained on ImageNet-1k."""
+    return name in BACKBONES and BACKBONES[name].imagenet
+
+
 def build(architecture: Mapping[str, Any]) -> Backbone:
     """The backbone of an architecture in train mode, its parameters drawn from torch's global generator.
 
@@ -261,7 +279,7 @@ def build(architecture: Mapping[str, Any]) -> Backbone:
         ConfigError: not such a description, or the library of this backbone is not installed.
     """
     made = _described(architecture)
-    entry = _entry(made.name)
+    entry = BACKBONES[made.name]
     if made.layer not in entry.layers:
         raise ConfigError(f"backbone {made.name} has no layer {made.layer!r}; its layers are {list(entry.layers)}")
     network, dim = entry.network(made)
@@ -290,7 +308,7 @@ def load_weights(backbone: Backbone, path: Path) -> None:
     if isinstance(backbone.network, pretrained.Pretrained):
         backbone.network.load(path)
         return
-    entry = _entry(name)
+    entry = BACKBONES[name]
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -381,7 +399,7 @@ def weights_path(name: str, weights: Path | None) -> Path:
     Raises:
         ConfigError: unknown backbone, no such file or directory, or none given where no package brings one.
     """
-    entry = _entry(name)
+    entry = BACKBONES[name]
     wanted = "directory" if name in pretrained.KINDS else "file"
     if weights is None and entry.weights is None:
         raise ConfigError(f"backbone {name} comes without weights; give --weights with a local {wanted}")
@@ -404,12 +422,6 @@ def digest(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _entry(name: str) -> Entry:
-    if name not in BACKBONES:
-        raise ConfigError(f"no backbone {name!r}; known are {sorted(BACKBONES)}")
-    return BACKBONES[name]
-
-
 def _described(found: Mapping[str, Any]) -> Architecture:
     try:
         return Architecture.model_validate(found)
@@ -422,4 +434,4 @@ def _from_directory(name: str, directory: Path) -> dict[str, Any]:
     """What a transformers directory says of backbone `name`: sizes, and perhaps preprocessing of its own."""
     config = pretrained.read_config(name, directory)
     found = {"config": config, **pretrained.read_preprocessing(directory)}
-    return {**found, "size": config["image_size"], "resizable": False} if name in FIXED else found
+    return {**found, "size": config["image_size"], "resizable": False} if BACKBONES[name].one_size else found

@@ -49,6 +49,7 @@ PAPER: Final = Config(**RELEASED_OPTIONS)
 # what we would take: the encoder of CVAE, and an adversarial term that trains from the start
 OURS: Final = Config(encoder_input="image+sketch", adversarial="non-saturating")
 PRESETS: Final[Mapping[str, Config]] = {"paper": PAPER, "ours": OURS}
+SMALL: Final = {"latent": 4, "hidden": 8, "samples": 6, "judge": (8, 4)}
 
 
 def discriminator(latent: int, hidden: tuple[int, ...]) -> nn.Sequential:

@@ -94,6 +94,7 @@ RELEASED: Final = Config(
 )
 PAPER: Final = RELEASED.model_copy(update={"critic_batches": "fresh", "modality_weight": 0.0})
 PRESETS: Final[Mapping[str, Config]] = {"released": RELEASED, "paper": PAPER}
+SMALL: Final = {"hidden": 8, "noise": 4}
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 

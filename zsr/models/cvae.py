@@ -107,6 +107,7 @@ RELEASED: Final = Config(**RELEASED_OPTIONS, noise="released")
 # objective and retrieval as the paper is recalled to write them
 PAPER: Final = Config(**RELEASED_OPTIONS, prior="conditional", reduction="sum", retrieval="kmeans")
 PRESETS: Final[Mapping[str, Config]] = {"released": RELEASED, "paper": PAPER}
+SMALL: Final = {"latent": 4, "hidden": 8, "samples": 6}
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 

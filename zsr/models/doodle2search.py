@@ -79,6 +79,7 @@ class Config(ModelConfig):
 
 RELEASED: Final = Config(start="apart", metric="l2", lr=1e-4, clock="batch")
 PRESETS: Final[Mapping[str, Config]] = {"released": RELEASED}
+SMALL: Final = {"dim": 6, "hidden": 8}
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 

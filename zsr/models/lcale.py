@@ -114,6 +114,7 @@ SHORT: Final = PAPER.model_copy(
     update={k: getattr(Config(), k) for k in ("beta_epochs", "gamma_epochs", "delta_epochs")}
 )
 PRESETS: Final[Mapping[str, Config]] = {"paper": PAPER, "released": RELEASED, "short": SHORT}
+SMALL: Final = {"dim": 6, "photo_hidden": (8, 8), "sketch_hidden": (8, 8), "word_hidden": (8, 8)}
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 

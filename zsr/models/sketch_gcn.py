@@ -81,6 +81,7 @@ class Config(ModelConfig):
 # the ancestor's temperature, constant target and rate
 ZSIH: Final = Config(temperature=0.1, detach_target=True, feature_weight=1.0, lr=5e-4)
 PRESETS: Final[Mapping[str, Config]] = {"zsih": ZSIH}
+SMALL: Final = {"dim": 6, "hidden": 8, "latent": 4, "latent_hidden": 8}
 
 # -- graph -----------------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsr import measure, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
-from zsr.cluster import environment, set_data_context, started_here
+from zsr.cluster import connect, environment, set_data_context, started_here
 from zsr.data.decode import VERSION
 from zsr.data.pictures import has_images
 from zsr.data.rows import home_rank
@@ -303,6 +303,7 @@ def _fit(run: Run, staging: Staging) -> None:
 
     Ray Train's own FailureConfig would retry errors of the code too; states are ours, so a fresh start is a resumption.
     """
+    connect()  # else Ray Train would start or join a cluster by itself, without the environment of our workers
     devices = _devices(run)
     place = run.output.root / "ray" / staging.plan.digest[:12]
     shutil.rmtree(place, ignore_errors=True)  # what a driver has left that was killed

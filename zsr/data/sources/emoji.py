@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,6 +39,8 @@ class Entry:
 
 class Emoji:
     """Draws its pictures on demand; an item's `where` is WEIGHT:CODE, with weight 0 for the colour font."""
+
+    embedded: ClassVar = True
 
     @property
     def facts(self) -> Mapping[str, Any]:

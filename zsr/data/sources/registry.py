@@ -1,27 +1,36 @@
-"""The sources by name. One more source is one new file and one line here."""
+"""The sources by name. One more source is one new file and one line here, or an entry point of another package."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
 
+from zsr import plugins
 from zsr.data.sources import Source
-from zsr.data.sources.emoji import Emoji
-from zsr.data.sources.folders import Folders
-from zsr.data.sources.pairs import Pairs
-from zsr.data.sources.parquet import Columns, Parquet
-from zsr.data.sources.quickdraw import QuickDraw, QuickDrawOptions
+from zsr.data.sources.parquet import Columns
+from zsr.data.sources.quickdraw import QuickDrawOptions
 from zsr.data.sources.restrict import restricted
-from zsr.data.sources.sketchy import Sketchy, SketchyOptions
+from zsr.data.sources.sketchy import SketchyOptions
 from zsr.data.sources.tree import Tree
-from zsr.data.sources.tuberlin import TUBerlin
-from zsr.data.sources.webdataset import WebDataset
-from zsr.data.sources.wikipedia import Wikipedia
 from zsr.errors import ConfigError
 
-Name = Literal["emoji", "folders", "pairs", "parquet", "quickdraw", "sketchy", "tuberlin", "webdataset", "wikipedia"]
-NAMES: Final[tuple[Name, ...]] = get_args(Name)
+# a class that is made with the root of the data, and with those of its own options that `Options` has; one that reads
+# no input, because it brings its data, has `embedded = True`
+SOURCES: Final[plugins.Registry[Any]] = plugins.Registry(
+    plugins.SOURCES,
+    "source",
+    {
+        "emoji": "zsr.data.sources.emoji:Emoji",
+        "folders": "zsr.data.sources.folders:Folders",
+        "pairs": "zsr.data.sources.pairs:Pairs",
+        "parquet": "zsr.data.sources.parquet:Parquet",
+        "quickdraw": "zsr.data.sources.quickdraw:QuickDraw",
+        "sketchy": "zsr.data.sources.sketchy:Sketchy",
+        "tuberlin": "zsr.data.sources.tuberlin:TUBerlin",
+        "webdataset": "zsr.data.sources.webdataset:WebDataset",
+        "wikipedia": "zsr.data.sources.wikipedia:Wikipedia",
+    },
+)
 
 
 class Options(BaseModel):
@@ -42,32 +51,26 @@ class Options(BaseModel):
     sketchy: SketchyOptions = SketchyOptions()
     quickdraw: QuickDrawOptions = QuickDrawOptions()
 
-
-Make = Callable[[str, Options], Source]
-SOURCES: Final[dict[Name, Make]] = {
-    "emoji": lambda root, options: Emoji(),
-    "folders": lambda root, options: Folders(root),
-    "pairs": lambda root, options: Pairs(root),
-    "parquet": lambda root, options: Parquet(root, options.columns),
-    "quickdraw": lambda root, options: QuickDraw(root, options.quickdraw),
-    "sketchy": lambda root, options: Sketchy(root, options.sketchy),
-    "tuberlin": lambda root, options: TUBerlin(root),
-    "webdataset": lambda root, options: WebDataset(root),
-    "wikipedia": lambda root, options: Wikipedia(root),
-}
+    def of(self, name: str) -> list[BaseModel]:
+        """What the source called `name` is made with beside its root."""
+        own: dict[str, BaseModel] = {"parquet": self.columns, "sketchy": self.sketchy, "quickdraw": self.quickdraw}
+        return [own[name]] if name in own else []
 
 
-def open_source(name: Name, root: str | Path | None, options: Options) -> Source:
+def open_source(name: str, root: str | Path | None, options: Options) -> Source:
     """The source called `name` over `root`, a path or a URL such as s3://bucket/prefix.
 
     Raises:
-        ConfigError: `root` is missing or holds nothing; the list of classes cannot be read.
+        ConfigError: no such source; `root` is missing or holds nothing; the list of classes cannot be read.
         StorageError: `root` cannot be listed.
     """
-    if name == "emoji" and root is not None:
-        raise ConfigError(
-            f"--source emoji is embedded and reads no --input, but {root} was given; leave one of them out"
-        )
-    if name != "emoji" and (root is None or not Tree.at(root).entries()):
+    kind = SOURCES[name]
+    if getattr(kind, "embedded", False):
+        if root is not None:
+            raise ConfigError(
+                f"--source {name} is embedded and reads no --input, but {root} was given; leave one of them out"
+            )
+        return restricted(kind(), options.classes)
+    if root is None or not Tree.at(root).entries():
         raise ConfigError(f"--source {name} requires --input, a directory with something in it; found {root}")
-    return restricted(SOURCES[name](str(root), options), options.classes)
+    return restricted(kind(str(root), *options.of(name)), options.classes)
