@@ -229,7 +229,7 @@ def test_what_was_altered_or_lies_elsewhere_is_refused(with_tower: Path, data: P
     (tmp_path / "out" / CONFIG).write_text("{}")
     with pytest.raises(DamagedArtifact, match="model"):
         zsr.load(tmp_path / "out")
-    with pytest.raises(ConfigError, match="that jobs"):
+    with pytest.raises(ConfigError, match="that zsr export"):
         zsr.load(tmp_path)
 
 

@@ -77,7 +77,7 @@ def test_an_image_tower_is_trained_along_and_again_with_the_validation_classes(
     final, chosen = (
         open_artifact(tmp_path / "tower" / "objects" / d, "checkpoint") for d in _versions(tmp_path / "tower")
     )
-    assert (final.digest, final.parents["chosen"]) == (refitted["checkpoint"], chosen.digest)
+    assert (final.digest, final.parents["chosen"]) == (refitted["digest"], chosen.digest)
     assert refitted["steps"] == chosen.facts["best_step"]
     assert refitted["validation_map_all"] == chosen.facts["validation_map_all"]
     assert len(final.config["inputs"]["classes"]) == len(chosen.config["inputs"]["classes"]) + 2

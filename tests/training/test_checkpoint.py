@@ -77,12 +77,13 @@ def _write_all(*saves: Callable[[], None]) -> None:
 def test_numbers_of_workers() -> None:
     assert TrainSettings(num_workers="4").num_workers == 4
     assert TrainSettings(num_workers=3).workers == (3, 3)
+    assert TrainSettings(num_workers="0").workers == TrainSettings(num_workers=0).workers == (1, 1)  # this process
     settings = TrainSettings(num_workers="2:8", batch_size=16, accumulate=2)
     assert settings.workers == (2, 8)
     assert [settings.rows(world) for world in (8, 4, 3, 2)] == [32, 64, 85, 128]
 
 
-@pytest.mark.parametrize("wrong", [0, "0:2", "3:2", "two", "1:2:3"])
+@pytest.mark.parametrize("wrong", [-1, "0:2", "3:2", "two", "1:2:3"])
 def test_wrong_numbers_of_workers_are_refused(wrong: int | str) -> None:
     with pytest.raises(ValidationError, match="workers"):
         TrainSettings(num_workers=wrong)

@@ -8,8 +8,9 @@ here as plain, whole tensors.
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -125,12 +126,35 @@ def init_distributed(backend: str) -> None:
     """Hand the process group that Ray Train made to DeepSpeed."""
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # late: it probes the machine when it is imported
+    with _unheard():
+        import deepspeed  # late: it probes the machine when it is imported, with a compiler that complains
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # its shared-memory collectives would be compiled for over a minute at the first call; gloo does the same work
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Send what child processes write to stderr nowhere; errors of this process are exceptions."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def leave_distributed() -> None:
+    """Destroy the process group, in DeepSpeed too: it would look for the old one if this process trains again."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    elif dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Engines:

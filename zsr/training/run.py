@@ -45,7 +45,7 @@ from zsr.models.protocol import Rows as FitRows
 from zsr.storage import url_of
 from zsr.training import checkpoint
 from zsr.training.config import TrainSettings
-from zsr.training.engines import deepspeed_config, init_distributed, refuse
+from zsr.training.engines import deepspeed_config, init_distributed, leave_distributed, refuse
 from zsr.training.estimate import memory
 from zsr.training.feed import Batches, Sums, begin, begin_stream, fit_scale
 from zsr.training.loop import Place, Score, Validation, train
@@ -452,8 +452,7 @@ def _work(run: Run, staging: Staging, place: Place, report: Callable[[dict[str, 
             report({"step": 1.0})
     finally:
         # otherwise rank 0 may abort at exit, while DeepSpeed's threads still hold the group
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_distributed()
 
 
 def _train(run: Run, staging: Staging, place: Place, report: Callable[[dict[str, float]], None]) -> None:
