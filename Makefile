@@ -7,7 +7,7 @@ DEMO := runs/demo
 BASE ?= main
 STEPPED := sem-pcyc cvae caae doodle2search sketch-gcn lcale cfsa contrastive classifier
 
-.PHONY: demo demo-seeds test sanity faults faults-nightly stages loss-compare check format lock audit clean
+.PHONY: demo demo-seeds test sanity faults faults-tests faults-nightly stages loss-compare check format lock audit clean
 
 # requirements.lock pins the versions that were tested together; pyproject.toml says which ranges are allowed
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -22,15 +22,19 @@ demo-seeds: $(VENV)/installed ## the same with three seeds
 	$(RUN) -m zsr demo --output $(DEMO) --seeds 0 1 2
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --cov zsr --cov-report term:skip-covered --cov-fail-under 85
 
 sanity: $(VENV)/installed ## gates and ablations of the models on a synthetic world; some minutes
 	$(RUN) -m tests.sanity.run
+
+faults-tests: $(VENV)/installed ## the tests of kills, lost nodes and clusters of several nodes
+	$(RUN) -m pytest -m faults
 
 # workers are to be killed, too, however small the work is
 faults faults-nightly: export ZSR_EXECUTOR = ray
 
 faults: $(VENV)/installed ## the demo and prepare, killed at random times, end with the digests of unbroken ones
+	$(MAKE) faults-tests
 	$(RUN) -m tests.faults.kill_demo runs/faults
 	$(RUN) -m tests.faults.kill_prepare runs/faults/prepare
 	$(RUN) -m tests.faults.kill_gallery runs/faults/gallery $(GALLERY_FAULTS)

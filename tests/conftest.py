@@ -9,6 +9,21 @@ from pathlib import Path
 
 import pytest
 
+RAY = {"ray_cluster", "local", "bucket"}  # fixtures that start processes, which one worker of a parallel run shares
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on one Ray cluster run in one process of a parallel run, those of any other module in one process each.
+
+    What requires a cluster of several nodes is for `make faults`.
+    """
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "local" in fixtures:
+            item.add_marker(pytest.mark.faults)
+        item.add_marker(pytest.mark.xdist_group("ray" if fixtures & RAY else item.path.stem))
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:

@@ -196,6 +196,7 @@ def _terms(text: str) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name in kept or "/" in name} for line in lines]
 
 
+@pytest.mark.faults
 def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
     tmp_path: Path, featured: list[object], trained: Path
 ) -> None:

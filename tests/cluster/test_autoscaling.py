@@ -186,6 +186,7 @@ def submitted(cluster: Autoscaling, name: str, *flags: object, fake: bool = True
     return results, [line for line in done.stderr.splitlines() if line.startswith("device: ")]
 
 
+@pytest.mark.faults
 def test_features_start_a_gpu_node_from_zero_unless_cpus_are_requested(tmp_path: Path, pictures: Path) -> None:
     flags = ("features", "--data", pictures, "--size", 32)
     with autoscaling_cluster(TYPES) as cluster:
@@ -200,6 +201,7 @@ def test_features_start_a_gpu_node_from_zero_unless_cpus_are_requested(tmp_path:
         assert cluster.started()["gpu-l4"] >= 1
 
 
+@pytest.mark.faults
 def test_train_starts_a_gpu_node_from_zero(tmp_path: Path, featured: list[object]) -> None:
     flags = (*featured, "--split", "random:3:0", "--validation-classes", 2, "--output", tmp_path / "checkpoint")
     short = ("--model", "contrastive", "--epochs", 1, "--steps-per-epoch", 2, "--batch-size", 8, "--num-workers", 1)

@@ -35,6 +35,7 @@ def with_another_version(folder: Path, package: str, version: str) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.mark.faults
 def test_the_doctor_finds_a_node_with_another_version(tmp_path: Path, local: LocalCluster) -> None:
     code, healthy, table = examine(local)
     assert code == 0, healthy

@@ -102,6 +102,7 @@ def test_so_they_do_with_other_codes(tmp_path: Path, key: str, metric: str) -> N
             assert answers_table(one).equals(answers_table(two))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("point", ["search.assign", "search.scan", "search.shard"])
 def test_a_run_goes_on_after_a_fault_in_any_stage(
     world: World, index: Artifact, whole: str, tmp_path: Path, point: str

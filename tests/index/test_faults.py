@@ -28,6 +28,7 @@ def _inputs(world: World, place: Path) -> tuple[object, ...]:
     return (*inputs, "--index-key", KEY)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("point", ["index.train", "index.merge", "index.tune"])
 def test_a_killed_build_goes_on_to_the_same_bytes(world: World, tmp_path: Path, unbroken: str, point: str) -> None:
     killed = run_job("index", "build", *_inputs(world, tmp_path), fault=f"{point}=kill")
@@ -39,6 +40,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(world: World, tmp_path: Path, 
     assert list((tmp_path / "staging").iterdir()) == []
 
 
+@pytest.mark.faults
 def test_a_killed_worker_is_replaced_and_the_build_ends_well(world: World, tmp_path: Path, unbroken: str) -> None:
     ended = run_job("index", "build", *_inputs(world, tmp_path), "--num-workers", 1, fault="index.add=kill@2")
     assert ended.code == 0, ended.errors

@@ -24,6 +24,7 @@ def index(world: World, tmp_path_factory: pytest.TempPathFactory, ray_cluster: N
     return place
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flags", [(), ("--replicas", 2)], ids=["mapped whole", "on the nodes"])
 def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
     index: Path, world: World, tmp_path: Path, flags: tuple[object, ...]
@@ -48,6 +49,7 @@ def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
     assert run_job("search", *words).results["reused"] is True
 
 
+@pytest.mark.faults
 def test_answers_without_names_are_never_published(index: Path, world: World, tmp_path: Path) -> None:
     queries = embeddings(tmp_path / "queries", world.sketches, "sketch", shards=3)
     words = ("--index-dir", index, "--queries", queries.directory, "--output", tmp_path / "out", "--replicas", 1)
@@ -69,6 +71,7 @@ def test_hosts_are_asked_about_some_queries_at_once() -> None:
     assert blocks_of(0, 1024) == [(0, 0)]
 
 
+@pytest.mark.faults
 def test_a_lost_node_changes_no_answer() -> None:
     command = [sys.executable, "-m", "tests.faults.sharded", "--queries", "10000", "--photos", "6000"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
