@@ -26,15 +26,17 @@ import numpy as np
 from benchmarks.index_world import World, write
 from zsr import cluster, measure
 from zsr.artifact import Store, open_artifact
-from zsr.index import edit, engine, ledger
-from zsr.index.answers import Asked
-from zsr.index.build import Job, build
-from zsr.index.offline import search_all
-from zsr.index.plan import IndexConfig
-from zsr.index.search import Searcher
-from zsr.index.segments import INDEX
-from zsr.index.truth import K, Truth, exact
-from zsr.index.vectors import Vectors
+from zsr.clock import Clock
+from zsr.index import faiss_backend
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.ground_truth import K, Truth, exact
+from zsr.index.maintaining import edit
+from zsr.index.searching.batch import search_all
+from zsr.index.searching.results import Asked
+from zsr.index.searching.searcher import Searcher
+from zsr.index.storage.embeddings import Vectors
+from zsr.index.storage.segment import INDEX
 
 CHANGED: Final = 0.01
 SAMPLED: Final = 1000  # answers of `offline` that are asked again one by one
@@ -119,9 +121,9 @@ class Bench:
 def curve_of(truth: Truth, search: Any) -> list[dict[str, float]]:
     """Recall@10 and queries a second on one thread, for each of PROBES. `search`: nprobe -> ordinals (Q, 10)."""
     rows = []
-    with engine.threads(1):
+    with faiss_backend.threads(1):
         for nprobe in PROBES:
-            clock = ledger.Clock()
+            clock = Clock()
             found = search(nprobe)
             rows.append(
                 {
@@ -140,7 +142,7 @@ def do_data(bench: Bench) -> None:
 
 def do_plan(bench: Bench) -> None:
     cluster.connect()
-    clock = ledger.Clock()
+    clock = Clock()
     chosen = bench.job().chosen
     bench.keep("plan", {**chosen.as_json(), **clock.spent()})
 
@@ -174,7 +176,7 @@ def do_build(bench: Bench) -> None:
 def do_plain(bench: Bench) -> None:
     """One process: draw the same sample while reading, train, read again and add, write; no tasks, no receipts."""
     ours, gallery = bench.kept("build"), Vectors.of(bench.inputs()[0])
-    clock = ledger.Clock()
+    clock = Clock()
     rows = gallery.drawn(ours["train_size"], 0)
     parts = []
     for shard in range(len(gallery.shards)):
@@ -182,20 +184,20 @@ def do_plain(bench: Bench) -> None:
         parts.append(gallery.read(shard).vectors[here])
     sample = np.concatenate(parts)
     parts.clear()
-    with engine.threads(2):
-        index = engine.faiss.index_factory(bench.world.dim, ours["index_key"].partition(",Refine")[0], 0)
-        ivf = engine.ivf_of(index)
+    with faiss_backend.threads(2):
+        index = faiss_backend.faiss.index_factory(bench.world.dim, ours["index_key"].partition(",Refine")[0], 0)
+        ivf = faiss_backend.ivf_of(index)
         if hasattr(ivf, "do_polysemous_training"):
             ivf.do_polysemous_training = False
-        if isinstance(index, engine.faiss.IndexPreTransform) and not bench.keep_mean:
-            engine.train_transform(index.chain.at(0), sample, "ip")
+        if isinstance(index, faiss_backend.faiss.IndexPreTransform) and not bench.keep_mean:
+            faiss_backend.train_transform(index.chain.at(0), sample, "ip")
         index.train(sample)
         for shard in range(len(gallery.shards)):
             index.add(gallery.read(shard).vectors)
-    engine.faiss.write_index(index, str(bench.root / "plain.faiss"))
+    faiss_backend.faiss.write_index(index, str(bench.root / "plain.faiss"))
     spent = clock.spent()
     truth = bench.truth()
-    curve = curve_of(truth, lambda n: engine.probe(index, truth.queries, K, n)[0])
+    curve = curve_of(truth, lambda n: faiss_backend.probe(index, truth.queries, K, n)[0])
     bench.keep("plain", {"index_key": ours["index_key"], "cpu": spent["cpu"], "rss": spent["rss"], "curve": curve})
 
 
@@ -236,7 +238,7 @@ def do_edit(bench: Bench) -> None:
     place = bench.root / f"index-{stage}-{bench.name}"
     shutil.rmtree(place, ignore_errors=True)
     store = Store.at(shutil.copytree(bench.store.root, place))
-    before, clock = dict(measure.spent()), ledger.Clock()
+    before, clock = dict(measure.spent()), Clock()
     done = edit.rebuild(store, gallery, workers=bench.workers)
     spent = clock.spent()
     tasks = {what: seconds - before.get(what, 0.0) for what, seconds in measure.spent().items()}
@@ -249,15 +251,15 @@ def do_edit(bench: Bench) -> None:
 def same_answers(rebuilt: Searcher, gallery: Vectors) -> float:
     """Share of golden answers of `rebuilt` that faiss gives, too, with all of `gallery` in the same trained index."""
     first = rebuilt.segments[0]
-    index = engine.from_bytes(engine.template_of(first.files[INDEX]), "template")
+    index = faiss_backend.from_bytes(faiss_backend.template_of(first.files[INDEX]), "template")
     ids = []
-    with engine.threads(2):
+    with faiss_backend.threads(2):
         for shard in range(len(gallery.shards)):
             block = gallery.read(shard)
             index.add(block.vectors.astype(np.float32, copy=False))
             ids.append(block.names.column("id").to_numpy())
         queries, nprobe = rebuilt.golden.queries, int(rebuilt.facts["operating_point"]["nprobe"])
-        found = np.concatenate(ids)[engine.probe(index, queries, K, nprobe)[0]]
+        found = np.concatenate(ids)[faiss_backend.probe(index, queries, K, nprobe)[0]]
     ours = rebuilt.search(queries, K, nprobe, 1).ids
     return float((found[:, :, None] == ours[:, None, :]).any(axis=2).mean())
 

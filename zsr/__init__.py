@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from zsr.artifact import open_artifact
     from zsr.errors import ZsrError
     from zsr.exported import load
-    from zsr.index.search import Searcher
-    from zsr.index.sharded import ShardedSearcher
+    from zsr.index.searching.searcher import Searcher
+    from zsr.index.searching.sharded import ShardedSearcher
     from zsr.training.checkpoint import open_model
 
 __version__ = "0.1.0"
@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 __all__ = ["Searcher", "ShardedSearcher", "ZsrError", "__version__", "load", "open_artifact", "open_model"]
 
 _FROM: Final = {
-    "Searcher": "zsr.index.search",
-    "ShardedSearcher": "zsr.index.sharded",
+    "Searcher": "zsr.index.searching.searcher",
+    "ShardedSearcher": "zsr.index.searching.sharded",
     "ZsrError": "zsr.errors",
     "load": "zsr.exported",
     "open_artifact": "zsr.artifact",

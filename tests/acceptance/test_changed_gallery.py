@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from tests.pipeline import every_version, ok, read_all
 from zsr.artifact import Store
-from zsr.index.search import Searcher
+from zsr.index.searching.searcher import Searcher
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -22,11 +22,11 @@ from ray.cluster_utils import Cluster
 from tests.index.helpers import KEY, clustered, make_world
 from zsr.artifact import Store
 from zsr.cluster import set_data_context
-from zsr.index import edit
-from zsr.index.build import Job, build
-from zsr.index.plan import IndexConfig
-from zsr.index.search import Hits, Searcher
-from zsr.index.sharded import ShardedSearcher
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.maintaining import edit
+from zsr.index.searching.searcher import Hits, Searcher
+from zsr.index.searching.sharded import ShardedSearcher
 from zsr.worker import setup
 
 SEGMENTS = 6

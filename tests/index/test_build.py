@@ -15,12 +15,12 @@ from zsr.commands import index as index_command
 from zsr.commands import search as search_command
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError, DamagedArtifact, QualityGateFailed
-from zsr.index import engine
-from zsr.index.build import Job, build
-from zsr.index.plan import IndexConfig
-from zsr.index.publish import history, rollback, verify
-from zsr.index.search import Searcher
-from zsr.index.segments import INDEX, Segment
+from zsr.index import faiss_backend
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.building.publish import history, rollback, verify
+from zsr.index.searching.searcher import Searcher
+from zsr.index.storage.segment import INDEX, Segment
 
 NOBODY = np.empty(0, np.int64)
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -94,10 +94,12 @@ def test_shards_merge_into_what_one_process_builds(world: World, tmp_path: Path)
     searcher = _build(world, tmp_path)
     job = Job.of(world.gallery, world.queries, IndexConfig(index_key=KEY))
     sample = job.gallery.sample(job.chosen.train_size, 0)
-    single = engine.train(job.chosen.index_key, "ip", sample, seed=0, count=4)
+    single = faiss_backend.train(job.chosen.index_key, "ip", sample, seed=0, count=4)
     single.add_with_ids(world.photos, np.arange(len(world.photos)))
     merged = searcher.segments[0].index
-    assert np.array_equal(engine.probe(single, world.sketches, 50, 8), engine.probe(merged, world.sketches, 50, 8))
+    assert np.array_equal(
+        faiss_backend.probe(single, world.sketches, 50, 8), faiss_backend.probe(merged, world.sketches, 50, 8)
+    )
 
 
 def test_equal_work_gives_equal_bytes_however_many_tasks_run(world: World, tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ from tests.index.helpers import World, clustered, embeddings, run_job
 from zsr.artifact import Artifact, Store
 from zsr.commands.search import Search
 from zsr.errors import ConfigError, DamagedArtifact
-from zsr.index import edit, engine
-from zsr.index.answers import Asked, answer_block, answers_table
-from zsr.index.build import Job, build
-from zsr.index.by_list import Assigner, Merged, Scanner, Work, bounds_of, probes_name
-from zsr.index.offline import answered, plan, search_all
-from zsr.index.plan import IndexConfig
-from zsr.index.search import Searcher
-from zsr.index.vectors import Vectors
+from zsr.index import faiss_backend
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.maintaining import edit
+from zsr.index.searching.batch import answered, plan, search_all
+from zsr.index.searching.list_major import Assigner, Merged, Scanner, Work, bounds_of, probes_name
+from zsr.index.searching.results import Asked, answer_block, answers_table
+from zsr.index.searching.searcher import Searcher
+from zsr.index.storage.embeddings import Vectors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -94,7 +95,7 @@ def test_ranges_give_the_bytes_of_whole_indexes(world: World, index: Artifact, w
 def test_so_they_do_with_other_codes(tmp_path: Path, key: str, metric: str) -> None:
     world = _world(tmp_path, metric)
     work = _work(world, _index(world, key).latest(), Store.at(tmp_path / "out"), 3)
-    with engine.threads(1):  # as a worker has it: more would search in smaller batches, which round otherwise
+    with faiss_backend.threads(1):  # as a worker has it: more would search in smaller batches, which round otherwise
         searcher = _scan(work).searcher
         for shard in range(3):
             block = work.source.read(shard)
@@ -125,13 +126,13 @@ def test_a_range_reads_its_own_lists_alone(
     world: World, index: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[set[int]] = []
-    original = engine.probe_assigned
+    original = faiss_backend.probe_assigned
 
-    def spy(index: Any, probes: engine.Probes, *words: Any) -> Any:
+    def spy(index: Any, probes: faiss_backend.Probes, *words: Any) -> Any:
         asked.append(set(np.unique(probes.lists).tolist()) - {-1})
         return original(index, probes, *words)
 
-    monkeypatch.setattr(engine, "probe_assigned", spy)
+    monkeypatch.setattr(faiss_backend, "probe_assigned", spy)
     work = _work(world, index, Store.at(tmp_path))
     scanner = _scan(work)
     bounds, segments = scanner.bounds, len(scanner.searcher.segments)
@@ -149,7 +150,7 @@ def test_only_queries_that_look_into_a_range_are_written(world: World, index: Ar
     owner = np.full(len(scanner.searcher.ids), -1)
     for start, segment in zip(scanner.searcher.starts[:-1], scanner.searcher.segments, strict=True):
         for number in range(32):
-            owner[engine.list_ids(segment.stored, number) + start] = number
+            owner[faiss_backend.list_ids(segment.stored, number) + start] = number
     for number in range(4):
         found = work.read(work.found_name(number, 1))
         lists = owner[found.column("ordinal").to_numpy()]
@@ -167,7 +168,7 @@ def test_queries_whose_last_candidate_ties_are_searched_again(
     again: list[int] = []
     original = searcher.coded_in
 
-    def spy(probes: engine.Probes, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    def spy(probes: faiss_backend.Probes, depth: int) -> tuple[np.ndarray, np.ndarray]:
         again.append(len(probes.lists))
         return original(probes, depth)
 
@@ -226,5 +227,5 @@ def test_what_ranges_cannot_answer_is_refused(world: World, index: Artifact, tmp
 
 @pytest.mark.parametrize("key", ["IVF8,PQ8x4fs,RFlat", "IVF8,RaBitQ4"])
 def test_codes_whose_lists_interact_are_refused(key: str) -> None:
-    assert engine.lists_interact(key)
-    assert not engine.lists_interact("PCAR16,IVF8,RaBitQ1")
+    assert faiss_backend.lists_interact(key)
+    assert not faiss_backend.lists_interact("PCAR16,IVF8,RaBitQ1")

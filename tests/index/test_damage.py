@@ -12,10 +12,11 @@ import pytest
 from tests.index.helpers import KEY, World
 from zsr.artifact import Store
 from zsr.errors import DamagedArtifact
-from zsr.index import engine, search
-from zsr.index.build import Job, build
-from zsr.index.plan import IndexConfig
-from zsr.index.search import Searcher
+from zsr.index import faiss_backend
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.searching import searcher as search
+from zsr.index.searching.searcher import Searcher
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 DAMAGES = 500
@@ -82,7 +83,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from zsr.errors import DamagedArtifact
-from zsr.index import engine
+from zsr.index import faiss_backend
 resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
 good, place = Path(sys.argv[1]), Path(sys.argv[2])
 data, rng, refused = good.read_bytes(), np.random.default_rng(0), 0
@@ -91,7 +92,7 @@ for _ in range(int(sys.argv[3])):
     huge = int(rng.choice([2**31, 2**33, 2**40, 2**62, 2**63 - 1]))
     place.write_bytes(data[:at] + huge.to_bytes(8, "little") + data[at + 8 :])
     try:
-        engine.open_split(place, good.with_name("index.ivfdata"))
+        faiss_backend.open_split(place, good.with_name("index.ivfdata"))
     except DamagedArtifact:
         refused += 1
 print(refused)
@@ -100,5 +101,5 @@ print(refused)
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > CRAFTED // 2
-    opened: Any = engine.open_split(good, good.with_name("index.ivfdata"))
+    opened: Any = faiss_backend.open_split(good, good.with_name("index.ivfdata"))
     assert opened.ntotal == 3000

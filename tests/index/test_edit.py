@@ -11,13 +11,14 @@ from tests.index.helpers import KEY, World, clustered, embeddings
 from zsr.artifact import Store, open_artifact
 from zsr.commands.index import Delete
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact
-from zsr.index import drift, edit, purge
-from zsr.index import publish as publishing
-from zsr.index.build import Job, build
-from zsr.index.plan import IndexConfig
-from zsr.index.publish import history, rollback
-from zsr.index.search import Searcher
-from zsr.index.truth import K
+from zsr.index.building import drift
+from zsr.index.building import publish as publishing
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.building.publish import history, rollback
+from zsr.index.ground_truth import K
+from zsr.index.maintaining import edit, purge
+from zsr.index.searching.searcher import Searcher
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

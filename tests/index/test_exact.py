@@ -12,14 +12,14 @@ import pytest
 from tests.index.helpers import World, clustered, embeddings, exact_neighbours, make_world
 from zsr.artifact import Store, open_artifact
 from zsr.errors import ConfigError
-from zsr.index import edit, purge
-from zsr.index.answers import Asked
-from zsr.index.build import Job, build
-from zsr.index.offline import search_all
-from zsr.index.plan import IndexConfig
-from zsr.index.publish import rollback, verify
-from zsr.index.search import Searcher
-from zsr.index.sharded import ShardedSearcher
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.building.publish import rollback, verify
+from zsr.index.maintaining import edit, purge
+from zsr.index.searching.batch import search_all
+from zsr.index.searching.results import Asked
+from zsr.index.searching.searcher import Searcher
+from zsr.index.searching.sharded import ShardedSearcher
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -8,10 +8,10 @@ import pytest
 from tests.index.helpers import KEY, World, run_job
 from zsr.artifact import Store
 from zsr.errors import DamagedArtifact, DiskFull, StorageError
-from zsr.index.build import Job, add, added_name, build, merge, sample, train
-from zsr.index.plan import IndexConfig
-from zsr.index.search import Searcher
-from zsr.index.segments import ids_name, refine_name, segment_name
+from zsr.index.building.build import Job, add, added_name, build, merge, sample, train
+from zsr.index.building.plan import IndexConfig
+from zsr.index.searching.searcher import Searcher
+from zsr.index.storage.segment import ids_name, refine_name, segment_name
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

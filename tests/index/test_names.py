@@ -13,15 +13,15 @@ import pytest
 
 from zsr.artifact import mapped
 from zsr.errors import DamagedArtifact, StorageError
-from zsr.index import names as module
-from zsr.index.names import Names
+from zsr.index.storage import id_map as module
+from zsr.index.storage.id_map import Names
 
 COUNTS = (700, 1, 350)
 READ = """
 import sys
 from pathlib import Path
 import numpy as np
-from zsr.index.names import Names
+from zsr.index.storage.id_map import Names
 
 def own():  # bytes that are not pages of a file
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,8 +7,9 @@ import pytest
 
 from tests.index.helpers import clustered
 from zsr.errors import ConfigError, Infeasible
-from zsr.index import engine
-from zsr.index.plan import (
+from zsr.index import faiss_backend
+from zsr.index.building.benchmark import by_promise
+from zsr.index.building.plan import (
     Evidence,
     IndexConfig,
     candidates,
@@ -20,7 +21,6 @@ from zsr.index.plan import (
     show_bytes,
     unmeasured,
 )
-from zsr.index.trial import by_promise
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_a_key_that_cannot_be_built_is_refused_by_one_line_that_names_it(key: st
 
 @pytest.mark.parametrize("key", ["Flat", "IVF1,Flat", "Flat,RFlat"])
 def test_these_keys_are_exact_search(key: str) -> None:
-    assert engine.is_exact(key)
+    assert faiss_backend.is_exact(key)
 
 
 @pytest.mark.parametrize("key", ["SQ8", "IVF2,Flat", "PCA8,Flat", "Flat,Refine(SQ8)", "PQ16,RFlat"])
 def test_these_keys_are_not(key: str) -> None:
-    assert not engine.is_exact(key)
+    assert not faiss_backend.is_exact(key)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,11 @@ def test_these_keys_are_not(key: str) -> None:
 )
 def test_planned_bytes_are_those_of_the_index(key: str) -> None:
     vectors = clustered(3000, 1)
-    index = engine.train(key, "ip", vectors, seed=0, count=1)
+    index = faiss_backend.train(key, "ip", vectors, seed=0, count=1)
     index.add_with_ids(vectors, np.arange(len(vectors)))
-    assert index_bytes(key, len(vectors), vectors.shape[1], "ip") == pytest.approx(len(engine.to_bytes(index)), rel=0.1)
+    assert index_bytes(key, len(vectors), vectors.shape[1], "ip") == pytest.approx(
+        len(faiss_backend.to_bytes(index)), rel=0.1
+    )
 
 
 def test_the_codes_whose_length_promises_the_target_are_measured_first() -> None:

@@ -13,11 +13,11 @@ from tests.index.helpers import DIM, KEY, World, embeddings, exact_neighbours
 from zsr.artifact import Store
 from zsr.data.rows import row_id
 from zsr.errors import ConfigError, DamagedArtifact
-from zsr.index import engine
-from zsr.index.answers import Asked, answer, write_answers
-from zsr.index.build import Job, build
-from zsr.index.plan import IndexConfig
-from zsr.index.search import Searcher, merge_best
+from zsr.index import faiss_backend
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.searching.results import Asked, answer, write_answers
+from zsr.index.searching.searcher import Searcher, merge_best
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -135,7 +135,7 @@ def test_a_flipped_bit_is_refused_before_faiss_reads(
     (damaged,) = (tmp_path / "copy" / "objects").glob(f"*/segment-00000/{name}")
     _flip(damaged)
     parsed: list[Any] = []
-    monkeypatch.setattr(engine.faiss, "read_index", lambda *arguments: parsed.append(arguments))
+    monkeypatch.setattr(faiss_backend.faiss, "read_index", lambda *arguments: parsed.append(arguments))
     with pytest.raises(DamagedArtifact, match="sha256"):
         Searcher.open(tmp_path / "copy")
     assert parsed == []
@@ -148,16 +148,16 @@ def test_faiss_may_not_allocate_more_than_its_file(tmp_path: Path, index: Path) 
     at = at if at >= 0 else data.find((64 * DIM).to_bytes(8, "little"))
     data[at : at + 8] = (2**36).to_bytes(8, "little")
     with pytest.raises(DamagedArtifact, match="faiss cannot read it"):
-        engine.from_bytes(bytes(data), "crafted")
-    assert engine.faiss.get_deserialization_vector_byte_limit() > 2**36
+        faiss_backend.from_bytes(bytes(data), "crafted")
+    assert faiss_backend.faiss.get_deserialization_vector_byte_limit() > 2**36
 
 
 def test_a_list_that_reaches_out_of_its_file_is_refused(index: Path, tmp_path: Path) -> None:
     (good,) = index.glob("objects/*/segment-00000/index.faiss")
     lists = good.with_name("index.ivfdata")
-    opened = engine.open_split(good, lists)
-    crafted = engine.list_sizes(opened)
+    opened = faiss_backend.open_split(good, lists)
+    crafted = faiss_backend.list_sizes(opened)
     crafted[[0, 1]] += np.array([2**40, -(2**40)])
-    (tmp_path / "crafted.faiss").write_bytes(engine.with_lists_in(opened, lists.name, crafted))
+    (tmp_path / "crafted.faiss").write_bytes(faiss_backend.with_lists_in(opened, lists.name, crafted))
     with pytest.raises(DamagedArtifact, match="outside of"):
-        engine.open_split(tmp_path / "crafted.faiss", lists)
+        faiss_backend.open_split(tmp_path / "crafted.faiss", lists)

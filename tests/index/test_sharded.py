@@ -10,11 +10,11 @@ import pytest
 
 from tests.index.helpers import KEY, World, embeddings, run_job
 from zsr.artifact import Store, open_artifact
-from zsr.index.answers import Asked, answer, answers_table
-from zsr.index.build import Job, build
-from zsr.index.plan import IndexConfig
-from zsr.index.search import Searcher
-from zsr.index.sharded import at_once, blocks_of
+from zsr.index.building.build import Job, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.searching.results import Asked, answer, answers_table
+from zsr.index.searching.searcher import Searcher
+from zsr.index.searching.sharded import at_once, blocks_of
 
 
 @pytest.fixture(scope="module")

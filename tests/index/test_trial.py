@@ -8,10 +8,10 @@ import pytest
 
 from tests.index.helpers import World, make_world
 from zsr.artifact import Store
-from zsr.index import plan, trial
-from zsr.index.build import Job
-from zsr.index.plan import IndexConfig
-from zsr.index.vectors import Vectors
+from zsr.index.building import benchmark, plan
+from zsr.index.building.build import Job
+from zsr.index.building.plan import IndexConfig
+from zsr.index.storage.embeddings import Vectors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -31,13 +31,13 @@ def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every candidate is measured, whatever that costs."""
-    monkeypatch.setattr(trial, "TRIAL_FRACTION", math.inf)
-    monkeypatch.setattr(trial, "_could_win", lambda *words: True)
+    monkeypatch.setattr(benchmark, "TRIAL_FRACTION", math.inf)
+    monkeypatch.setattr(benchmark, "_could_win", lambda *words: True)
 
 
 def _measure(crowd: World, **options: object) -> dict[str, plan.Evidence]:
     config = IndexConfig.model_validate(options)
-    found = trial.measure(Vectors.of(crowd.gallery), Vectors.of(crowd.queries), config)
+    found = benchmark.measure(Vectors.of(crowd.gallery), Vectors.of(crowd.queries), config)
     return {evidence.index_key: evidence for evidence in found}
 
 
@@ -58,7 +58,7 @@ def test_a_trial_on_a_part_of_the_gallery_follows_its_line_to_the_full_size(
     crowd: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _measure(crowd, max_index_memory_usage="300KB")
-    monkeypatch.setattr(trial, "POPULATION", 3000)
+    monkeypatch.setattr(benchmark, "POPULATION", 3000)
     part = _measure(crowd, max_index_memory_usage="300KB")
     off = [part[key].recall - evidence.recall for key, evidence in whole.items()]
     assert abs(sum(off) / len(off)) < 0.05
@@ -69,7 +69,7 @@ def test_the_evidence_is_kept_beside_the_versions_and_measured_once(
 ) -> None:
     config, store = IndexConfig(max_index_memory_usage="250KB"), Store.at(tmp_path)
     first = Job.of(crowd.gallery, crowd.queries, config, store).chosen
-    monkeypatch.setattr(trial, "measure", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(benchmark, "measure", lambda *arguments: pytest.fail("measured again"))
     assert Job.of(crowd.gallery, crowd.queries, config, store).chosen == first
     assert first.evidence[0].index_key == first.index_key
     assert first.index_bytes <= 250_000
@@ -78,7 +78,7 @@ def test_the_evidence_is_kept_beside_the_versions_and_measured_once(
 def test_planning_ends_when_it_used_its_fraction_of_the_build_and_says_what_it_measured(
     crowd: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trial, "TRIAL_FRACTION", 1e-9)
+    monkeypatch.setattr(benchmark, "TRIAL_FRACTION", 1e-9)
     with caplog.at_level(logging.WARNING, "zsr"):
         seen = _measure(crowd)
     code, *others = seen
@@ -102,7 +102,7 @@ def test_a_small_gallery_over_its_budget_is_measured_for_shorter_codes(
 def test_a_code_that_takes_more_bytes_than_one_that_reached_the_target_is_not_measured(
     crowd: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "TRIAL_FRACTION", math.inf)
+    monkeypatch.setattr(benchmark, "TRIAL_FRACTION", math.inf)
     seen = list(_measure(crowd, recall_target=0.5))
     lists = plan.lists_key(6000, 6000)
     assert f"{lists},SQ8" not in seen

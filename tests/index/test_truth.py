@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from zsr.index.truth import DEPTH, K, Truth
+from zsr.index.ground_truth import DEPTH, K, Truth
 
 
 def _truth(ordinals: list[int], scores: list[float], floor: float) -> Truth:

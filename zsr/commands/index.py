@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from zsr.artifact import Store, open_artifact
 from zsr.commands.base import JobConfig, Results, made, main, overview
 from zsr.errors import ConfigError
-from zsr.index import edit
-from zsr.index.build import Job, Unmeasured, build
-from zsr.index.plan import IndexConfig
-from zsr.index.publish import Published, history, rollback, verify
-from zsr.index.purge import Purged, purge
-from zsr.index.search import Searcher
+from zsr.index.building.build import Job, Unmeasured, build
+from zsr.index.building.plan import IndexConfig
+from zsr.index.building.publish import Published, history, rollback, verify
+from zsr.index.maintaining import edit
+from zsr.index.maintaining.purge import Purged, purge
+from zsr.index.searching.searcher import Searcher
 from zsr.storage import read_text
 
 

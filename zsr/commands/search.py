@@ -21,8 +21,8 @@ from zsr.errors import ConfigError
 from zsr.storage import files_below, is_file, read_file
 
 if TYPE_CHECKING:
-    from zsr.index.answers import Answers, Asked
-    from zsr.index.search import Searcher
+    from zsr.index.searching.results import Answers, Asked
+    from zsr.index.searching.searcher import Searcher
 
 logger = logging.getLogger("zsr")
 
@@ -77,7 +77,7 @@ class Search(JobConfig):
 
     def check(self) -> None:
         """Raise ConfigError for flags that do not go together."""
-        from zsr.index.answers import require_suffix
+        from zsr.index.searching.results import require_suffix
 
         if not self.offline:
             require_suffix(self.output)
@@ -97,7 +97,7 @@ class Search(JobConfig):
     @property
     def offline(self) -> bool:
         """Whether the answers become an artifact."""
-        from zsr.index.answers import into_file
+        from zsr.index.searching.results import into_file
 
         return not into_file(self.output)
 
@@ -108,14 +108,14 @@ class Search(JobConfig):
 
     def asked(self, facts: Mapping[str, Any]) -> "Asked":
         """What is asked of the index with these facts: never more neighbors than it has items."""
-        from zsr.index.answers import Asked
+        from zsr.index.searching.results import Asked
 
         return Asked(min(self.k, int(facts["ntotal"])), self.nprobe, self.refine_factor, self.labels)
 
 
 def plan(config: Search) -> Results:
-    from zsr.index.by_list import require
-    from zsr.index.offline import predict
+    from zsr.index.searching.batch import predict
+    from zsr.index.searching.list_major import require
 
     config.check()
     index = open_artifact(config.index_dir, "index")
@@ -162,7 +162,7 @@ def image_files(place: Path) -> list[Path]:
 def from_files(config: Search, searcher: "Searcher") -> "tuple[Answers, list[bytes | None]]":
     """Answers to image files, and the files' bytes."""
     from zsr.exported import of_checkpoint
-    from zsr.index.answers import Answers
+    from zsr.index.searching.results import Answers
 
     modality, place = config.images
     checkpoint = open_artifact(config.checkpoint or Path(), "checkpoint")
@@ -221,8 +221,8 @@ def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
 
 def from_embeddings(config: Search, searcher: "Searcher") -> "tuple[Answers, list[bytes | None]]":
     """Answers to embeddings, and the queries' pictures where DATA has them."""
-    from zsr.index.answers import answer
-    from zsr.index.picture import pictures_in
+    from zsr.index.searching.contact_sheet import pictures_in
+    from zsr.index.searching.results import answer
 
     queries = open_artifact(config.queries or Path(), "embeddings")
     answers = answer(searcher, queries, config.asked(searcher.facts))
@@ -235,7 +235,7 @@ def from_embeddings(config: Search, searcher: "Searcher") -> "tuple[Answers, lis
 
 def to_artifact(config: Search) -> Results:
     """Answers to embeddings, as NEIGHBOURS."""
-    from zsr.index.offline import search_all
+    from zsr.index.searching.batch import search_all
 
     index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries or Path(), "embeddings")
     output = Store.at(config.output)
@@ -253,9 +253,9 @@ def to_artifact(config: Search) -> Results:
 
 
 def work(config: Search) -> Results:
-    from zsr.index.answers import write_answers
-    from zsr.index.picture import draw, pictures_in
-    from zsr.index.search import Searcher
+    from zsr.index.searching.contact_sheet import draw, pictures_in
+    from zsr.index.searching.results import write_answers
+    from zsr.index.searching.searcher import Searcher
 
     config.check()
     if config.offline:

@@ -32,7 +32,7 @@ from zsr.evaluation.report import (
 )
 from zsr.evaluation.scatter import Scatter, scatter
 from zsr.evaluation.settings import LearnedOn
-from zsr.index.search import Searcher
+from zsr.index.searching.searcher import Searcher
 from zsr.models import build, itq
 from zsr.models.protocol import Embedder, Inputs
 from zsr.models.protocol import Rows as FitRows

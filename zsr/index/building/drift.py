@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from zsr.artifact import Json, canonical
-from zsr.index import engine
+from zsr.index import faiss_backend
 
 FOUND: Final = "trained_on.json"
 MORE_ERROR: Final = 1.2  # times the sample's quantisation error from which on a retrain is due
@@ -33,8 +33,8 @@ class Spread:
     @classmethod
     def of(cls, template: Any, vectors: np.ndarray) -> "Spread":
         """Of `vectors` (n, D) float32 under a trained index."""
-        with engine.threads(1):
-            sizes, error = engine.assigned(template, vectors)
+        with faiss_backend.threads(1):
+            sizes, error = faiss_backend.assigned(template, vectors)
         return cls(len(vectors), round(error, 6), imbalance(sizes))
 
     @classmethod

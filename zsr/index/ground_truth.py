@@ -8,8 +8,8 @@ import numpy as np
 
 from zsr import progress
 from zsr.executor import QUERIES, VECTORS, map_pieces
-from zsr.index import engine
-from zsr.index.vectors import Vectors
+from zsr.index import faiss_backend
+from zsr.index.storage.embeddings import Vectors
 
 K: Final = 10  # recall is recall@K
 DEPTH: Final = 4 * K  # neighbours kept of each query: enough for equals, and for what a delete takes away
@@ -134,7 +134,7 @@ def _exact_shards(
         rows = drawn(gallery, shard, share, seed)
         vectors = gallery.read(shard).vectors[rows].astype(np.float32)
         progress.advance(len(rows))
-        near = engine.exact_nearest(queries, vectors, depth, SPARE, gallery.space.metric)
+        near = faiss_backend.exact_nearest(queries, vectors, depth, SPARE, gallery.space.metric)
         joined = np.concatenate([ordinals, gallery.starts[shard] + rows[near[0]]], axis=1)
         ordinals, scores = best(joined, np.concatenate([scores, near[1]], axis=1), depth)
     return {"ordinals": ordinals.tobytes(), "scores": scores.tobytes()}

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from zsr.artifact import Artifact, write_atomically
 from zsr.errors import ConfigError
-from zsr.index.search import Hits, Labels, objects
-from zsr.index.vectors import Block, Vectors
+from zsr.index.searching.searcher import Hits, Labels, objects
+from zsr.index.storage.embeddings import Block, Vectors
 
 
 @dataclass(frozen=True, slots=True)

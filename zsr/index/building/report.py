@@ -6,18 +6,17 @@ ROOT/reports/DIGEST/build.json, curve.png
 import io
 import json
 import logging
-import resource
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from zsr.artifact import Artifact, Store, write_atomically
-from zsr.index.plan import IndexPlan
-from zsr.index.search import Searcher
-from zsr.index.truth import Truth
-from zsr.index.tune import Point, timed
+from zsr.clock import Clock
+from zsr.index.building.plan import IndexPlan
+from zsr.index.building.tune import Point, timed
+from zsr.index.ground_truth import Truth
+from zsr.index.searching.searcher import Searcher
 
 logger = logging.getLogger("zsr")
 
@@ -25,22 +24,6 @@ logger = logging.getLogger("zsr")
 def note(line: str, *values: object) -> None:
     """Write a progress line of an index job to standard error."""
     logger.warning(f"index: {line}", *values)  # as `zsr.cluster.track` does: this level is shown without a set-up
-
-
-class Clock:
-    """Seconds since it was made, of this process."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def spent(self) -> dict[str, float]:
-        """Wall and CPU seconds, and the most memory that this process ever held, in bytes."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "wall": round(time.perf_counter() - self.wall, 3),
-            "cpu": round(time.process_time() - self.cpu, 3),
-            "rss": peak,
-        }
 
 
 class Ledger:

@@ -26,8 +26,8 @@ from zsr import fault
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.cluster import connect
 from zsr.errors import ConfigError, StorageError
-from zsr.index import engine
-from zsr.index.search import (
+from zsr.index import faiss_backend
+from zsr.index.searching.searcher import (
     WIDEN,
     Hits,
     Labels,
@@ -42,8 +42,8 @@ from zsr.index.search import (
     starts_of,
     unfilled,
 )
-from zsr.index.segments import Spec
-from zsr.index.vectors import Space
+from zsr.index.storage.embeddings import Space
+from zsr.index.storage.segment import Spec
 
 logger = logging.getLogger("zsr")
 
@@ -124,7 +124,7 @@ class Part:
         at = [self.numbers.index(number) for number in numbers]
         bits = None if mask is None else searcher.bits(mask)
         admitted = sum(int(mask[a:b].sum()) for a, b in map(searcher.rows_of, at)) if mask is not None else 0
-        with engine.threads(self.threads):
+        with faiss_backend.threads(self.threads):
             own, codes = searcher.coded(queries, depth, nprobe, bits, segments=at)
             scores = searcher.ranked(queries, own, codes)
         found = own >= 0

@@ -12,19 +12,19 @@ import ray
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Store
+from zsr.clock import Clock
 from zsr.cluster import connect, resources
 from zsr.embedding.ahead import PROBE
 from zsr.embedding.settings import FREE, Prices
 from zsr.embedding.shards import cost_of
 from zsr.errors import StorageError
 from zsr.executor import QUERIES, map_pieces, runs_here
-from zsr.index import by_list
-from zsr.index.answers import Asked, Searches, answer_block, answers_table, queries_of
-from zsr.index.by_list import Merged, Work, actors, rows_of
-from zsr.index.ledger import Clock
-from zsr.index.search import Searcher, classes_of, resolved
-from zsr.index.sharded import ShardedSearcher
-from zsr.index.vectors import Vectors
+from zsr.index.searching import list_major
+from zsr.index.searching.list_major import Merged, Work, actors, rows_of
+from zsr.index.searching.results import Asked, Searches, answer_block, answers_table, queries_of
+from zsr.index.searching.searcher import Searcher, classes_of, resolved
+from zsr.index.searching.sharded import ShardedSearcher
+from zsr.index.storage.embeddings import Vectors
 
 WARMED: Final = 256  # queries that a plan asks first and does not time
 TRIED: Final = 2048  # queries that it asks before it looks at the clock; fewer at once take more each
@@ -60,8 +60,8 @@ def search_all(
         replicas: 0: each of `workers` actors (as many as there are CPUs if not given) maps all segments and answers for
             whole shards of queries. From 1 on the segments lie on the nodes, see `ShardedSearcher`: for an index that
             is too large for one machine.
-        list_ranges: from 1 on, the lists are scanned in so many ranges, see `zsr.index.by_list`: for an index that is
-            too large for the memory.
+        list_ranges: from 1 on, the number of ranges in which the lists are scanned, see `searching.list_major`: for an
+            index that is too large for the memory.
         prices: of the CPU seconds that the answers took.
 
     Raises:
@@ -69,7 +69,7 @@ def search_all(
         StorageError: no node was left that holds some segment; what was answered before stays.
     """
     if list_ranges:
-        by_list.require(index, asked, replicas)
+        list_major.require(index, asked, replicas)
     asked = spelled(index, asked)
     planned = plan(index, queries, asked)
     if done := output.made(planned):
@@ -148,7 +148,7 @@ def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> l
     rows = rows_of(work, todo)
     small = sum(rows) <= QUERIES
     most = workers or (1 if runs_here(small) else int(resources().get("CPU", 1)))
-    scanned = by_list.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
+    scanned = list_major.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
     options = {"small": small, "rows": rows, "unit": "queries", "fn_constructor_kwargs": {"work": work}}
     return scanned + map_pieces("search", ShardSearcher, todo, **options, **actors(todo, most))
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from zsr.artifact import Artifact, Store, sha256
 from zsr.errors import AlreadyPublished, DamagedArtifact, StorageError
-from zsr.index import edit, engine
-from zsr.index.lists import Added
-from zsr.index.publish import Published, history, version_of
-from zsr.index.search import Searcher
-from zsr.index.segments import LISTS, Segment
+from zsr.index import faiss_backend
+from zsr.index.building.publish import Published, history, version_of
+from zsr.index.maintaining import edit
+from zsr.index.searching.searcher import Searcher
+from zsr.index.storage.inverted_lists import Added
+from zsr.index.storage.segment import LISTS, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def digests(segment: Segment, wanted: np.ndarray) -> Iterator[str]:
 def _lists(segment: Segment) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Number, codes (n, bytes) and ordinals (n,) of every list."""
     lists = Added.split(segment.stored, segment.files[LISTS], np.arange(segment.spec.rows))
-    size = engine.ivf_of(segment.stored).code_size
+    size = faiss_backend.ivf_of(segment.stored).code_size
     for number in range(len(lists.sizes)):
         yield number, *lists.entries(number, size)
 
@@ -168,6 +169,6 @@ def _scan_lists(segment: Segment) -> None:
     seen = np.zeros(segment.spec.rows, np.int64)
     for _, _, ordinals in _lists(segment):
         seen[ordinals] += 1
-    size = engine.ivf_of(segment.stored).code_size + engine.ID_BYTES
+    size = faiss_backend.ivf_of(segment.stored).code_size + faiss_backend.ID_BYTES
     if (seen != 1).any() or segment.files[LISTS].stat().st_size != len(seen) * size:
         raise DamagedArtifact(f"{segment.files[LISTS]}: holds codes of no named row; build the index again")

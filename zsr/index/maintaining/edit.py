@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 from zsr import fault
 from zsr.artifact import Artifact, Plan, Staging, Store, sha256
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, QualityGateFailed, StorageError
-from zsr.index import build, drift, engine, lists
-from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
-from zsr.index.search import DEAD, GOLDEN, Searcher, golden_table
-from zsr.index.segments import INDEX, LISTS, REFINE, Spec, ids_name, list_sizes, refine_name, segment_name
-from zsr.index.truth import DEPTH, K, Truth, exact, floor_of
-from zsr.index.tune import Point, at_point, tune
-from zsr.index.vectors import Vectors
+from zsr.index import faiss_backend
+from zsr.index.building import build, drift
+from zsr.index.building.publish import Published, most_parts, publish, require_unique, verify, version_of
+from zsr.index.building.tune import Point, at_point, tune
+from zsr.index.ground_truth import DEPTH, K, Truth, exact, floor_of
+from zsr.index.searching.searcher import DEAD, GOLDEN, Searcher, golden_table
+from zsr.index.storage import inverted_lists
+from zsr.index.storage.embeddings import Vectors
+from zsr.index.storage.segment import INDEX, LISTS, REFINE, Spec, ids_name, list_sizes, refine_name, segment_name
 
 logger = logging.getLogger("zsr")
 
@@ -261,7 +263,7 @@ def _new_segment(
     """
     key = str(live.artifact.facts["index_key"])
     first = live.searcher.segments[0]
-    staging.write(build.TEMPLATE, engine.template_of(first.files[INDEX]), scratch=True)
+    staging.write(build.TEMPLATE, faiss_backend.template_of(first.files[INDEX]), scratch=True)
     codec = first.files[REFINE].read_bytes() if REFINE in first.files else b""
     staging.write(build.CODEC, codec, scratch=True)
     build.add(gallery, key, staging, shards=shards, workers=workers)
@@ -274,9 +276,9 @@ def _new_segment(
     truth = live.searcher.golden.without(dead)
     joined = truth.joined(exact(gallery, truth.queries, shards=shards).renumbered(numbers))
     looked = np.sort(np.random.default_rng(0).permutation(rows)[:DRIFT_ROWS])
-    template = engine.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
+    template = faiss_backend.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
     # exact search has no lists or codes that new vectors could fit badly
-    seen = None if engine.is_exact(key) else drift.Spread.of(template, gallery.take(looked))
+    seen = None if faiss_backend.is_exact(key) else drift.Spread.of(template, gallery.take(looked))
     return spec, joined, seen
 
 
@@ -286,7 +288,9 @@ def _require_new(live: Live, staging: Staging, gallery: Vectors, shards: Sequenc
     kept[dead] = False
     held, there, first = live.searcher.ids[kept], 0, ""
     for shard in shards:
-        table = pq.read_table(lists.staged(staging, f"add/{ids_name(shard)}", scratch=True), columns=["id", "key"])
+        table = pq.read_table(
+            inverted_lists.staged(staging, f"add/{ids_name(shard)}", scratch=True), columns=["id", "key"]
+        )
         again = np.flatnonzero(np.isin(table.column("id").to_numpy(), held))
         if not there and len(again):
             first = table.column("key")[int(again[0])].as_py()
@@ -364,7 +368,7 @@ def _golden(live: Live, new: Searcher, truth: Truth) -> Truth:
     Raises:
         QualityGateFailed: too few to measure recall.
     """
-    if engine.is_exact(str(new.facts["index_key"])):  # finds the neighbors itself, whatever a change took away
+    if faiss_backend.is_exact(str(new.facts["index_key"])):  # finds the neighbors itself, whatever a change took away
         ordinals, scores = new.nearest(truth.queries, DEPTH)
         return Truth(truth.queries, ordinals, scores, floor_of(ordinals, scores))
     known, fewest = truth.sure(), min(FEWEST_GOLDEN, len(live.searcher.golden.queries))
@@ -436,15 +440,15 @@ def _whole(live: Live, staging: Staging) -> Change:
     alive, name = live.searcher.alive, segment_name(0)
     numbers = np.where(alive, np.cumsum(alive) - 1, -1)
     first = live.searcher.segments[0]
-    template = engine.from_bytes(engine.template_of(first.files[INDEX]), str(first.files[INDEX]))
+    template = faiss_backend.from_bytes(faiss_backend.template_of(first.files[INDEX]), str(first.files[INDEX]))
     if REFINE in first.files:
         staging.write(f"{name}/{REFINE}", first.files[REFINE].read_bytes())
     parts = [
-        lists.Added.split(segment.stored, segment.files[LISTS], numbers[a:b])
+        inverted_lists.Added.split(segment.stored, segment.files[LISTS], numbers[a:b])
         for segment, a, b in zip(live.searcher.segments, live.searcher.starts, live.searcher.starts[1:], strict=False)
     ]
-    sizes = lists.write(staging, f"{name}/{LISTS}", parts, engine.ivf_of(template).code_size)
-    staging.write(f"{name}/{INDEX}", engine.with_lists_in(template, LISTS, sizes))
+    sizes = inverted_lists.write(staging, f"{name}/{LISTS}", parts, faiss_backend.ivf_of(template).code_size)
+    staging.write(f"{name}/{INDEX}", faiss_backend.with_lists_in(template, LISTS, sizes))
     _copy_live(staging, name, live.searcher)
     spec = build.staged_spec(staging, name)
     return Change([spec], np.empty(0, np.int64), live.searcher.golden.renumbered(numbers))

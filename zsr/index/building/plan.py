@@ -1,6 +1,6 @@
 """Which index to build: candidates, bytes and memory, and the choice among candidates that were measured.
 
-`zsr.index.trial` measures the candidates on the gallery itself; nothing here reads a vector.
+`zsr.index.building.benchmark` measures the candidates on the gallery itself; nothing here reads a vector.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from zsr.errors import ConfigError, Infeasible
-from zsr.index import engine
+from zsr.index import faiss_backend
 
 POINTS_PER_CENTROID: Final = 39  # below it faiss calls a k-means poorly trained
 TRAIN_POINTS_PER_LIST: Final = 64
@@ -116,7 +116,7 @@ class IndexPlan:
 
     @property
     def exact(self) -> bool:
-        return engine.is_exact(self.index_key)
+        return faiss_backend.is_exact(self.index_key)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "exact": self.exact}
@@ -217,12 +217,12 @@ def index_bytes(key: str, count: int, dim: int, metric: str) -> int:
     Raises:
         ConfigError: the key is not understood or does not fit `dim`.
     """
-    ivf = engine.ivf_of(engine.empty(key, dim, metric))
-    parts = engine.parse(key)
+    ivf = faiss_backend.ivf_of(faiss_backend.empty(key, dim, metric))
+    parts = faiss_backend.parse(key)
     centroids = ivf.nlist * (ivf.d * 4 + int(parts["links"] or 0) * 8)
     codebooks = ivf.d * ivf.pq.ksub * 4 if hasattr(ivf, "pq") else ivf.d * 8
     rotation = ivf.d * dim * 4 if parts["transform"] else 0
-    row = ivf.code_size + engine.ID_BYTES + engine.refine_bytes(key, dim)
+    row = ivf.code_size + faiss_backend.ID_BYTES + faiss_backend.refine_bytes(key, dim)
     return int(count * row + centroids + codebooks + rotation)
 
 
@@ -282,7 +282,7 @@ def plan(
 
     Args:
         largest_shard: rows of the largest shard, which one add task holds in memory.
-        evidence: candidates measured by `zsr.index.trial`, where no key is given and none is `unmeasured`.
+        evidence: candidates measured by `zsr.index.building.benchmark`, where no key is given and none is `unmeasured`.
 
     Raises:
         ConfigError: a key or size that is not understood, or a key that does not fit `dim`.
@@ -299,9 +299,9 @@ def plan(
         key = unmeasured(count, dim, metric, config) or require_budget(WHOLE_CODES, count, dim, metric, config)[0]
         reasons = [f"{key}: {count} vectors of {dim} dimensions are few, nothing was measured"]
     require_budget([key], count, dim, metric, config)
-    if engine.is_exact(key):
+    if faiss_backend.is_exact(key):
         reasons.append("exact search: a query is compared with every vector")
-    size, nlist = index_bytes(key, count, dim, metric), engine.list_count(key)
+    size, nlist = index_bytes(key, count, dim, metric), faiss_backend.list_count(key)
     train_size = _train_size(key, count, dim, metric, config, reasons)
     # a shard as it arrives and as float32, its index twice while that is written
     adding = largest_shard * (dim * 16 + 2 * size // count)
@@ -312,16 +312,16 @@ def plan(
 
 def _require_lists(key: str, count: int) -> None:
     """Raise Infeasible for more lists than vectors, before faiss allocates them."""
-    if engine.list_count(key) > count:
+    if (lists := faiss_backend.list_count(key)) > count:
         raise Infeasible(
-            f"--index-key {key!r} makes {engine.list_count(key)} lists: {count} vectors are too few; give at most "
-            f"IVF{count}, or Flat for exact search"
+            f"--index-key {key!r} makes {lists} lists: {count} vectors are too few; give at most IVF{count}, "
+            "or Flat for exact search"
         )
 
 
 def _train_size(key: str, count: int, dim: int, metric: str, config: IndexConfig, reasons: list[str]) -> int:
     """Vectors to train on: enough for lists and codes, no more than the gallery, the cap and the memory allow."""
-    ivf = engine.ivf_of(engine.empty(key, dim, metric))
+    ivf = faiss_backend.ivf_of(faiss_backend.empty(key, dim, metric))
     centroids = ivf.pq.ksub if hasattr(ivf, "pq") else 1
     scalar = SCALAR_POINTS if re.search("SQ[468]", key) else 0
     wanted = max(TRAIN_POINTS_PER_LIST * ivf.nlist, 256 * centroids, scalar)

@@ -9,10 +9,10 @@ import numpy as np
 from zsr import progress
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, QualityGateFailed, StorageError
-from zsr.index import engine
-from zsr.index.search import Searcher
-from zsr.index.segments import Segment
-from zsr.index.truth import K
+from zsr.index import faiss_backend
+from zsr.index.ground_truth import K
+from zsr.index.searching.searcher import Searcher
+from zsr.index.storage.segment import Segment
 
 SHARE: Final = 1 << 22  # ids that are sorted at once
 RECALL_TOLERANCE: Final = 1e-3  # another processor may round a tie the other way
@@ -54,8 +54,8 @@ def verify(searcher: Searcher) -> None:
 
 def _require_each_once(segment: Segment) -> None:
     seen = np.zeros(segment.spec.rows, bool)
-    for number in range(engine.ivf_of(segment.stored).nlist):
-        ordinals = np.sort(engine.list_ids(segment.stored, number))
+    for number in range(faiss_backend.ivf_of(segment.stored).nlist):
+        ordinals = np.sort(faiss_backend.list_ids(segment.stored, number))
         if ordinals.size and not 0 <= ordinals[0] <= ordinals[-1] < len(seen):
             raise DamagedArtifact(
                 f"{segment.where}: list {number} holds rows outside of 0 .. {len(seen) - 1}; build it again"

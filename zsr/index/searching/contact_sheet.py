@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from zsr.artifact import Artifact, write_atomically
 from zsr.data.decode import BadImage, Limits, decode
-from zsr.index.answers import Answers
+from zsr.index.searching.results import Answers
 
 SIDE: Final = 112
 TEXT: Final = 30

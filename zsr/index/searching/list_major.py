@@ -22,15 +22,15 @@ from ray.data import ActorPoolStrategy
 
 from zsr import fault
 from zsr.artifact import Artifact, Staging
+from zsr.clock import Clock
 from zsr.errors import ConfigError
 from zsr.executor import map_pieces
-from zsr.index import engine
-from zsr.index.answers import Asked, queries_of
-from zsr.index.ledger import Clock
-from zsr.index.lists import staged
-from zsr.index.search import Hits, Labels, Searcher, flattened, merge_best, reach
-from zsr.index.segments import list_sizes
-from zsr.index.vectors import Vectors
+from zsr.index import faiss_backend
+from zsr.index.searching.results import Asked, queries_of
+from zsr.index.searching.searcher import Hits, Labels, Searcher, flattened, merge_best, reach
+from zsr.index.storage.embeddings import Vectors
+from zsr.index.storage.inverted_lists import staged
+from zsr.index.storage.segment import list_sizes
 
 COLUMNS: Final = ("vectors", "lists", "distances")  # of the lists that queries look into, as `Probes` has them
 
@@ -49,7 +49,7 @@ def require(index: Artifact, asked: Asked, replicas: int) -> None:
         raise ConfigError(
             "--labels looks into more lists until k are found, which ranges of lists cannot; leave --list-ranges out"
         )
-    if engine.lists_interact(key):
+    if faiss_backend.lists_interact(key):
         raise ConfigError(
             f"index key {key!r}: what faiss finds in one list of such codes depends on the others that it looks into; "
             "leave --list-ranges out, or build with PQm, PQmxbits, SQ8, RaBitQ1 or Flat"
@@ -72,7 +72,7 @@ class Work:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Candidates a query, and lists that it looks into; see `zsr.index.search.reach`."""
+        """Candidates a query, and lists that it looks into; see `zsr.index.searching.searcher.reach`."""
         facts, asked = self.index.facts, self.asked
         return reach(facts, asked.k * int(facts["parts"]), asked.nprobe, asked.refine_factor)
 
@@ -84,10 +84,10 @@ class Work:
         """Whether scratch piece `name` is still to be made."""
         return self.staging.finished(name, scratch=True) is None
 
-    def probes(self, shard: int) -> engine.Probes:
+    def probes(self, shard: int) -> faiss_backend.Probes:
         """The lists that a shard of queries looks into. Raises DamagedArtifact."""
         table = self.read(probes_name(shard))
-        return engine.Probes(*(_matrix(table.column(name)) for name in COLUMNS))
+        return faiss_backend.Probes(*(_matrix(table.column(name)) for name in COLUMNS))
 
     def read(self, name: str) -> pa.Table:
         """Scratch piece `name`. Raises DamagedArtifact: the next run makes it again."""

@@ -16,9 +16,9 @@ import numpy as np
 
 from zsr.artifact import Artifact, Json, Store, mapped
 from zsr.errors import DamagedArtifact
-from zsr.index import engine
-from zsr.index.names import Names
-from zsr.index.vectors import Space
+from zsr.index import faiss_backend
+from zsr.index.storage.embeddings import Space
+from zsr.index.storage.id_map import Names
 
 INDEX: Final = "index.faiss"
 LISTS: Final = "index.ivfdata"
@@ -79,11 +79,13 @@ class Segment:
         """
         self.spec, self.files, self.space = spec, files, space
         self.where = str(files[INDEX].parent)
-        stored = engine.open_split(files[INDEX], files[LISTS])
+        stored = faiss_backend.open_split(files[INDEX], files[LISTS])
         self.stored = stored
-        self.index = engine.packed(stored) if engine.parse(key)["fast"] else stored
+        self.index = faiss_backend.packed(stored) if faiss_backend.parse(key)["fast"] else stored
         shards = range(len(spec.sources))
-        self.codec = engine.from_bytes(files[REFINE].read_bytes(), str(files[REFINE])) if REFINE in files else None
+        self.codec = (
+            faiss_backend.from_bytes(files[REFINE].read_bytes(), str(files[REFINE])) if REFINE in files else None
+        )
         self.refine = [self._map(files[refine_name(i)]) for i in shards if refine_name(i) in files]
         self.names = Names.read([files[ids_name(i)] for i in shards])
         self._check_fit()
@@ -138,4 +140,4 @@ def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
 
 def list_sizes(segments: Sequence[Segment]) -> np.ndarray:
     """Vectors in each list of all `segments` together, (nlist,) int64."""
-    return np.asarray(np.sum([engine.list_sizes(segment.stored) for segment in segments], axis=0))
+    return np.asarray(np.sum([faiss_backend.list_sizes(segment.stored) for segment in segments], axis=0))

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from zsr import fault, progress
 from zsr.errors import QualityGateFailed
-from zsr.index import engine
-from zsr.index.search import Searcher
-from zsr.index.truth import K, Truth
+from zsr.index import faiss_backend
+from zsr.index.ground_truth import K, Truth
+from zsr.index.searching.searcher import Searcher
 
 QUERIES: Final = 1000  # of each kind: recall@10 of 0.9 is then known to about 0.01
 EXACT_QUERIES: Final = 200  # for exact search, whose recall is 1 but for rounding: enough to see that it is
@@ -47,7 +47,7 @@ class Point:
 
 def queries_of(key: str) -> int:
     """How many queries of each kind the recall of an index of `key` is measured with."""
-    return EXACT_QUERIES if engine.is_exact(key) else QUERIES
+    return EXACT_QUERIES if faiss_backend.is_exact(key) else QUERIES
 
 
 def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tuple[Point, tuple[Point, ...]]:
@@ -57,7 +57,7 @@ def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tupl
         QualityGateFailed: none does; the message names the best.
     """
     fault.here("index.tune")
-    if engine.is_exact(str(searcher.facts["index_key"])):
+    if faiss_backend.is_exact(str(searcher.facts["index_key"])):
         target = min(target, 1 - ROUNDING)
     curve = tuple(measure(searcher, sketches, own, target))
     for point in sorted(curve, key=lambda p: (p.read, p.nprobe, p.refine_factor)):
@@ -112,12 +112,12 @@ def _at(
     searcher: Searcher, truths: tuple[Truth, Truth], nprobe: int, scanned: float, factors: Sequence[int]
 ) -> list[Point]:
     found = [searcher.candidates(t.queries, K * factors[-1], nprobe) for t in truths]
-    row = engine.ivf_of(searcher.segments[0].stored).code_size + engine.ID_BYTES
+    row = faiss_backend.ivf_of(searcher.segments[0].stored).code_size + faiss_backend.ID_BYTES
     points = []
     for factor in factors:
         deep = K * factor
         recall = [
-            t.recall(engine.top(ordinals[:, :deep], scores[:, :deep], K))
+            t.recall(faiss_backend.top(ordinals[:, :deep], scores[:, :deep], K))
             for t, (ordinals, scores) in zip(truths, found, strict=True)
         ]
         ranked = min(deep, int(searcher.facts["ntotal"])) * searcher.segments[0].refine_bytes
@@ -131,7 +131,7 @@ def _nprobes(searcher: Searcher, truth: Truth) -> list[tuple[int, float]]:
     nlist = int(searcher.facts["nlist"])
     values = [2**i for i in range(nlist.bit_length()) if 2**i <= nlist]
     values += [] if values[-1] == nlist else [nlist]
-    each = [engine.scanned(segment.stored, truth.queries, values) for segment in searcher.segments]
+    each = [faiss_backend.scanned(segment.stored, truth.queries, values) for segment in searcher.segments]
     costs = list(zip(values, (sum(costs) for costs in zip(*each, strict=True)), strict=True))
     return costs[:1] + [pair for pair in costs[1:] if pair[1] <= MOST_SCANNED]
 
@@ -142,7 +142,7 @@ def timed(searcher: Searcher, curve: Sequence[Point], point: Point, truth: Truth
     Timings differ from run to run, so they are for the report beside the versions and never in a manifest.
     """
     rows = []
-    with engine.threads(1):
+    with faiss_backend.threads(1):
         for p in (p for p in curve if p.refine_factor == point.refine_factor):
             started = time.perf_counter()
             searcher.nearest(truth.queries, K, p.nprobe, p.refine_factor)

@@ -21,9 +21,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from zsr.index import engine
-from zsr.index.ledger import note
-from zsr.index.plan import (
+from zsr.index import faiss_backend
+from zsr.index.building.plan import (
     NEAR_BYTES,
     PROBING_LOSS,
     Evidence,
@@ -33,8 +32,9 @@ from zsr.index.plan import (
     refined,
     require_budget,
 )
-from zsr.index.truth import K, Truth, exact
-from zsr.index.vectors import Vectors
+from zsr.index.building.report import note
+from zsr.index.ground_truth import K, Truth, exact
+from zsr.index.storage.embeddings import Vectors
 
 POPULATION: Final = 1_000_000
 QUERIES: Final = 256
@@ -74,11 +74,11 @@ class Ground:
 
     def scores(self, key: str, found: np.ndarray, metric: str) -> np.ndarray:
         """Scores of the rows `found` (Q, C) of `near` by the refine codes of `key`: (Q, C)."""
-        kind = engine.parse(key)["refine"] or "whole"
+        kind = faiss_backend.parse(key)["refine"] or "whole"
         if kind not in self.decoded:
-            codec: Any = engine.refiner(key, self.sample)
+            codec: Any = faiss_backend.refiner(key, self.sample)
             self.decoded[kind] = codec.sa_decode(codec.sa_encode(self.near)) if codec else self.near
-        return engine.exact_scores(self.truth.queries, self.decoded[kind][found], metric)
+        return faiss_backend.exact_scores(self.truth.queries, self.decoded[kind][found], metric)
 
 
 def ground_of(gallery: Vectors, queries: Vectors, seed: int) -> Ground:
@@ -112,7 +112,7 @@ def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evi
     trial = _Trial(ground_of(gallery, queries, config.seed), metric, count, fitting, config.recall_target)
     found: list[Evidence] = []
     clock = time.process_time()
-    with engine.threads(1):
+    with faiss_backend.threads(1):
         for number, code in enumerate(by_promise(codes, dim, config.recall_target), 1):
             if not _could_win(code, found, gallery, config.recall_target):
                 continue
@@ -145,7 +145,7 @@ def by_promise(codes: Sequence[str], dim: int, target: float) -> list[str]:
     Those behind a rotation for product codes come last, since learning it takes longer than many trials.
     """
     wanted = float(np.interp(target + PROBING_LOSS, *PROMISED))
-    bits = {code: 8 * engine.ivf_of(engine.empty(code, dim, "ip")).code_size / dim for code in codes}
+    bits = {code: 8 * faiss_backend.ivf_of(faiss_backend.empty(code, dim, "ip")).code_size / dim for code in codes}
     return sorted(codes, key=lambda code: (code.startswith("OPQ"), abs(math.log2(bits[code] / wanted))))
 
 
@@ -171,10 +171,10 @@ def _move(ground: Ground, transform: str, metric: str) -> Moved:
     clock = time.process_time()
     sample, near, queries = ground.sample, ground.near, ground.truth.queries
     if transform:
-        chain = engine.transform(transform, sample.shape[1])
+        chain = faiss_backend.transform(transform, sample.shape[1])
         if hasattr(chain, "niter"):
-            engine.shorten(chain, OPQ_ITERATIONS, OPQ_POINTS)
-        engine.train_transform(chain, sample, metric)
+            faiss_backend.shorten(chain, OPQ_ITERATIONS, OPQ_POINTS)
+        faiss_backend.train_transform(chain, sample, metric)
         sample, near, queries = (chain.apply(x) for x in (sample, near, queries))
     learning = time.process_time() - clock
     clock = time.process_time()
@@ -183,8 +183,8 @@ def _move(ground: Ground, transform: str, metric: str) -> Moved:
     applying = (time.process_time() - clock) / len(sample)
     nlist = min(LISTS, max(1, len(sample) // LIST_POINTS))
     clock = time.process_time()
-    centroids = engine.kmeans(sample, nlist, metric)
-    work = len(sample) * nlist * engine.LIST_ITERATIONS
+    centroids = faiss_backend.kmeans(sample, nlist, metric)
+    work = len(sample) * nlist * faiss_backend.LIST_ITERATIONS
     return Moved(sample, near, queries, centroids, learning, applying, (time.process_time() - clock) / work)
 
 
@@ -197,7 +197,7 @@ class _Trial:
 
     def of(self, code: str) -> list[Evidence]:
         """Evidence for `code` and those of its refinements that fit the budget."""
-        moved, dim = self.moved(engine.parse(code)["transform"] or ""), self.ground.sample.shape[1]
+        moved, dim = self.moved(faiss_backend.parse(code)["transform"] or ""), self.ground.sample.shape[1]
         timing = _Timing(moved)
         found = _coded(self.ground, moved, code, self.metric, timing)
         build, query = round(timing.build(code, self.count, dim), 2), float(f"{timing.query(code, self.count):.3g}")
@@ -217,24 +217,24 @@ class _Timing:
 
     def build(self, code: str, count: int, dim: int) -> float:
         """Of a build of `count` vectors: transform, k-means over the lists, codebooks, and adding."""
-        nlist = engine.list_count(code)
+        nlist = faiss_backend.list_count(code)
         points = min(count, 64 * nlist)
-        links = engine.parse(code)["links"]
+        links = faiss_backend.parse(code)["links"]
         compared = nlist if links is None else int(links) * 2 * math.log2(nlist)
-        lists = points * nlist * engine.LIST_ITERATIONS * self.moved.distance
+        lists = points * nlist * faiss_backend.LIST_ITERATIONS * self.moved.distance
         adding = count * (self.moved.applying + compared * self.moved.distance + self.encode)
-        more = 25 / CODE_ITERATIONS * 256 / CODE_POINTS if engine.parse(code)["code"].startswith("PQ") else 1
+        more = 25 / CODE_ITERATIONS * 256 / CODE_POINTS if faiss_backend.parse(code)["code"].startswith("PQ") else 1
         return self.moved.learning + lists + self.train * more + adding
 
     def query(self, code: str, count: int) -> float:
         """Of a query that looks into PROBED lists."""
-        nlist = engine.list_count(code)
+        nlist = faiss_backend.list_count(code)
         return nlist * self.moved.distance + PROBED * count / nlist * self.scan
 
 
 def _coded(ground: Ground, moved: Moved, code: str, metric: str, timing: _Timing) -> np.ndarray:
     """Rows of `near` in the order that the codes give them, for every query: (Q, NEAR and more)."""
-    index = engine.trial_index(code, moved.centroids, metric, CODE_ITERATIONS, CODE_POINTS)
+    index = faiss_backend.trial_index(code, moved.centroids, metric, CODE_ITERATIONS, CODE_POINTS)
     clock = time.process_time()
     index.train(moved.sample)
     timing.train = time.process_time() - clock
@@ -243,7 +243,9 @@ def _coded(ground: Ground, moved: Moved, code: str, metric: str, timing: _Timing
     added = (time.process_time() - clock) / len(moved.near)
     timing.encode = max(0.0, added - len(moved.centroids) * moved.distance)
     clock = time.process_time()
-    ordinals, _ = engine.probe(engine.scanner(index, code), moved.queries, K * FACTORS[-1], len(moved.centroids))
+    ordinals, _ = faiss_backend.probe(
+        faiss_backend.scanner(index, code), moved.queries, K * FACTORS[-1], len(moved.centroids)
+    )
     timing.scan = (time.process_time() - clock) / (len(moved.queries) * len(moved.near))
     return ordinals
 
@@ -270,11 +272,11 @@ def _recall(ground: Ground, key: str, found: np.ndarray, metric: str, count: int
 
 
 def _refines(key: str) -> bool:
-    parts = engine.parse(key)
+    parts = faiss_backend.parse(key)
     return bool(parts["refine"] or parts["exact"])
 
 
 def _ranked(truth: Truth, found: np.ndarray, scores: np.ndarray, factor: int) -> float:
     """recall@10 of the first candidates (Q, C), the best by `scores` (Q, C) first."""
     near, scores = found[:, : K * factor], scores[:, : K * factor]
-    return truth.recall(engine.top(near, np.where(near >= 0, scores, -np.inf), K))
+    return truth.recall(faiss_backend.top(near, np.where(near >= 0, scores, -np.inf), K))

@@ -15,11 +15,11 @@ from zsr.artifact import Artifact, Json, open_artifact
 from zsr.data.finite import require_finite
 from zsr.data.published import Spellings
 from zsr.errors import ConfigError
-from zsr.index import engine
-from zsr.index.names import Names
-from zsr.index.segments import Segment, Spec, ids_name, object_of, segment_files
-from zsr.index.truth import K, Truth
-from zsr.index.vectors import Space
+from zsr.index import faiss_backend
+from zsr.index.ground_truth import K, Truth
+from zsr.index.storage.embeddings import Space
+from zsr.index.storage.id_map import Names
+from zsr.index.storage.segment import Segment, Spec, ids_name, object_of, segment_files
 
 GOLDEN: Final = "golden.parquet"
 DEAD: Final = "deleted.parquet"
@@ -37,7 +37,7 @@ class Hits:
         keys, labels: (B, k) object, str or None.
         scores: (B, k) float32, higher is nearer: inner product, or minus the Euclidean distance; of the vectors as the
             refine codes have them, or as the codes have them where nothing is re-ranked.
-        missing: share of the gallery's vectors that nobody could be asked about; see `zsr.index.sharded`.
+        missing: share of the gallery's vectors that nobody could be asked about; see `zsr.index.searching.sharded`.
     """
 
     ids: np.ndarray
@@ -286,7 +286,7 @@ class Searcher:
         queries, lists = as_queries(queries, self.space.dim), self.lists(nprobe)
 
         def probe(index: Any, deep: int, bits: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-            return engine.probe(index, queries, deep, lists, bits)
+            return faiss_backend.probe(index, queries, deep, lists, bits)
 
         return self._over_segments(probe, depth, allowed, segments)
 
@@ -294,15 +294,15 @@ class Searcher:
         """How many lists `nprobe` comes to."""
         return min(nprobe, int(self.facts["nlist"]))
 
-    def coarse(self, queries: np.ndarray, nprobe: int) -> engine.Probes:
+    def coarse(self, queries: np.ndarray, nprobe: int) -> faiss_backend.Probes:
         """The lists that `coded` looks into for queries (B, D): the same in every segment, since they share them."""
-        return engine.coarse(self.segments[0].index, as_queries(queries, self.space.dim), self.lists(nprobe))
+        return faiss_backend.coarse(self.segments[0].index, as_queries(queries, self.space.dim), self.lists(nprobe))
 
-    def coded_in(self, probes: engine.Probes, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    def coded_in(self, probes: faiss_backend.Probes, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """As `coded`, in lists that were chosen before."""
 
         def probe(index: Any, deep: int, bits: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-            return engine.probe_assigned(index, probes, deep, bits)
+            return faiss_backend.probe_assigned(index, probes, deep, bits)
 
         return self._over_segments(probe, depth)
 
@@ -340,7 +340,7 @@ class Searcher:
         step = max(1, RERANK_BYTES // (max(1, ordinals.shape[1]) * self.space.dim * 4))
         for at in range(0, len(queries), step):
             block = slice(at, at + step)
-            exact = engine.exact_scores(queries[block], self.vectors(ordinals[block]), self.space.metric)
+            exact = faiss_backend.exact_scores(queries[block], self.vectors(ordinals[block]), self.space.metric)
             scores[block] = np.where(ordinals[block] >= 0, exact, -np.inf)
         return scores
 

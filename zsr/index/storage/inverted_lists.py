@@ -15,7 +15,7 @@ import numpy as np
 from zsr import fault
 from zsr.artifact import CHUNK, Json, Staging, mapped
 from zsr.errors import DamagedArtifact
-from zsr.index import engine
+from zsr.index import faiss_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +36,19 @@ class Added:
     @classmethod
     def open(cls, path: Path) -> "Added":
         """The lists of a whole index in one file, which the caller has verified."""
-        index = engine.open_whole(path)
-        return cls(mapped(path, np.dtype(np.uint8)), engine.list_sizes(index), engine.list_offsets(index))
+        index = faiss_backend.open_whole(path)
+        return cls(mapped(path, np.dtype(np.uint8)), faiss_backend.list_sizes(index), faiss_backend.list_offsets(index))
 
     @classmethod
     def split(cls, index: Any, path: Path, numbers: np.ndarray) -> "Added":
         """The lists at `path` of an opened index, whose ordinal i becomes numbers[i]."""
-        sizes, offsets = engine.list_sizes(index), engine.list_offsets(index)
+        sizes, offsets = faiss_backend.list_sizes(index), faiss_backend.list_offsets(index)
         return cls(mapped(path, np.dtype(np.uint8)), sizes, offsets, numbers)
 
     def entries(self, number: int, code_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, bytes) and ordinals (n,) of list `number`, mapped."""
         size, start = int(self.sizes[number]), int(self.offsets[number])
-        middle, end = start + size * code_size, start + size * (code_size + engine.ID_BYTES)
+        middle, end = start + size * code_size, start + size * (code_size + faiss_backend.ID_BYTES)
         return self.data[start:middle].reshape(size, code_size), self.data[middle:end].view(np.int64)
 
 

@@ -13,16 +13,29 @@ import numpy as np
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
+from zsr.clock import Clock
 from zsr.errors import ConfigError, DamagedArtifact
 from zsr.executor import VECTORS, map_pieces
-from zsr.index import drift, engine, ledger, lists, trial
-from zsr.index.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
-from zsr.index.publish import Published, most_parts, publish, require_unique, verify, version_of
-from zsr.index.search import GOLDEN, Searcher, golden_table
-from zsr.index.segments import INDEX, LISTS, REFINE, Segment, Spec, ids_name, list_sizes, refine_name, segment_name
-from zsr.index.truth import Truth, exact
-from zsr.index.tune import queries_of, tune
-from zsr.index.vectors import Vectors
+from zsr.index import faiss_backend
+from zsr.index.building import benchmark, drift, report
+from zsr.index.building.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
+from zsr.index.building.publish import Published, most_parts, publish, require_unique, verify, version_of
+from zsr.index.building.tune import queries_of, tune
+from zsr.index.ground_truth import Truth, exact
+from zsr.index.searching.searcher import GOLDEN, Searcher, golden_table
+from zsr.index.storage import inverted_lists
+from zsr.index.storage.embeddings import Vectors
+from zsr.index.storage.segment import (
+    INDEX,
+    LISTS,
+    REFINE,
+    Segment,
+    Spec,
+    ids_name,
+    list_sizes,
+    refine_name,
+    segment_name,
+)
 
 STAGES: Final = ("sample", "train", "add", "merge", "tune", "verify", "publish")
 TEMPLATE: Final = "template.faiss"
@@ -58,7 +71,7 @@ def measured(gallery: Vectors, queries: Vectors, config: IndexConfig, store: Sto
     work, kept = evidence_plan(gallery, queries, config), Store.at(f"{store}/plans")
     if done := kept.made(work):
         return [Evidence(**row) for row in done.facts["evidence"]]
-    found = trial.measure(gallery, queries, config)
+    found = benchmark.measure(gallery, queries, config)
     kept.publish(kept.staging(work).seal(facts={"evidence": [row.as_json() for row in found]}))
     return found
 
@@ -120,7 +133,9 @@ class Job:
             if known is None:
                 raise Unmeasured("candidates are to be measured before one is chosen; `zsr index plan` measures them")
             return known
-        return trial.measure(gallery, queries, config) if store is None else measured(gallery, queries, config, store)
+        return (
+            benchmark.measure(gallery, queries, config) if store is None else measured(gallery, queries, config, store)
+        )
 
     def artifact_plan(self) -> Plan:
         """What shapes the bytes: budgets and the number of workers do so only through the plan that they led to."""
@@ -182,8 +197,8 @@ def build(job: Job, store: Store) -> Published:
     if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
         progress.up_to_date("index build", store, store.versions())
         return Published(made, version_of(store, made.digest))
-    staging, clock, key = store.staging(task), ledger.Ledger(), job.chosen.index_key
-    ledger.note("%s", "; ".join(job.chosen.reasons))
+    staging, clock, key = store.staging(task), report.Ledger(), job.chosen.index_key
+    report.note("%s", "; ".join(job.chosen.reasons))
     asked = job.queries.sample(queries_of(key), job.config.seed)  # first: one that is not finite ends the job now
     with clock.stage("sample"):
         clock.tasks("sample", sample(job, staging))
@@ -194,11 +209,11 @@ def build(job: Job, store: Store) -> Published:
     with clock.stage("merge"):
         merge_all(job, staging)
     with clock.stage("tune"):
-        facts, report = finish(job, staging, asked)
+        facts, tuned = finish(job, staging, asked)
     artifact = staging.seal(facts=facts, rows={"in": job.gallery.rows, "used": job.gallery.rows, "quarantined": 0})
     with clock.stage("verify"):
         published = publish(store, artifact)
-    ledger.write(store, artifact, clock, job.chosen, report)
+    report.write(store, artifact, clock, job.chosen, tuned)
     return published
 
 
@@ -226,7 +241,7 @@ def sample_name(shard: int) -> str:
 
 def _sample_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging) -> dict[str, Any]:
     """Stage the training vectors of one shard. Runs in a Ray task."""
-    clock = ledger.Clock()
+    clock = Clock()
     staging.write(sample_name(piece["shard"]), gallery.picked(piece).tobytes(), scratch=True)
     return {"shard": piece["shard"], **clock.spent()}
 
@@ -237,7 +252,7 @@ def staged_sample(job: Job, staging: Staging) -> np.ndarray:
     at = 0
     for piece in drawn(job):
         rows = len(piece["rows"])
-        path = lists.staged(staging, sample_name(piece["shard"]), scratch=True)
+        path = inverted_lists.staged(staging, sample_name(piece["shard"]), scratch=True)
         out[at : at + rows] = np.fromfile(path, np.float32).reshape(rows, -1)
         at += rows
     return out
@@ -252,12 +267,12 @@ def train(job: Job, staging: Staging) -> None:
     with progress.stage("train", unit="") as shown, staging.piece(TEMPLATE, scratch=True) as path:
         shown.note = f"{key} on {len(vectors):,} vectors"
         fault.here("index.train")
-        index = engine.train(key, job.chosen.metric, vectors, job.config.seed, job.config.threads)
-        path.write_bytes(engine.to_bytes(index))
+        index = faiss_backend.train(key, job.chosen.metric, vectors, job.config.seed, job.config.threads)
+        path.write_bytes(faiss_backend.to_bytes(index))
     # one in eight: the drift report needs averages, not every vector
     staging.write(drift.FOUND, drift.Spread.of(index, vectors[::8]).to_bytes(), scratch=True)
-    codec = engine.refiner(key, vectors)
-    staging.write(CODEC, engine.to_bytes(codec) if codec else b"", scratch=True)
+    codec = faiss_backend.refiner(key, vectors)
+    staging.write(CODEC, faiss_backend.to_bytes(codec) if codec else b"", scratch=True)
 
 
 def add(
@@ -279,7 +294,7 @@ def add(
 
 def scratch_names(shard: int, key: str) -> list[str]:
     """What an add task leaves."""
-    parts = engine.parse(key)
+    parts = faiss_backend.parse(key)
     refine = [f"add/{refine_name(shard)}"] if parts["refine"] or parts["exact"] else []
     return [added_name(shard), f"add/{ids_name(shard)}", *refine]
 
@@ -290,17 +305,17 @@ def _finished(staging: Staging, name: str) -> bool:
 
 def _add_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging, key: str) -> dict[str, Any]:
     """Add one shard to the template. Runs in a Ray task."""
-    clock = ledger.Clock()
+    clock = Clock()
     shard = int(piece["shard"])
     block = gallery.read(shard)
     vectors = block.vectors.astype(np.float32, copy=False)
     name = str(staging.path(TEMPLATE, scratch=True))
-    index = engine.from_bytes(staging.read(TEMPLATE, scratch=True), name)
-    with engine.threads(1):
+    index = faiss_backend.from_bytes(staging.read(TEMPLATE, scratch=True), name)
+    with faiss_backend.threads(1):
         index.add_with_ids(vectors, np.arange(len(vectors), dtype=np.int64))
     with staging.piece(added_name(shard), scratch=True) as path:
         fault.here("index.add")
-        path.write_bytes(engine.to_bytes(index))
+        path.write_bytes(faiss_backend.to_bytes(index))
     facts = {"rows": len(vectors), "dtype": block.vectors.dtype.name, "source": gallery.shards[shard].sha256}
     if refine := _refine(block.vectors, staging, key):
         staging.write(f"add/{refine_name(shard)}", refine, scratch=True)
@@ -310,13 +325,13 @@ def _add_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging, key
 
 def _refine(vectors: np.ndarray, staging: Staging, key: str) -> bytes:
     """Refine codes or whole vectors as the key asks for them; nothing if it does not."""
-    if engine.parse(key)["exact"]:
+    if faiss_backend.parse(key)["exact"]:
         return vectors.astype(vectors.dtype.newbyteorder("<"), copy=False).tobytes()
     codec = staging.read(CODEC, scratch=True)
     if not codec:
         return b""
-    with engine.threads(1):
-        stored = engine.from_bytes(codec, CODEC).sa_encode(vectors.astype(np.float32, copy=False))
+    with faiss_backend.threads(1):
+        stored = faiss_backend.from_bytes(codec, CODEC).sa_encode(vectors.astype(np.float32, copy=False))
     return bytes(stored.tobytes())
 
 
@@ -338,13 +353,13 @@ def merge(staging: Staging, segment: str, shards: Sequence[int]) -> None:
         names = {ids_name: ids_name(shard), refine_name: refine_name(shard)}
         for name, source in names.items():
             if (entry := staging.finished(f"add/{source}", scratch=True)) is not None:
-                lists.copy(staging, f"add/{source}", f"{segment}/{name(place)}", entry.facts)
+                inverted_lists.copy(staging, f"add/{source}", f"{segment}/{name(place)}", entry.facts)
     if staging.finished(f"{segment}/{INDEX}") and staging.finished(f"{segment}/{LISTS}"):
         return
-    added = [lists.Added.open(lists.staged(staging, added_name(i), scratch=True)) for i in shards]
-    template = engine.from_bytes(staging.read(TEMPLATE, scratch=True), str(staging.path(TEMPLATE, scratch=True)))
-    sizes = lists.write(staging, f"{segment}/{LISTS}", added, engine.ivf_of(template).code_size)
-    staging.write(f"{segment}/{INDEX}", engine.with_lists_in(template, LISTS, sizes))
+    added = [inverted_lists.Added.open(inverted_lists.staged(staging, added_name(i), scratch=True)) for i in shards]
+    template = faiss_backend.from_bytes(staging.read(TEMPLATE, scratch=True), str(staging.path(TEMPLATE, scratch=True)))
+    sizes = inverted_lists.write(staging, f"{segment}/{LISTS}", added, faiss_backend.ivf_of(template).code_size)
+    staging.write(f"{segment}/{INDEX}", faiss_backend.with_lists_in(template, LISTS, sizes))
 
 
 def staged_spec(staging: Staging, segment: str) -> Spec:
@@ -366,11 +381,13 @@ def staged_spec(staging: Staging, segment: str) -> Spec:
 def staged_segment(staging: Staging, spec: Spec, gallery_space: Any, key: str) -> Segment:
     """A staged segment, hashed again and opened."""
     prefix = f"{spec.name}/"
-    files = {n.removeprefix(prefix): lists.staged(staging, n) for n in staging.pieces() if n.startswith(prefix)}
+    files = {
+        n.removeprefix(prefix): inverted_lists.staged(staging, n) for n in staging.pieces() if n.startswith(prefix)
+    }
     return Segment(files, spec, gallery_space, key)
 
 
-def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any], ledger.Tuning]:
+def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any], report.Tuning]:
     """Tune the staged index, stage its golden queries, and return the facts of its manifest.
 
     Args:
@@ -408,7 +425,7 @@ def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any
         "operating_point": point.as_json(),
         "curve": [p.as_json() for p in curve],
     }
-    return facts, ledger.Tuning.of(Searcher(segments, facts, np.empty(0, np.int64), {}), sketches, point, curve)
+    return facts, report.Tuning.of(Searcher(segments, facts, np.empty(0, np.int64), {}), sketches, point, curve)
 
 
 def truths(gallery: Vectors, sketches: np.ndarray, count: int, seed: int) -> tuple[Truth, Truth]:

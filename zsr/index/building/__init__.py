@@ -1,0 +1,1 @@
+"""Build an index: choose its kind, train, add, merge, tune, verify, publish."""

@@ -1,0 +1,1 @@
+"""Change an index that is published: add, delete, rebuild, compact, purge."""
