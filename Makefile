@@ -7,7 +7,7 @@ DEMO := runs/demo
 BASE ?= main
 STEPPED := sem-pcyc cvae caae doodle2search sketch-gcn lcale cfsa contrastive classifier
 
-.PHONY: demo demo-seeds test sanity faults faults-tests faults-nightly stages loss-compare check format lock audit clean
+.PHONY: demo demo-seeds test tests-on-ray tests-without-ray sanity faults faults-tests faults-nightly stages loss-compare check format lock audit clean
 
 # requirements.lock pins the versions that were tested together; pyproject.toml says which ranges are allowed
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -22,7 +22,15 @@ demo-seeds: $(VENV)/installed ## the same with three seeds
 	$(RUN) -m zsr demo --output $(DEMO) --seeds 0 1 2
 
 test: $(VENV)/installed
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup --cov zsr --cov-report term:skip-covered --cov-fail-under 85
+	$(MAKE) --jobs 2 --output-sync=line tests-on-ray tests-without-ray
+	$(BIN)/coverage combine --quiet .coverage.ray .coverage.plain
+	$(BIN)/coverage report --skip-covered --fail-under 85
+
+tests-on-ray:
+	COVERAGE_FILE=.coverage.ray $(RUN) -m pytest -m "ray and not faults" --cov zsr --cov-report=
+
+tests-without-ray:
+	COVERAGE_FILE=.coverage.plain $(RUN) -m pytest -m "not ray and not faults" --cov zsr --cov-report=
 
 sanity: $(VENV)/installed ## gates and ablations of the models on a synthetic world; some minutes
 	$(RUN) -m tests.sanity.run

@@ -9,20 +9,22 @@ from pathlib import Path
 
 import pytest
 
-RAY = {"ray_cluster", "local", "bucket"}  # fixtures that start processes, which one worker of a parallel run shares
+# fixtures that start a cluster or a server
+RAY = {"ray_cluster", "local", "bucket"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on one Ray cluster run in one process of a parallel run, those of any other module in one process each.
+    """Mark what runs on a Ray cluster: `make test` runs that in one process, and everything else in another.
 
-    What requires a cluster of several nodes is for `make faults`.
+    What requires a cluster of several nodes is for `make faults-tests`.
     """
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if "local" in fixtures:
             item.add_marker(pytest.mark.faults)
-        item.add_marker(pytest.mark.xdist_group("ray" if fixtures & RAY else item.path.stem))
+        if fixtures & RAY:
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(scope="session")
