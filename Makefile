@@ -22,7 +22,7 @@ demo-seeds: $(VENV)/installed ## the same with three seeds
 	$(RUN) -m zsr demo --output $(DEMO) --seeds 0 1 2
 
 test: $(VENV)/installed
-	$(MAKE) --jobs 2 --output-sync=line tests-on-ray tests-without-ray
+	$(MAKE) --jobs 2 --keep-going --output-sync=line tests-on-ray tests-without-ray
 	$(BIN)/coverage combine --quiet .coverage.ray .coverage.plain
 	$(BIN)/coverage report --skip-covered --fail-under 85
 

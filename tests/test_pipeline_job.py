@@ -67,7 +67,7 @@ def test_the_device_of_the_pipeline_is_that_of_stages_which_name_none(tmp_path: 
 
 
 def test_a_tower_needs_no_features_and_a_text_query_embeds_texts(tmp_path: Path) -> None:
-    train = {"model": "doodle2search", "split": "random:3:0", "tower": "tiny", "query": "text"}
+    train = {"model": "doodle2search", "split": "random:3:0", "tower": "tiny", "query_modality": "text"}
     words = ["--config", str(written(tmp_path, train=train, features_from="tower"))]
     stages = {
         s.name: s.config for s in pipeline.Layout(parse(pipeline.config_for(words), words, "zsr pipeline")).stages()
