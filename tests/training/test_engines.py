@@ -11,8 +11,8 @@ from zsr.models import backbones
 from zsr.models.cfsa import Cfsa
 from zsr.models.doodle2search import Doodle2Search
 from zsr.models.lcale import Lcale
+from zsr.training.activation_checkpointing import recomputed
 from zsr.training.engines import deepspeed_config, precision_of, refuse
-from zsr.training.recompute import recomputed
 
 
 def test_flags_win_over_the_file_and_say_the_same_as_it() -> None:

@@ -140,7 +140,7 @@ class Doodle2Search(Model):
     2B.
     """
 
-    eats: Literal["pairs", "triplets"] = "triplets"
+    batch_kind: Literal["pairs", "triplets"] = "triplets"
     coupled = False
 
     def __init__(self, config: Config, inputs: Inputs) -> None:

@@ -248,7 +248,7 @@ class Model(Embedder):
         second_order: whether a term is made of gradients, as a gradient penalty is.
     """
 
-    eats: Literal["pairs", "triplets"] = "pairs"
+    batch_kind: Literal["pairs", "triplets"] = "pairs"
     paired: bool = False
     coupled: bool = True
     second_order: bool = False

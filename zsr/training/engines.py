@@ -24,10 +24,10 @@ from zsr.errors import ConfigError
 from zsr.models.layers import world_size
 from zsr.models.protocol import Embedder, Group, Model, Phase, Terms
 from zsr.storage import read_text
-from zsr.training import accumulate
+from zsr.training import gradient_step
+from zsr.training.activation_checkpointing import recomputed
 from zsr.training.config import Precision, Stage
-from zsr.training.recompute import recomputed
-from zsr.training.zero import put_back, stage_of, whole_state
+from zsr.training.optimizer_state import put_back, stage_of, whole_state
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST: Final = "torch_autocast"  # DeepSpeed's section for computing in 16 bits with 32-bit weights
@@ -140,7 +140,7 @@ class Engines:
 
     Args:
         batch_size: rows that an image tower, or a model of per-sample terms, passes at a time. A batch may have more:
-            then its pieces are accumulated (see `accumulate`).
+            then its pieces are accumulated (see `gradient_step`).
         config: of `deepspeed_config`.
         recompute: forget an image tower's activations in the forward pass, and make them again for the backward pass.
 
@@ -194,7 +194,7 @@ class Engines:
         batch = draw(0)
         if len(batch) > self.batch_size and (self.tower_trains or not self.model.coupled):
             (phase,) = self.model.phases
-            return named(phase, accumulate.step(self, batch))
+            return named(phase, gradient_step.step(self, batch))
         batch, shared = self.begin(batch)
         logged: Terms = {}
         for phase in self.model.phases:
@@ -226,7 +226,9 @@ class Engines:
             if self.model.inputs.tower is None or self.tower_trains:
                 batch = self.model.scaled(batch)
             else:  # a frozen tower keeps nothing, so it may as well take a piece at a time
-                batch = accumulate.joined([self.model.scaled(p) for p in accumulate.split(batch, self.batch_size)])
+                batch = gradient_step.joined(
+                    [self.model.scaled(p) for p in gradient_step.split(batch, self.batch_size)]
+                )
             return batch, self.model.shared(batch)
 
     def share(self, batch: Batch) -> Any:

@@ -17,10 +17,10 @@ from zsr.data.shards import Rows
 from zsr.errors import NonFiniteLoss
 from zsr.models.backbones import pictures_at_once
 from zsr.models.protocol import Embedder, Metric, Model, Terms
+from zsr.training.batches import Batches
 from zsr.training.checkpoint import Progress, Writer, last_progress, save_progress
 from zsr.training.config import TrainSettings
 from zsr.training.engines import Engines, broadcast, least
-from zsr.training.feed import Batches
 from zsr.training.metrics import Meter
 
 # query (Q, P, D), gallery (G, P, D), of which the best pair of parts counts, their labels (Q,) and (G,), metric ->

@@ -22,7 +22,7 @@ from torch import Tensor
 from zsr.artifact import write_atomically
 from zsr.storage import is_file, read_file
 from zsr.training.engines import Engines
-from zsr.training.zero import inner, stage_of
+from zsr.training.optimizer_state import inner, stage_of
 
 WAIT: Final = "data_wait_share"  # of the seconds of a line, what rank 0 waited for data
 NETWORK: Final = "network_share"

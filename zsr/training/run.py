@@ -44,13 +44,13 @@ from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Tower
 from zsr.models.protocol import Rows as FitRows
 from zsr.storage import url_of
 from zsr.training import checkpoint
+from zsr.training.batches import Batches, Sums, begin, begin_stream, fit_scale
 from zsr.training.config import TrainSettings
 from zsr.training.engines import deepspeed_config, init_distributed, refuse
-from zsr.training.estimate import memory
-from zsr.training.feed import Batches, Sums, begin, begin_stream, fit_scale
 from zsr.training.loop import Place, Score, Validation, train
+from zsr.training.memory import memory
 from zsr.training.metrics import Meter
-from zsr.training.source import pictures_of
+from zsr.training.preprocessing import pictures_of
 from zsr.training.trackers import Tracking, follow
 
 logger = logging.getLogger("zsr")

@@ -55,7 +55,7 @@ def activations(model: Embedder, rows: int) -> int:
     """Bytes that `rows` sketches and as many photos (twice as many in triplets) leave behind for the backward pass."""
     if not isinstance(model, Model):
         return 0
-    photos = 2 if model.eats == "triplets" else 1
+    photos = 2 if model.batch_kind == "triplets" else 1
     row = _numbers(model, "sketch") + photos * _numbers(model, "photo")
     return FLOAT * rows * row * len(model.phases)
 

@@ -74,7 +74,7 @@ def draws_of(model: Model, query: Side, photo: Side, words: Tensor, seed: int, *
         photo,
         seed,
         paired=model.paired and query.has_pairs if paired is None else paired,
-        triplets=model.eats == "triplets",
+        triplets=model.batch_kind == "triplets",
         negatives=model.negatives(words),
     )
 
