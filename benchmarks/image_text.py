@@ -44,9 +44,9 @@ from zsr.data.splits import draw as draw_classes
 from zsr.evaluation import metrics
 from zsr.models import build, configure
 from zsr.models.protocol import Inputs, Model
+from zsr.training.batches import Sums, begin, fit_scale
 from zsr.training.config import TrainSettings
 from zsr.training.engines import Engines, deepspeed_config, init_distributed
-from zsr.training.feed import Sums, begin, fit_scale
 from zsr.training.loop import Place, train_step
 
 SIDES: Final = (("sketch", "text"), ("photo", "photo"))  # a model's side, and the modality on it

@@ -43,9 +43,9 @@ from zsr.data.sources.folders import Folders
 from zsr.data.stream import Stream, survey
 from zsr.models import build, configure
 from zsr.models.protocol import Inputs, Model
+from zsr.training.batches import Sums, begin, fit_scale
 from zsr.training.config import TrainSettings
 from zsr.training.engines import Engines, deepspeed_config, init_distributed
-from zsr.training.feed import Sums, begin, fit_scale
 from zsr.training.loop import Place, train_step
 
 CLASSES: Final = tuple(f"class{i:03d}" for i in range(100))

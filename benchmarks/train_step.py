@@ -36,9 +36,9 @@ from zsr.batch import Batch
 from zsr.data.sampling import Pool, Sampler
 from zsr.models import MODELS, build
 from zsr.models.protocol import Inputs, Model
+from zsr.training.batches import begin
 from zsr.training.config import TrainSettings
 from zsr.training.engines import Engines, deepspeed_config, init_distributed
-from zsr.training.feed import begin
 from zsr.training.loop import Place, train_step
 
 FEATURES: Final = 1280

@@ -207,7 +207,7 @@ def test_a_killed_worker_and_driver_go_on_to_the_same_digest(
     command = [sys.executable, "-m", "zsr", "train", *flags]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         for line in run.stderr or ():
-            if "starting again from the last state" in line:
+            if "restarting from the last saved state" in line:
                 run.kill()  # the driver, too
                 break
     assert not list((tmp_path / "killed").rglob("versions/*"))
@@ -247,16 +247,16 @@ def test_without_validation_classes_the_last_step_is_kept(
     assert set(ok("evaluate", *featured, *report)["peaks"]) == {"sem-pcyc (peak)"}
     refused = job("train", *flags, "--refit", "--output", tmp_path / "x")
     assert refused["exit_code"] == 2
-    assert "--refit wants validation classes" in refused["error"]
+    assert "--refit requires validation classes" in refused["error"]
     one = job("train", *featured, "--split", "random:3:0", "--validation-classes", 1, "--output", tmp_path / "x")
     assert one["exit_code"] == 2
-    assert "ranked wrong" in capsys.readouterr().err
+    assert "every ranking perfect" in capsys.readouterr().err
 
 
 def test_class_vectors_are_asked_for_where_a_model_learns_from_them(tmp_path: Path, featured: list[object]) -> None:
     flags = (*featured[:4], *SHORT, "--output", tmp_path / "x")
     refused = job("train", *flags, "--model", "sem-pcyc")
-    assert "sem-pcyc learns from class vectors; give --semantics" in refused["error"]
+    assert "sem-pcyc requires class embeddings; set --semantics" in refused["error"]
     assert ok("train", *flags, "--model", "cvae", "--dry-run")["classes"]["training"] == 5
     refused = job("train", "--data", featured[1], *SHORT, "--output", tmp_path / "x", "--model", "cvae")
     assert "give either --features, or a --tower" in refused["error"]

@@ -1,6 +1,6 @@
-"""What a model eats. Plain torch: no Ray, no pyarrow.
+"""Training batches. Plain torch: no Ray, no pyarrow.
 
-Shapes: B batch, F feature (or C, H, W for images), S semantic vector, N seen classes.
+Shapes: B batch, F feature (or C, H, W for images), S class embedding, N seen classes.
 """
 
 from dataclasses import dataclass, replace
@@ -11,16 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Same-class pairs: row i of every tensor belongs to class `label[i]`.
+    """Pairs of a sketch and a photo of the same class: row i of every tensor belongs to class `label[i]`.
 
     Attributes:
         sketch: (B, F) or (B, C, H, W), the query modality (texts in image-text models).
         photo: (B, F) or (B, C, H, W), same class as the sketch of its row; with paired sampling the same instance.
         label: (B,) int64, index into the sorted seen classes.
-        word: (B, S) class vector of the row.
+        word: (B, S) class embedding of the row.
         negative: (B, F) photo of another seen class; only in triplet batches.
         negative_label: (B,) int64; only in triplet batches.
-        epoch, index: the clock of schedules, both counted from 0: the epoch, and the batch inside the epoch.
+        epoch, index: the epoch, and the batch within the epoch, both counted from 0; schedules depend on them.
     """
 
     sketch: Tensor

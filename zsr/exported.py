@@ -33,7 +33,7 @@ from zsr.models import backbones, build
 from zsr.models.protocol import Embedder, Metric
 from zsr.storage import local_path, located, read_file
 from zsr.training.checkpoint import open_model, parse
-from zsr.training.source import pictures_of, resize_of
+from zsr.training.preprocessing import pictures_of, resize_of
 
 Picture = Image.Image | str | Path | np.ndarray
 

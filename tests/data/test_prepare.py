@@ -247,7 +247,7 @@ def test_features_that_are_not_finite_are_quarantined_and_the_others_imported(
     pq.write_table(table, tmp_path / "raw" / "modality=photo" / "a.parquet")
     flags = ("--source", "parquet", "--input", tmp_path / "raw", "--output", tmp_path / "data")
     found = ok("prepare", *flags, "--features-output", tmp_path / "features")
-    assert (found["quarantine"], found["feature_rows"]) == ({"not_finite": 3}, {"photo": 27})
+    assert (found["quarantine"], found["features"]["rows"]) == ({"not_finite": 3}, {"photo": 27})
     features = open_artifact(tmp_path / "features", "features")
     matrix = np.array([row for e in features.shards() for row in features.read_table(e.path)["feature"].to_pylist()])
     assert matrix.shape == (27, 2)

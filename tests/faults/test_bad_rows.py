@@ -101,7 +101,7 @@ def expected() -> Counter[str]:
 
 def test_rows_in_are_rows_used_and_rows_quarantined_in_every_run(raw: Path, tmp_path: Path) -> None:
     first, second = (prepare(raw, tmp_path / name, "10%") for name in "ab")
-    assert first == second
+    assert {**first, "artifact": None} == {**second, "artifact": None}
     assert first["exit_code"] == 0
     assert first["rows"] == {"in": ROWS, "used": ROWS - ROWS // 20, "quarantined": ROWS // 20}
     assert first["quarantine"] == dict(sorted(expected().items()))

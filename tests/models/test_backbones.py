@@ -293,10 +293,10 @@ def test_unfit_directories_are_refused(tmp_path: Path) -> None:
     path = saved("vit", tmp_path / "vit")
     with pytest.raises(ConfigError, match="model_type 'vit', expected dinov2"):
         backbones.architecture("dinov2", path)
-    with pytest.raises(ConfigError, match="wants a directory"):
+    with pytest.raises(ConfigError, match="requires a directory"):
         backbones.weights_path("vit", path / "model.safetensors")
     edit(path / "config.json", quantization_config={"bits": 8})
-    with pytest.raises(ConfigError, match="quantised"):
+    with pytest.raises(ConfigError, match="quantized"):
         backbones.architecture("vit", path)
     (path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
@@ -320,7 +320,7 @@ def test_pickled_weights_and_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only safetensors are read"):
         backbones.digest(path)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
-    with pytest.raises(ConfigError, match="expected a file beside it"):
+    with pytest.raises(ConfigError, match="expected a file in the same directory"):
         backbones.digest(path)
 
 
@@ -487,7 +487,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no backbone 'vgg'; there are"):
         backbones.weights_path("vgg", None)
-    with pytest.raises(ConfigError, match="backbone tiny comes without weights; give --weights with a local file"):
+    with pytest.raises(ConfigError, match="backbone tiny comes without weights; set --weights to a local file"):
         backbones.weights_path("tiny", None)
     with pytest.raises(ConfigError, match="no such file"):
         backbones.weights_path("vgg16", tmp_path / "none.pth")
@@ -495,5 +495,5 @@ def test_what_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
         backbones.architecture("vgg16", layer="fc8")
     with pytest.raises(ConfigError, match="backbone lite0 has no attention"):
         backbones.architecture("lite0", attention=True)
-    with pytest.raises(ConfigError, match=r"no architecture of a backbone: .*made with"):
+    with pytest.raises(ConfigError, match=r"not an architecture of a backbone: .*made with"):
         backbones.build({**backbones.architecture("tiny"), "made with": "care"})

@@ -179,7 +179,7 @@ def test_weights_scale_their_terms() -> None:
 
 
 def test_a_batch_without_negatives_is_refused() -> None:
-    with pytest.raises(ValueError, match="eats triplets"):
+    with pytest.raises(ValueError, match="requires triplets"):
         model().terms(batch(), None)
 
 

@@ -142,7 +142,7 @@ def test_turning_the_input_leaves_distances_nearly_as_they_were() -> None:
 
 @pytest.mark.parametrize("wanted", [0, 12, 104])
 def test_bits_that_do_not_pack_or_exceed_the_dimensions_are_refused(wanted: int) -> None:
-    with pytest.raises(ConfigError, match=f"{wanted} bits of 96-d embeddings; take a multiple of 8"):
+    with pytest.raises(ConfigError, match=f"{wanted} bits of 96-d embeddings; use a multiple of 8"):
         learn(clustered()[0], wanted)
 
 

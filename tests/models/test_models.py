@@ -57,7 +57,7 @@ def test_same_seed_same_bits(name: str) -> None:
         model = build(name, SMALL.get(name, {}), INPUTS)
         assert isinstance(model, Model)
         steppers = optimizers(model.train())
-        draw = triplets if model.eats == "triplets" else batch
+        draw = triplets if model.batch_kind == "triplets" else batch
         for number in range(3):
             step(model, steppers, draw(seed=number), seed=number)
         return model.state_dict()

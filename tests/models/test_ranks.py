@@ -65,7 +65,7 @@ def gathered(start: int, stop: int) -> Result:
 def gradients(model: Model, start: int, stop: int) -> Result:
     """Gradients of all phases, in float64; the late epoch is past every warm-up."""
     model = model.double()
-    data = cut((triplets if model.eats == "triplets" else batch)(rows=ROWS), start, stop)
+    data = cut((triplets if model.batch_kind == "triplets" else batch)(rows=ROWS), start, stop)
     held = {f.name: getattr(data, f.name) for f in fields(data)}
     wide = {name: v.double() for name, v in held.items() if isinstance(v, Tensor) and v.is_floating_point()}
     data = data.map(**wide, epoch=LATE)

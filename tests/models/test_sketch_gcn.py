@@ -146,7 +146,7 @@ def test_training_begins_by_saying_how_far_the_graph_mixes_classes(
     """Three classes of which none, or all alike, are neighbours."""
     with caplog.at_level("INFO", logger="zsr"):
         gcn(temperature=temperature).begin(WORD)
-    assert f"{share} of a node's graph weights lie on other classes" in caplog.text
+    assert f"fraction of weights on other classes {share}" in caplog.text
 
 
 def test_unit_words_make_the_terms_blind_to_the_length_of_class_vectors() -> None:

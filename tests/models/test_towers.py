@@ -61,7 +61,7 @@ def test_parts_of_a_tower_are_named_by_kind_or_by_pattern() -> None:
     assert {name.rsplit(".", 2)[-2] for name in norms} == {"1", "4", "7"}
     last = [name for name in changed(model(tune=r"network\.6\.")) if name.startswith("towers")]
     assert {name.rsplit(".", 2)[-2] for name in last} == {"6"}
-    with pytest.raises(ConfigError, match="names no parameter of the tower"):
+    with pytest.raises(ConfigError, match="matches no parameter of the tower"):
         assert model(tune="layer9").trained
 
 
@@ -73,7 +73,7 @@ def test_the_tower_has_its_share_of_the_rate() -> None:
 
 
 def test_several_phases_cannot_train_a_tower() -> None:
-    with pytest.raises(ConfigError, match="SemPcyc takes 3 steps a batch"):
+    with pytest.raises(ConfigError, match="SemPcyc takes 3 steps per batch"):
         assert model("sem-pcyc").trained
     assert model("sem-pcyc", rate=0.0).trained
 

@@ -24,7 +24,7 @@ from zsr.data.sampling import Pool, Sampler, seed_of
 from zsr.evaluation.metrics import mean_average_precision
 from zsr.models import build
 from zsr.models.protocol import Embedder, Inputs, Model
-from zsr.training.feed import Sums, begin, fit_scale
+from zsr.training.batches import Sums, begin, fit_scale
 
 CLASSES: Final = 60
 SEEN: Final = 48

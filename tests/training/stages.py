@@ -109,7 +109,7 @@ def small(job: Job) -> Model:
 
 def global_batch(model: Model, step: int) -> Batch:
     """The rows of all ranks."""
-    data = (triplets if model.eats == "triplets" else batch)(rows=ROWS, seed=step)
+    data = (triplets if model.batch_kind == "triplets" else batch)(rows=ROWS, seed=step)
     if model.inputs.tower is None:
         return data
     draw = torch.Generator().manual_seed(step)

@@ -11,8 +11,8 @@ from zsr.models import backbones
 from zsr.models.cfsa import Cfsa
 from zsr.models.doodle2search import Doodle2Search
 from zsr.models.lcale import Lcale
+from zsr.training.activation_checkpointing import recomputed
 from zsr.training.engines import deepspeed_config, precision_of, refuse
-from zsr.training.recompute import recomputed
 
 
 def test_flags_win_over_the_file_and_say_the_same_as_it() -> None:
@@ -31,7 +31,7 @@ def test_flags_win_over_the_file_and_say_the_same_as_it() -> None:
         ("bf16: {enabled: true}", "use --precision bf16"),
         ("fp16: {enabled: true}", "use --precision fp16"),
         ("zero_optimization: {stage: 1, overlap_comm: true}", "overlap_comm loses"),
-        ("zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}", "offload_optimizer is not covered"),
+        ("zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}", "offload_optimizer is not supported"),
     ],
 )
 def test_what_checkpoints_do_not_cover_is_refused(
@@ -77,8 +77,8 @@ def test_a_deepspeed_file_of_another_shape_or_encoding_is_told(
     [
         (Cfsa, (3, "fp32"), "cuda", 1, "use --zero-stage 2"),
         (Lcale, (3, "fp32"), "cuda", 2, "use --zero-stage 2"),
-        (Lcale, (0, "fp16"), "cpu", 1, "fp16 trains on GPUs only"),
-        (Lcale, (0, "fp16"), "cuda", 2, "take --precision bf16"),
+        (Lcale, (0, "fp16"), "cpu", 1, "fp16 requires a GPU"),
+        (Lcale, (0, "fp16"), "cuda", 2, "use --precision bf16"),
     ],
 )
 def test_combinations_that_do_not_go_together_name_the_way_out(
@@ -93,7 +93,7 @@ def test_others_are_taken() -> None:
     refuse(Doodle2Search, deepspeed_config(3, "fp16"), "cuda", 4)
 
 
-def test_a_tower_that_forgets_its_activations_has_the_same_bits() -> None:
+def test_activation_checkpointing_gives_the_same_bits() -> None:
     pictures = torch.randint(256, (4, 16, 16, 3), dtype=torch.uint8)
     gradients = []
     for forgets in (False, True):

@@ -16,7 +16,7 @@ from tests.pipeline import features_only, ok
 from zsr.artifact import Plan
 from zsr.models import MODELS, build
 from zsr.models.protocol import Inputs, Model, Optimizer
-from zsr.training.estimate import memory, state_bytes
+from zsr.training.memory import memory, state_bytes
 from zsr.training.metrics import Meter, bottleneck
 from zsr.training.trackers import Tracking, Watcher, follow, sentence
 

@@ -15,7 +15,7 @@ from zsr.artifact import open_artifact
 from zsr.commands import tune as job_tune
 from zsr.data.splits import choose
 from zsr.errors import ConfigError
-from zsr.training.tune import SCORE, Sweep, Trial, best_setting, parse_space, searcher_of, space_of
+from zsr.training.sweep import SCORE, Sweep, Trial, best_setting, parse_space, searcher_of, space_of
 
 SPLIT = ("--split", "random:3:0", "--validation-classes", 2)
 SHORT = ("--epochs", 1, "--steps-per-epoch", 4, "--batch-size", 8, "--model", "contrastive")

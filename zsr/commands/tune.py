@@ -20,7 +20,7 @@ from zsr.training.config import SearcherName
 
 if TYPE_CHECKING:
     from zsr.training.run import Run
-    from zsr.training.tune import Overrides, Sweep, Trial
+    from zsr.training.sweep import Overrides, Sweep, Trial
 
 # what makes scores of two trials incomparable, or is no setting of a run
 FIXED: Final = (
@@ -107,7 +107,7 @@ def sweep_of(config: Any) -> "Sweep":
     Raises:
         ConfigError: see `parse_space` and `trial_config`.
     """
-    from zsr.training.tune import Sweep, parse_space
+    from zsr.training.sweep import Sweep, parse_space
 
     content = {} if config.search_space is None else file_values(config.search_space, "--search-space")
     values = base(config)
@@ -139,7 +139,7 @@ def plan(config: Any) -> Results:
 
 
 def work(config: Any) -> Results:
-    from zsr.training.tune import best_setting, run_sweep
+    from zsr.training.sweep import best_setting, run_sweep
 
     values = base(config)
     trials = run_sweep(partial(make, values), sweep_of(config), config.output.absolute())

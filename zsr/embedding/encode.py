@@ -19,7 +19,7 @@ from zsr.errors import ConfigError
 from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs, Tower
 from zsr.training.checkpoint import open_model
-from zsr.training.source import pictures_of, resize_of
+from zsr.training.preprocessing import pictures_of, resize_of
 
 BATCH: Final = 1024  # feature rows in one forward pass
 SIDES: Final = ("sketch", "photo")

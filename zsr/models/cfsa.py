@@ -3,16 +3,16 @@
 X. Xu, K. Lin, H. Lu, L. Gao, H. T. Shen, "Correlated Features Synthesis and Alignment for Zero-shot Cross-modal
 Retrieval", SIGIR 2020.
 
-A generator G a modality makes features out of a class vector and noise, a critic D a modality judges features beside
-their class vector, and a regressor R a modality maps features, true or synthetic, into the space of class vectors. A
-cycle asks R(G(class)) to be the class again, and an alignment draws the two modalities' regressions together. Retrieval
-compares R(query) with R(photo). Queries are texts as published, or sketches.
+Per modality, a generator G synthesizes features from a class embedding and noise, a critic D scores features given
+their class embedding, and a regressor R maps features, true or synthetic, to the space of class embeddings. A cycle
+loss requires R(G(class)) to equal the class embedding, and an alignment loss brings the two modalities' regressions
+together. Retrieval compares R(query) with R(photo). Queries are texts as published, or sketches.
 
-Neither text nor code of CFSA was to be had, so this is our reconstruction. Where a number comes from is said in words:
-"abstract" is CFSA's, "JFSE" the released code of its authors' next method, which has the same parts and nearly the same
-scores, "ours" a decision of this project.
+Neither paper nor code of CFSA was available, so this is our reconstruction. Sources of values: "abstract" is CFSA's,
+"JFSE" the released code of its authors' next method, which has the same parts and nearly the same scores, "ours" a
+decision of this project.
 
-Shapes: B batch, F feature, S class vector, Z noise. Pairs of tensors are by modality.
+Shapes: B batch, F feature, S class embedding, Z noise. Pairs of tensors are by modality.
 """
 
 import math
@@ -39,33 +39,38 @@ MODALITIES: Final = ("photo", "sketch")
 
 
 class Config(ModelConfig):
-    """Options. Structure, weights and rates are JFSE's; what it has else is in the preset "released".
+    """Options. Architecture, loss weights and learning rates are JFSE's; its other values are in the preset "released".
 
-    The preset "paper" leaves out of that what is not known of CFSA: the modality classifier, and a batch that all
-    critic steps share. The default for class vectors did best on held-out classes: regressors begin with outputs of
-    about 0.2, beside which small vectors, as those of sentence encoders are, take many steps to show.
+    The preset "paper" is "released" without the parts that CFSA is not known to have: the modality classifier, and
+    sharing a batch between all critic steps. The default scaling of class embeddings did best on held-out classes:
+    initial outputs of regressors are about 0.2, and with much smaller class embeddings, such as those of sentence
+    encoders, training takes many more steps.
 
     Attributes:
         hidden: width of every hidden layer. JFSE: 4096, for features of 4096 dimensions.
         noise: Z, width of the generators' noise.
-        scaling: of features, by the trained rows: standard, unit ([0, 1] a column; JFSE, there by mini-batch) or none.
-        words: class vectors as given, of unit length, standard (less the trained classes' mean, and of one size; ours),
-            or minmax: [0, 1] an entry over the trained classes (JFSE, there by mini-batch).
-        output: last layer of generators and regressors. JFSE: relu, for features and class vectors scaled to [0, 1];
-            linear fits standardised features and signed class vectors (ours).
-        critic_steps: steps of the critics before each one of the others.
-        critic_batches: each critic step draws a batch and noise anew (as f-CLSWGAN does), or takes the same batch with
-            the same noise (JFSE). The others then use those of the last critic step.
-        penalty_weight: of the gradient penalty.
-        adversarial_weight: of the critics' judgement in the generators' loss.
-        cycle_weight: of the cycle, wherever it enters.
-        generator_cycle_weight: of cycle and modality confusion of synthetic features in the generators' loss.
-        alignment: cmpm (what JFSE runs), coral, coral-log or mmd (which it offers too). Which CFSA has is not known.
-        alignment_weight: of the alignment, true or synthetic.
-        synthetic_weight: of everything on synthetic features in the regressors' loss; 0 trains them on true ones only.
-        modality_weight: of the modality classifier behind gradient reversal. JFSE has 0.01; for CFSA no such part is
-            known, so with the default 0 there is none.
-        modality_epochs: the epochs over which the reversal reaches its full strength.
+        scaling: scaling of features, fitted on the training rows: standard, unit ([0, 1] per column; JFSE, there per
+            mini-batch) or none.
+        words: scaling of class embeddings: given, unit (unit length), standard (centered on the trained classes' mean
+            and divided by one number; ours), or minmax: [0, 1] per dimension over the trained classes (JFSE, there per
+            mini-batch).
+        output: output layer of generators and regressors. JFSE: relu, for features and class embeddings in [0, 1];
+            linear is for standardized features and signed class embeddings (ours).
+        critic_steps: critic steps per step of the other networks.
+        critic_batches: fresh: each critic step samples a new batch and noise (as f-CLSWGAN does); same: all use the
+            same batch and noise (JFSE). The other networks use those of the last critic step.
+        penalty_weight: weight of the gradient penalty.
+        adversarial_weight: weight of the critics' scores in the generators' loss.
+        cycle_weight: weight of the cycle loss, in every loss that includes it.
+        generator_cycle_weight: weight of cycle loss and modality confusion on synthetic features in the generators'
+            loss.
+        alignment: alignment loss: cmpm (JFSE's default), coral, coral-log or mmd (also in JFSE). CFSA's is not known.
+        alignment_weight: weight of the alignment loss, on true and on synthetic features.
+        synthetic_weight: weight of all losses on synthetic features in the regressors' loss; with 0, regressors are
+            trained on true features only.
+        modality_weight: weight of the modality classifier with gradient reversal. JFSE has 0.01; CFSA is not known to
+            have one, so the default is 0, without the classifier.
+        modality_epochs: number of epochs until the gradient reversal has full strength.
         lr, betas: of every Adam.
     """
 
@@ -106,7 +111,7 @@ def mapping(inputs: int, hidden: int, outputs: int, output: str) -> nn.Sequentia
 
 
 class Critic(nn.Module):
-    """Features (B, F) beside class vectors (B, S) -> (B, 1), unbounded. JFSE."""
+    """Features (B, F) and class embeddings (B, S) -> scores (B, 1), unbounded. JFSE."""
 
     def __init__(self, features: int, words: int, hidden: int) -> None:
         super().__init__()
@@ -117,7 +122,7 @@ class Critic(nn.Module):
 
 
 def modality_classifier(words: int) -> nn.Sequential:
-    """Regressions (B, S) -> logits (B, 2) of photo and query; JFSE's three layers have no activation between them."""
+    """Regressions (B, S) -> logits (B, 2) of photo and query. JFSE: three layers without activations between them."""
     return nn.Sequential(nn.Linear(words, 150), nn.Linear(150, 75), nn.Linear(75, 2))
 
 
@@ -125,14 +130,14 @@ def modality_classifier(words: int) -> nn.Sequential:
 
 
 def gradient_penalty(critic: Callable[[Tensor, Tensor], Tensor], true: Tensor, fake: Tensor, word_BS: Tensor) -> Tensor:
-    """mean (|d D(x, c) / d x|_2 - 1)^2 at x = a true + (1 - a) fake, one a in U(0, 1) a row.
+    """mean (|d D(x, c) / d x|_2 - 1)^2 at x = a true + (1 - a) fake, with a from U(0, 1) per row.
 
-    The slope is that of the features alone: the class vector c is the same on either end. Its own graph is kept, so
-    that the penalty reaches the critic's weights.
+    The gradient is with respect to the features only: the class embedding c is the same at both ends. Its graph is
+    kept, so that the penalty has a gradient for the critic's weights.
     """
     share_B1 = torch.rand(len(true), 1, device=true.device, dtype=true.dtype)
     between = (share_B1 * true + (1 - share_B1) * fake).detach().requires_grad_(True)
-    # a sum over rows gives each row its own slope, as no row enters another one's score
+    # the gradient of the sum over rows has each row's own gradient, since scores of rows are independent
     (slope,) = torch.autograd.grad(critic(between, word_BS).sum(), between, create_graph=True)
     norm_B: Tensor = torch.linalg.vector_norm(slope, dim=1)
     return (norm_B - 1.0).square().mean()
@@ -141,7 +146,7 @@ def gradient_penalty(critic: Callable[[Tensor, Tensor], Tensor], true: Tensor, f
 def cmpm(photo_BS: Tensor, sketch_BS: Tensor, label_B: Tensor) -> Tensor:
     """Cross-modal projection matching, both directions: mean_i sum_j p_ij log(p_ij / (q_ij + 1e-8) + 1e-8).
 
-    p_i = softmax_j of a_i . b_j / |b_j|, q_i = uniform over the rows of i's class. Batch-coupled.
+    p_i = softmax_j of a_i . b_j / |b_j|, q_i = uniform over the rows of i's class. Batch-dependent.
     """
     same_BB = (label_B[:, None] == label_B[None, :]).to(photo_BS.dtype)
     q_BB = same_BB / same_BB.sum(1, keepdim=True)
@@ -154,20 +159,20 @@ def cmpm(photo_BS: Tensor, sketch_BS: Tensor, label_B: Tensor) -> Tensor:
 
 
 def coral(left_BS: Tensor, right_BS: Tensor) -> Tensor:
-    """Mean squared difference of the covariance matrices (1 / (B - 1)). Batch-coupled."""
+    """Mean squared difference of the covariance matrices (1 / (B - 1)). Batch-dependent."""
     return functional.mse_loss(torch.cov(left_BS.T), torch.cov(right_BS.T))
 
 
 def coral_log(left_BS: Tensor, right_BS: Tensor) -> Tensor:
-    """Mean squared difference of the logarithms of the covariance matrices + 1e-3 I: log-Euclidean. Batch-coupled."""
+    """Mean squared difference of the logarithms of the covariance matrices + 1e-3 I: log-Euclidean. Batch-dependent."""
     return functional.mse_loss(log_matrix(torch.cov(left_BS.T)), log_matrix(torch.cov(right_BS.T)))
 
 
 def log_matrix(matrix_SS: Tensor) -> Tensor:
     """Logarithm of a positive semidefinite matrix + 1e-3 I.
 
-    Its gradient is written out: that of an eigendecomposition is infinite where eigenvalues coincide, as they do when
-    a batch has fewer rows than dimensions.
+    Its gradient is implemented explicitly: that of an eigendecomposition is infinite for equal eigenvalues, which
+    occur when a batch has fewer rows than dimensions.
     """
     return cast(Tensor, _LogMatrix.apply(matrix_SS))  # type: ignore[no-untyped-call]
 
@@ -206,7 +211,7 @@ ALIGNMENTS: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 def align(kind: str, regressed: ByModality, label_B: Tensor) -> Tensor:
-    """The chosen alignment of the two modalities' regressions (B, S), over the rows of all ranks."""
+    """The alignment loss `kind` of the two modalities' regressions (B, S), over the rows of all ranks."""
     photo_BS, sketch_BS = (gather_over_ranks(regressed[m]) for m in MODALITIES)
     if kind == "cmpm":
         return cmpm(photo_BS, sketch_BS, gather_over_ranks(label_B))
@@ -214,7 +219,7 @@ def align(kind: str, regressed: ByModality, label_B: Tensor) -> Tensor:
 
 
 def entropy(judge: nn.Module, code: ByModality) -> Tensor:
-    """Mean cross entropy of `judge` (B, S) -> (B, 2) telling photos (0) from queries (1)."""
+    """Mean cross entropy of the classifier `judge` (B, S) -> (B, 2) of photos (0) and queries (1)."""
     logits = torch.cat([judge(code[m]) for m in MODALITIES])
     truth = torch.arange(len(MODALITIES), device=logits.device).repeat_interleave(len(logits) // len(MODALITIES))
     return functional.cross_entropy(logits, truth)
@@ -230,10 +235,11 @@ def reversal(progress: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What the phases share: values without gradient, made before any group but the critics moved.
+    """Values without gradient that the phases share, computed before any group except the critics is updated.
 
-    JFSE steps generators, regressors and classifier in one run, each on what the others were. Each phase here computes
-    with gradient only what it moves and takes the rest from this, so that phases one after the other do just that.
+    JFSE updates generators, regressors and classifier simultaneously, each based on the others' previous parameters.
+    Each phase here computes only its own group with gradient and takes the rest from this object, so that consecutive
+    phases are equivalent to that.
     """
 
     noise: ByModality  # (B, Z)
@@ -243,10 +249,10 @@ class Draws:
 
 
 class Cfsa(Model):
-    """CFSA on extracted features; embeddings are (B, 1, S), the regressions into the space of class vectors.
+    """CFSA on extracted features; embeddings are (B, 1, S), the regressions to the space of class embeddings.
 
-    Every term is per sample but the alignments, which are over the rows of all ranks: but for noise and interpolation,
-    which each rank draws for itself, 2 ranks of B rows equal 1 of 2B.
+    All losses are per sample except the alignment, which is over the rows of all ranks: except for noise and
+    interpolation, which each rank samples itself, 2 ranks with B rows each are equivalent to 1 rank with 2B rows.
     """
 
     paired = True
@@ -284,7 +290,7 @@ class Cfsa(Model):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The critics some steps ahead, then all others as if at once. JFSE."""
+        """First `critic_steps` critic steps, then all other networks, equivalent to a simultaneous update. JFSE."""
         c = self.config
         phases = (
             Phase("critics", "critics", self.critic_terms, c.critic_steps, c.critic_batches == "fresh"),
@@ -294,12 +300,12 @@ class Cfsa(Model):
         return phases if self.modality is None else (*phases, Phase("modality", "modality", self.modality_terms))
 
     def begin(self, word: Tensor) -> None:
-        """Fit the scale of class vectors to those of the trained classes, (N, S)."""
+        """Fit the scaling of class embeddings to those of the trained classes, (N, S)."""
         self.words.fit(word)
 
     @torch.no_grad()
     def shared(self, batch: Batch) -> Draws:
-        """Noise, and what generators and regressors make of it and of the batch as they stand."""
+        """Noise, synthetic features, and regressions of these and of the batch, by the current networks."""
         x, word_BS = self.true(batch), self.word(batch)
         noise = self.draw_noise(batch)
         fake = {m: self.generate(m, word_BS, noise[m]) for m in MODALITIES}
@@ -309,10 +315,10 @@ class Cfsa(Model):
         return Draws(noise, fake, *codes)
 
     def draw_noise(self, batch: Batch) -> ByModality:
-        """N(0, 1), (B, Z) a modality.
+        """Noise from N(0, 1), (B, Z) per modality.
 
-        The loop asks anew at each critic step. For the same noise at all of them, it is a function of the seed that
-        the loop sets at each step and of the batch's place in training.
+        The loop calls this at each critic step. With critic_batches "same", all calls must return the same noise, so it
+        is seeded by the seed that the loop sets at each step and by the batch's epoch and index.
         """
         source = None
         if self.config.critic_batches == "same":
@@ -326,7 +332,7 @@ class Cfsa(Model):
         return {"photo": batch.photo, "sketch": batch.sketch}
 
     def word(self, batch: Batch) -> Tensor:
-        """Class vectors (B, S): condition of generators and critics, target of regressors."""
+        """Scaled class embeddings (B, S): condition of generators and critics, target of regressors."""
         return cast(Tensor, self.words(batch.word))
 
     def generate(self, modality: str, word_BS: Tensor, noise_BZ: Tensor) -> Tensor:
@@ -334,7 +340,7 @@ class Cfsa(Model):
         return cast(Tensor, self.generators[modality](torch.cat([word_BS, noise_BZ], 1)))
 
     def critic_terms(self, batch: Batch, draws: Draws) -> Terms:
-        """E D(fake, c) - E D(true, c) + penalty_weight * gradient penalty, a modality each."""
+        """E D(fake, c) - E D(true, c) + penalty_weight * gradient penalty, per modality."""
         x, word_BS = self.true(batch), self.word(batch)
         terms: Terms = {}
         for m, critic in self.critics.items():
@@ -344,7 +350,7 @@ class Cfsa(Model):
         return terms
 
     def generator_terms(self, batch: Batch, draws: Draws) -> Terms:
-        """-E D(fake, c), and 0.1 * (cycle of fakes + their modality confusion), on the fakes of `draws` made anew."""
+        """-E D(fake, c) + 0.1 * (cycle + modality confusion), on fakes recomputed with gradient from the same noise."""
         c, word_BS = self.config, self.word(batch)
         fake = {m: self.generate(m, word_BS, draws.noise[m]) for m in MODALITIES}
         code = {m: self.regressors[m](fake[m]) for m in MODALITIES}
@@ -355,7 +361,7 @@ class Cfsa(Model):
         return terms
 
     def regressor_terms(self, batch: Batch, draws: Draws) -> Terms:
-        """Cycle + alignment + modality confusion of true features, and 0.01 times those of synthetic ones."""
+        """Cycle + alignment + modality confusion of true features + 0.01 times the same of synthetic features."""
         c, x, word_BS = self.config, self.true(batch), self.word(batch)
         terms: Terms = {}
         for kind, weight, values in (("true", 1.0, x), ("synthetic", c.synthetic_weight, draws.fake)):
@@ -367,7 +373,7 @@ class Cfsa(Model):
         return terms
 
     def modality_terms(self, batch: Batch, draws: Draws) -> Terms:
-        """Cross entropy of telling the modality of true and of synthetic regressions."""
+        """Cross entropy of classifying the modality of true and of synthetic regressions."""
         judge = cast(nn.Module, self.modality)
         return {"true": entropy(judge, draws.true_code), "synthetic": entropy(judge, draws.fake_code)}
 
@@ -379,11 +385,11 @@ class Cfsa(Model):
     def confusion(self, judge: nn.Module, batch: Batch, code: ByModality) -> Tensor:
         """-modality_weight * reversal * cross entropy of the modality classifier.
 
-        As the classifier has a phase of its own, the reversed gradient is that of the loss with its sign turned.
+        The classifier has its own phase, so gradient reversal is equivalent to negating the loss.
         """
         c = self.config
         return -c.modality_weight * reversal(batch.epoch / c.modality_epochs) * entropy(judge, code)
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """R of the modality, as a single part."""
+        """The output of the modality's R, one vector per item."""
         return cast(Tensor, self.regressors[modality](features)).unsqueeze(1)

@@ -1,10 +1,11 @@
-"""Classification of the seen classes: the fine-tuning of a backbone that SEM-PCYC and others start from.
+"""Classification of the seen classes: fine-tunes a backbone, from which SEM-PCYC and others start.
 
-A linear layer a modality stands on the features, and cross entropy trains it together with the image tower in front. An
-embedding is the feature itself, so a checkpoint serves as a fine-tuned backbone (`zsr features --finetune-on-seen`),
-and, compared by cosine, as one more floor. Without a tower only the linear layers learn; embeddings stay as they are.
+One linear layer per modality on the features is trained by cross entropy, together with the image tower in front. An
+embedding is the feature itself, so a checkpoint serves as a fine-tuned backbone (`zsr features --finetune-on-seen`)
+and, compared by cosine, as another baseline. Without a tower only the linear layers are trained, and embeddings do not
+change.
 
-The specifications say that such a fine-tuning was done, not how: optimizer and rates are ours.
+That such a fine-tuning was done is known, but not how: optimizer and learning rates are ours.
 
 Shapes: B batch, F feature, N seen classes.
 """
@@ -23,14 +24,14 @@ class Config(ModelConfig):
     """Options.
 
     Attributes:
-        lr: of Adam, on the linear layers; a tower's is `--tower-rate` times that.
+        lr: learning rate of Adam for the linear layers; that of a tower is `--tower-rate` times as high.
     """
 
     lr: PositiveFloat = 1e-3
 
 
 class Classifier(Model):
-    """Linear classifiers on features (B, F); embeddings (B, 1, F) are the features. All terms are per sample."""
+    """Linear classifiers on features (B, F); embeddings (B, 1, F) are the features. All losses are per sample."""
 
     scaling: Scaling = "none"
     wants_words = False

@@ -1,23 +1,23 @@
-"""Contrastive: supervised contrastive learning across modalities, from the backbone's own space. Ours; no paper.
+"""Supervised contrastive learning across modalities, starting from the backbone's feature space. Ours; no paper.
 
-What a backbone knows of classes that training never shows lies in the relations of its features. So the head is linear
-and starts as the identity: at step 0 rows are compared as the backbone has them, and training only tilts that space. In
-trials any full-width start that keeps distances did as well, and narrow or other random ones did worse. With z the
-standardised features of modality m,
+What a backbone encodes about unseen classes is in the relations of its features. So the head is linear and initialized
+as the identity: at step 0 rows are compared by their backbone features, and training only changes that space slightly.
+In trials, any full-width initialization that preserves distances did as well; narrower or other random ones did worse.
+With z the standardized features of modality m,
 
     embedding e = W_m asinh(z) / |W_m asinh(z)|, compared by cosine        W_m = I before training
 
-asinh is the identity near 0 and a logarithm far out: it tames the long tails of features that were averaged after a
-ReLU. The loss asks every row i of a batch, sketch or photo, to be near the rows j of its class:
+asinh is the identity near 0 and logarithmic for large values: it compresses the long tails of features that were
+average-pooled after a ReLU. The loss pulls every row i of a batch, sketch or photo, to the rows j of its class:
 
     across = -mean_i sum_j t_ij log softmax_j(e_i e_j / temperature)        j: the rows of the other modality
     within = the same                                                       j: the other rows of i's own modality
 
-with targets t_ij proportional to 1 for one class and else exp((cos(s_i, s_j) - 1) / softness), s the class vectors, and
-summing to 1 over j. Supervised contrastive learning is that of P. Khosla et al., "Supervised Contrastive Learning",
-NeurIPS 2020, as recalled; the split by modality, the soft targets, the start and the asinh are ours.
+with targets t_ij proportional to 1 within a class, else to exp((cos(s_i, s_j) - 1) / softness), s the class embeddings,
+and summing to 1 over j. Supervised contrastive learning is that of P. Khosla et al., "Supervised Contrastive Learning",
+NeurIPS 2020, as recalled; the split by modality, the soft targets, the initialization and the asinh are ours.
 
-Shapes: B batch, F feature, D embedding, S class vector, G rows of all ranks, R = 2G those of both modalities.
+Shapes: B batch, F feature, D embedding, S class embedding, G rows of all ranks, R = 2G those of both modalities.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from zsr.models.layers import gather_over_ranks
 from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Phase, Shared, Terms
 
 MODALITIES: Final = ("sketch", "photo")
-# scores peak within 20 to 120 steps (docs/models.md): validation has to come by while they do
+# scores peak within 20 to 120 steps (docs/models.md), so validation must be frequent
 SCHEDULE: Final = {"epochs": 60, "steps_per_epoch": 10}
 
 
@@ -41,12 +41,13 @@ class Config(ModelConfig):
     """Options.
 
     Attributes:
-        dim: D, width of an embedding; None keeps the photos' F. A smaller one starts as a random rotation, of which D
-            directions are kept, the same for both modalities.
-        temperature: of the similarities of embeddings.
-        softness: temperature of the targets, in cosines of class vectors. 0 asks for rows of the same class only.
-        across_weight, within_weight: of the two terms.
-        lr, weight_decay: AdamW's.
+        dim: D, width of an embedding; None uses the photos' F. A smaller head is initialized with D rows of a random
+            rotation, the same for both modalities.
+        temperature: temperature of the similarities of embeddings.
+        softness: temperature of the soft targets from cosines of class embeddings. With 0, targets are rows of the same
+            class only.
+        across_weight, within_weight: weights of the two losses.
+        lr, weight_decay: of AdamW.
     """
 
     dim: PositiveInt | None = None
@@ -62,10 +63,10 @@ class Config(ModelConfig):
 
 
 def starts(widths: Mapping[str, int], dim: int) -> dict[str, Tensor]:
-    """A first map (D, F) a modality. Equal widths get equal maps: the identity, or D rows of a random rotation.
+    """Initial map (D, F) per modality. Equal widths get equal maps: the identity, or D rows of a random rotation.
 
-    Modalities of different widths have no space in common, so each gets a random map of its own, with orthonormal rows
-    or columns.
+    Modalities of different widths have no common space, so each gets its own random map, with orthonormal rows or
+    columns.
     """
     maps = {m: nn.init.orthogonal_(torch.empty(dim, width)) for m, width in widths.items()}
     if len(set(widths.values())) > 1:
@@ -78,7 +79,7 @@ def starts(widths: Mapping[str, int], dim: int) -> dict[str, Tensor]:
 
 
 def class_targets(label_R: Tensor, word_RS: Tensor, softness: float) -> Tensor:
-    """How much row i is to be like row j, (R, R): 1 within a class, else exp((cos(s_i, s_j) - 1) / softness)."""
+    """Target similarity of rows i and j, (R, R): 1 within a class, else exp((cos(s_i, s_j) - 1) / softness)."""
     same_RR = label_R.unsqueeze(1) == label_R
     if not softness:
         return same_RR.to(word_RS)
@@ -87,9 +88,9 @@ def class_targets(label_R: Tensor, word_RS: Tensor, softness: float) -> Tensor:
 
 
 def contrast(logits_RR: Tensor, target_RR: Tensor, among_RR: Tensor) -> Tensor:
-    """-mean_i sum_j t_ij log softmax_j(logits_ij), with j running over the rows that `among` names for i.
+    """-mean_i sum_j t_ij log softmax_j(logits_ij), over the rows j for which `among_RR[i, j]` is true.
 
-    `target` is first brought to sum 1 over those j; a row without any target counts as 0.
+    `target` is first normalized to sum 1 over these j; the loss of a row without any target is 0.
     """
     logits_RR = logits_RR.masked_fill(~among_RR, torch.finfo(logits_RR.dtype).min)
     share_RR = functional.normalize(target_RR * among_RR, p=1.0)
@@ -100,10 +101,10 @@ def contrast(logits_RR: Tensor, target_RR: Tensor, among_RR: Tensor) -> Tensor:
 
 
 class Contrastive(Model):
-    """A linear head a modality on standardised features; embeddings are (B, 1, D), of unit length.
+    """A linear head per modality on standardized features; embeddings are (B, 1, D), of unit length.
 
-    Both terms are batch-coupled and take the rows of all ranks: 2 ranks of B rows equal 1 of 2B. The batch size is part
-    of the model.
+    Both losses are batch-dependent and use the rows of all ranks: 2 ranks with B rows each are equivalent to 1 rank
+    with 2B rows. The batch size is a hyperparameter of the model.
     """
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
@@ -128,7 +129,7 @@ class Contrastive(Model):
         return (Phase("heads", "heads", self.terms),)
 
     def terms(self, batch: Batch, _: Shared) -> Terms:
-        """across_weight across + within_weight within, over the rows of all ranks."""
+        """across_weight * across + within_weight * within, over the rows of all ranks."""
         c = self.config
         columns = {"sketch": batch.sketch, "photo": batch.photo}
         rows_RD = torch.cat([gather_over_ranks(self.project(m, columns[m])) for m in MODALITIES])
@@ -145,7 +146,7 @@ class Contrastive(Model):
         }
 
     def project(self, modality: str, features: Tensor) -> Tensor:
-        """Unit embeddings (B, D) of standardised features (B, F)."""
+        """Unit-length embeddings (B, D) of standardized features (B, F)."""
         return functional.normalize(self.heads[modality](features.asinh()))
 
     def embed(self, modality: str, features: Tensor) -> Tensor:

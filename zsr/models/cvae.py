@@ -1,19 +1,18 @@
-"""CVAE: a conditional variational autoencoder that imagines the photo of a sketch.
+"""CVAE: a conditional variational autoencoder that generates photo features from a sketch.
 
 S. K. Yelamarthi, S. K. Reddy, A. Mishra, A. Mittal, "A Zero-Shot Framework for Sketch-based Image Retrieval",
 ECCV 2018 (arXiv:1807.11724).
 
-The encoder sees a photo and a sketch of it and proposes a Gaussian q(z | photo, sketch); the decoder makes the photo's
-features out of a draw of z and the sketch; a third network makes the sketch back out of that photo. A query is decoded
-with many z of the prior, and what comes out is compared with the features of the gallery, which are embedded as they
-are. No class vectors are used. Sketches are to be paired with the very photo that they were drawn from.
+The encoder maps a photo and a sketch of it to a Gaussian q(z | photo, sketch); the decoder reconstructs the photo's
+features from a sample of z and the sketch; a third network reconstructs the sketch from that photo. A query is decoded
+with many samples z of the prior, and the results are compared with the gallery's features, which are used as they are.
+No class embeddings are used. Sketches should be paired with the photo that they were drawn from.
 
-Where a number comes from is said in words: "released" is what the authors' published code does, "recalled" is the paper
-as others quote it, "ours" is a decision of this project. The networks' shapes, the losses and the retrieval are as
-released; the sizes and the scale of the features are ours, for backbone features of some 1,000 dimensions, and the
-preset "released" has those of the authors.
+Sources of values: "released" is the authors' published code, "recalled" is the paper as others quote it, "ours" is a
+decision of this project. The architectures, the losses and the retrieval are as released; the sizes and the feature
+scaling are ours, for backbone features of about 1,000 dimensions, and the preset "released" has those of the authors.
 
-Shapes: B batch, X sketch feature, Y photo feature, Z latent, H hidden, P samples a sketch, K clusters.
+Shapes: B batch, X sketch feature, Y photo feature, Z latent, H hidden, P samples per sketch, K clusters.
 """
 
 from collections.abc import Mapping
@@ -31,33 +30,33 @@ from zsr.models.protocol import Group, Inputs, Model, ModelConfig, Optimizer, Ph
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-BLOCK: Final = 2**24  # decoded values held at once: 64 MiB
-ROUNDS: Final = 20  # of Lloyd's algorithm; a hundred points in a handful of clusters settle in fewer
+BLOCK: Final = 2**24  # maximum number of decoded values in memory: 64 MiB
+ROUNDS: Final = 20  # of Lloyd's algorithm; a hundred points in a few clusters converge in fewer
 
 
 class Options(ModelConfig):
-    """Options of the networks and of retrieval, which CVAE and CAAE share.
+    """Options of the networks and of retrieval, shared by CVAE and CAAE.
 
-    Defaults are ours for standardised backbone features. Released: `latent` 1024, `hidden` 2048, `features` raw,
+    Defaults are ours, for standardized backbone features. Released: `latent` 1024, `hidden` 2048, `features` raw,
     `sketch_weight` 10, `lr` 2e-4; all others are as released.
 
     Attributes:
         latent: Z.
-        hidden: H, width of the decoders' hidden layers; the encoder has one of 2 H and one of H.
-        dropout: in the encoder.
-        features: raw, for non-negative ones such as VGG-16's fc7 after its ReLU, which networks with a ReLU at their
-            output can make (released); or standardised, made by a linear output (ours). Retrieval compares in the same
-            space, and in every cosine of raw ones there is the mean that all photos share.
-        reduction: squared errors are a mean over the features (released), or a sum over them, as the objective is
-            written. The mean makes the prior's weight some thousand times heavier, and the latents nearly idle.
-        sketch_weight: of the error of the sketch made back from the photo. At the released 10 the photo comes to hold
-            what makes the sketch, before it resembles the photo.
-        retrieval: mean, of all samples (released); min, where the best sample counts; or kmeans, where the best of
-            the samples' cluster centres counts (recalled as the paper's).
-        samples: P, photos imagined a sketch.
+        hidden: H, width of the decoders' hidden layer; the encoder has one of width 2 H and one of H.
+        dropout: dropout in the encoder.
+        features: raw: non-negative features such as VGG-16's fc7 after its ReLU, generated with a ReLU output
+            (released); standardised: standardized features, generated with a linear output (ours). Retrieval compares
+            in the same space, where every cosine of raw features includes the mean that all photos share.
+        reduction: squared errors are the mean over features (released), or the sum, as the objective is written. The
+            mean makes the relative weight of the prior about a thousand times larger, and latents are hardly used.
+        sketch_weight: weight of the reconstruction error of the sketch. At the released value of 10, generated photos
+            learn to encode the sketch before they resemble the photo.
+        retrieval: mean: use the mean of all samples (released); min: use the best-matching sample; kmeans: use the
+            best-matching cluster center of the samples (recalled as the paper's).
+        samples: P, number of photo features generated per sketch.
         clusters: K, for kmeans. Not known from the paper; ours.
         seed: of the samples' noise, which is the same for every sketch.
-        lr, betas: Adam.
+        lr, betas: of Adam.
     """
 
     latent: PositiveInt = 64
@@ -76,7 +75,7 @@ class Options(ModelConfig):
     @model_validator(mode="after")
     def _enough_samples(self) -> Self:
         if self.retrieval == "kmeans" and self.clusters > self.samples:
-            raise ValueError(f"{self.clusters} clusters of {self.samples} samples; take more samples or fewer clusters")
+            raise ValueError(f"{self.clusters} clusters of {self.samples} samples; use more samples or fewer clusters")
         return self
 
 
@@ -84,10 +83,10 @@ class Config(Options):
     """Options of CVAE: those above, and its prior.
 
     Attributes:
-        prior: standard, N(0, I) whatever the sketch (released); or conditional, a Gaussian that a network makes of the
-            sketch, as the objective is written with p(z | sketch). That network is the encoder's (ours).
-        kl_weight: of the Kullback-Leibler term, which is a sum over the latent either way.
-        noise: of a latent: each row its own, or one draw for all rows of a batch (released; a slip).
+        prior: standard: N(0, I) for every sketch (released); conditional: a Gaussian predicted from the sketch, since
+            the objective is written with p(z | sketch), by a network with the encoder's architecture (ours).
+        kl_weight: weight of the Kullback-Leibler loss, which is a sum over the latent with either `reduction`.
+        noise: corrected: noise of a latent is sampled per row; released: one sample for all rows of a batch (a bug).
     """
 
     prior: Literal["standard", "conditional"] = "standard"
@@ -95,7 +94,7 @@ class Config(Options):
     noise: Literal["corrected", "released"] = "corrected"
 
 
-# what the released code has, CAAE's share of it too
+# values of the released code, also used for CAAE
 RELEASED_OPTIONS: Final[Mapping[str, Any]] = {
     "latent": 1024,
     "hidden": 2048,
@@ -113,14 +112,14 @@ SMALL: Final = {"latent": 4, "hidden": 8, "samples": 6}
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian a row: mean and log variance, each (B, Z)."""
+    """A diagonal Gaussian per row: mean and log variance, each (B, Z)."""
 
     mean_BZ: Tensor
     log_var_BZ: Tensor
 
 
 def trunk(inputs: int, hidden: int, dropout: float) -> nn.Sequential:
-    """(B, inputs) -> (B, H): two layers, normalised after their ReLU, with Keras's momentum and epsilon. Released."""
+    """(B, inputs) -> (B, H): two layers, batch norm after the ReLU with Keras's momentum and epsilon. Released."""
     return nn.Sequential(
         nn.Linear(inputs, 2 * hidden),
         nn.ReLU(),
@@ -133,7 +132,7 @@ def trunk(inputs: int, hidden: int, dropout: float) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """(B, inputs) -> a Gaussian a row. Released: both heads end in tanh, so mean and log variance are in (-1, 1)."""
+    """(B, inputs) -> a Gaussian per row. Released: both heads end in tanh, so mean and log variance are in (-1, 1)."""
 
     def __init__(self, inputs: int, hidden: int, latent: int, dropout: float) -> None:
         super().__init__()
@@ -147,12 +146,12 @@ class Encoder(nn.Module):
 
 
 def output(features: str) -> nn.Module:
-    """The last activation of whatever makes `features`: raw ones are not negative."""
+    """Output activation of networks that generate `features`: raw ones are non-negative."""
     return nn.ReLU() if features == "raw" else nn.Identity()
 
 
 class Decoder(nn.Module):
-    """Latents (B, Z) and sketches (B, X) -> photos (B, Y): one hidden layer, neither normalised nor dropped out."""
+    """Latents (B, Z) and sketches (B, X) -> photos (B, Y): one hidden layer, without batch norm or dropout."""
 
     def __init__(self, latent: int, sketch: int, hidden: int, photo: int, features: str) -> None:
         super().__init__()
@@ -167,7 +166,7 @@ class Decoder(nn.Module):
     def hidden(self, latent_BPZ: Tensor, sketch_BX: Tensor) -> Tensor:
         """The hidden layer (B, P, H), after its ReLU, of every sketch with each of its latents, or with (1, P, Z).
 
-        The first layer acts on latent and sketch apart, so a sketch passes it once and not P times.
+        The first layer is applied to latent and sketch separately, so once per sketch instead of P times.
         """
         of_latent, of_sketch = self.first.weight[:, : self.latent], self.first.weight[:, self.latent :]
         hidden_BPH = functional.linear(latent_BPZ, of_latent)
@@ -175,13 +174,13 @@ class Decoder(nn.Module):
         return functional.relu(hidden_BPH)
 
     def many(self, latent_BPZ: Tensor, sketch_BX: Tensor) -> Tensor:
-        """Photos (B, P, Y) of every sketch with each of its latents, or with those of a single row (1, P, Z)."""
+        """Photos (B, P, Y) of every sketch with each of its latents, or with the same latents (1, P, Z) for all."""
         return cast(Tensor, self.last[1:](self.hidden(latent_BPZ, sketch_BX)))
 
     def mean(self, latent_BPZ: Tensor, sketch_BX: Tensor) -> Tensor:
         """The mean (B, 1, Y) over P of `many`.
 
-        A linear output has the mean of its outputs for the mean of its inputs, at a P-th of the work.
+        With a linear output, it is the output for the mean of the hidden layers, at 1/P of the cost.
         """
         hidden_BPH = self.hidden(latent_BPZ, sketch_BX)
         if self.linear:
@@ -200,13 +199,13 @@ def keras(module: nn.Module) -> None:
 
 
 def squared_error(made: Tensor, wanted: Tensor, reduction: str) -> Tensor:
-    """|made - wanted|^2 of rows (B, F), a mean or a sum over F, averaged over B."""
+    """|made - wanted|^2 of rows (B, F), mean or sum over F, averaged over B."""
     error = functional.mse_loss(made, wanted)
     return error if reduction == "mean" else error * wanted.shape[1]
 
 
 def released_draw(mean_BZ: Tensor, log_var_BZ: Tensor) -> Tensor:
-    """A draw of N(mean, exp(log_var)) with the same noise (1, Z) in every row, as the released code draws."""
+    """A sample of N(mean, exp(log_var)) with the same noise (1, Z) in every row, as in the released code."""
     return mean_BZ + torch.exp(0.5 * log_var_BZ) * torch.randn_like(mean_BZ[:1])
 
 
@@ -218,9 +217,9 @@ def divergence(posterior: Gaussian, prior: Gaussian) -> Tensor:
 
 
 def centres(points_BPY: Tensor, count: int) -> Tensor:
-    """Centres (B, K, Y) of K-means over the P points of each row, by Lloyd's algorithm.
+    """Centers (B, K, Y) of K-means over the P points of each row, by Lloyd's algorithm.
 
-    It begins at the first K points, which are as random as any; a cluster that loses its points keeps its centre.
+    It is initialized with the first K points, which are random samples; an empty cluster keeps its center.
     """
     centre_BKY = points_BPY[:, :count]
     for _ in range(ROUNDS):
@@ -236,10 +235,10 @@ def centres(points_BPY: Tensor, count: int) -> Tensor:
 
 
 class SketchToPhoto(Model):
-    """What CVAE and CAAE share: a decoder, the way back to the sketch, and retrieval by imagined photos.
+    """Base class of CVAE and CAAE: a decoder, sketch reconstruction, and retrieval by generated photos.
 
     A photo's embedding is its own feature vector, (B, 1, Y). A sketch's is (B, 1, Y), (B, P, Y) or (B, K, Y), by
-    `retrieval`, and depends on nothing but the sketch: neither the encoder nor any photo nor its batch takes part.
+    `retrieval`, and depends only on the sketch, not on the encoder, on photos or on its batch.
     """
 
     config: Options
@@ -257,7 +256,7 @@ class SketchToPhoto(Model):
             nn.Linear(photo, config.hidden), nn.ReLU(), nn.Linear(config.hidden, sketch), output(config.features)
         )
         draw = torch.Generator().manual_seed(config.seed)
-        # a function of the options, so no part of a checkpoint
+        # determined by the options, so not saved in checkpoints
         self.register_buffer("noise", torch.randn(config.samples, config.latent, generator=draw), persistent=False)
 
     @property
@@ -278,11 +277,11 @@ class SketchToPhoto(Model):
         }
 
     def latents(self, sketch_BX: Tensor) -> Tensor:
-        """Latents of the prior to decode with sketches: (1, P, Z) for all alike, or (B, P, Z)."""
+        """Latents of the prior to decode with sketches: (1, P, Z), the same for all sketches, or (B, P, Z)."""
         return self.noise.unsqueeze(0)
 
     def imagine(self, sketch_BX: Tensor) -> Tensor:
-        """Photos (B, 1, Y), (B, P, Y) or (B, K, Y) that stand for the sketches."""
+        """Generated photos (B, 1, Y), (B, P, Y) or (B, K, Y) that represent the sketches in retrieval."""
         latent_BPZ = self.latents(sketch_BX)
         if self.config.retrieval == "mean":
             return self.decoder.mean(latent_BPZ, sketch_BX)
@@ -290,7 +289,7 @@ class SketchToPhoto(Model):
         return photo_BPY if self.config.retrieval == "min" else centres(photo_BPY, self.config.clusters)
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """Photos as they are; sketches as imagined photos, a block of sketches at a time."""
+        """Photos as they are; sketches as generated photos, computed in blocks."""
         if modality == "photo":
             return features.unsqueeze(1)
         c = self.config
@@ -301,8 +300,8 @@ class SketchToPhoto(Model):
 class CVAE(SketchToPhoto):
     """CVAE on extracted features.
 
-    All terms are means over the batch, and batch normalisation is over all ranks: but for the noise, which each rank
-    draws for itself, 2 ranks of B rows equal 1 of 2B.
+    All losses are means over the batch, and batch norm is synchronized over ranks: except for the noise, which each
+    rank samples itself, 2 ranks with B rows each are equivalent to 1 rank with 2B rows.
     """
 
     config: Config
@@ -333,7 +332,7 @@ class CVAE(SketchToPhoto):
         return {**self.reconstruction(draw(*posterior), batch), "kl": self.config.kl_weight * kl}
 
     def prior_of(self, sketch_BX: Tensor) -> Gaussian:
-        """The Gaussian from which a sketch's latents come."""
+        """The prior of a sketch's latents."""
         if self.prior is not None:
             return cast(Gaussian, self.prior(sketch_BX))
         zero_BZ = sketch_BX.new_zeros(len(sketch_BX), self.config.latent)

@@ -1,17 +1,17 @@
-"""Doodle2Search: triplets, a domain classifier behind reversed gradients, and class vectors to decode.
+"""Doodle2Search: triplet loss, domain classifier with gradient reversal, and decoding of class embeddings.
 
 S. Dey, P. Riba, A. Dutta, J. Llados, Y.-Z. Song, "Doodle to Search: Practical Zero-Shot Sketch-based Image Retrieval",
 CVPR 2019 (arXiv:1904.03451).
 
-One encoder a modality maps features into a common space, where a sketch is to be nearer to a photo of its class than to
-one of a similar class. A classifier tells sketches from photos, and the encoders are turned against it; a decoder makes
-the sketch's class vector out of sketch and photo, and the photo encoder is turned against it for the photo of the other
-class. All is one loss, one backward pass, one optimizer.
+One encoder per modality maps features into a common space, where a sketch is trained to be closer to a photo of its
+class than to one of a similar class. A classifier discriminates sketches from photos, and the encoders are trained
+against it; a decoder predicts the sketch's class embedding from sketch and photo, and the photo encoder is trained
+against it for the photo of the other class. There is one loss, one backward pass and one optimizer.
 
-Where a number comes from is said in words: "released" is what the authors' published code does, "recalled" is the paper
-as others quote it, "ours" is a decision of this project. Losses, weights and the two heads are as released.
+Sources of values: "released" is the authors' published code, "recalled" is the paper as others quote it, "ours" is a
+decision of this project. Losses, weights and the two heads are as released.
 
-Shapes: B batch, F feature, D embedding, S class vector, N seen classes.
+Shapes: B batch, F feature, D embedding, S class embedding, N seen classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,34 +28,34 @@ from zsr.models.protocol import Group, Inputs, Metric, Model, ModelConfig, Optim
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-REVERSAL_EPOCHS: Final = (5.0, 25.0)  # the domain's reversal grows from 0 to 1 between these ticks of the clock
+REVERSAL_EPOCHS: Final = (5.0, 25.0)  # the domain's reversal grows from 0 to 1 between these counts of `Config.clock`
 
 
 class Config(ModelConfig):
-    """Options. The defaults are ours for standardised backbone features of some 1,000 dimensions.
+    """Options. The defaults are ours, for standardized backbone features of about 1,000 dimensions.
 
-    They are the released values but for `start` (apart), `metric` (l2), `lr` (1e-4, for a network that begins at
-    ImageNet weights) and `clock`; the preset "released" has those too.
+    They are the released values except for `start` (released: apart), `metric` (l2), `lr` (1e-4, for a network with
+    ImageNet weights) and `clock` (batch); the preset "released" has all released values.
 
     Attributes:
         dim: D, width of an embedding.
-        layers: hidden layers of an encoder. The released one ends in VGG-16's two, at their ImageNet weights, and a
-            single new layer; features of a backbone, or of a tower cut at fc7, are past the two, so none is left here.
-            For features that are not, 2 is the released shape.
-        hidden: width of those hidden layers.
-        start: whether both encoders begin with the same weights, as can be where the features of both modalities are
-            of one width, or apart (released, for the layer that is new).
-        metric: how embeddings are compared: cosine, or l2 as in the triplets (released).
-        dropout: before each layer of an encoder but the first of several, and in both heads' hidden layers.
-        margin: by which a photo of the sketch's class is to be nearer.
+        layers: number of hidden layers of an encoder. The released encoder ends in VGG-16's two, with ImageNet weights,
+            and a new output layer. Features of a backbone, or of a tower up to fc7, already include the two, so the
+            default is 0; for other features 2 is the released architecture.
+        hidden: width of the hidden layers.
+        start: same: both encoders start with the same weights, if the features of both modalities have the same width;
+            apart: with different ones (released, for the new layer).
+        metric: metric for comparing embeddings: cosine, or l2 as in the triplet loss (released).
+        dropout: dropout before each layer of an encoder except the first of several, and in both heads' hidden layers.
+        margin: margin of the triplet loss.
         triplet_weight, domain_weight, semantic_weight: alpha 1 to 3.
-        semantic_reversal: share of the decoder's gradient that is turned against the photo encoder on the negative.
-        clock: what the schedule of the domain's reversal counts: epochs (recalled as the paper's), or the batches
-            inside an epoch, over and over (released: of about 2,600 batches an epoch the first 25 are not at 1).
-        words: class vectors at unit length, or as given, for the choice of negative classes. The released choice
-            depends on the file: its temperature of 0.1 fits unit vectors only.
-        temperature: of that choice.
-        lr, momentum, weight_decay: SGD with Nesterov's momentum.
+        semantic_reversal: factor of the reversed gradient from the decoder into the photo encoder on the negative.
+        clock: unit of the domain reversal schedule: epochs (recalled as the paper's), or batches within each epoch
+            (released: of about 2,600 batches per epoch, all but the first 25 have full strength).
+        words: class embeddings at unit length, or as given, for sampling negative classes. The released sampling
+            depends on the scale in the file: its temperature of 0.1 suits unit vectors only.
+        temperature: temperature of that sampling.
+        lr, momentum, weight_decay: of SGD with Nesterov momentum.
     """
 
     dim: Annotated[int, Field(ge=2)] = 256
@@ -85,9 +85,9 @@ SMALL: Final = {"dim": 6, "hidden": 8}
 
 
 def head(inputs: int, layers: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
-    """(B, inputs) -> (B, outputs): hidden layers, no activation at the end and no unit length.
+    """(B, inputs) -> (B, outputs): hidden layers, no output activation, not normalized.
 
-    Two hidden layers are the released encoder from VGG-16's flattened maps on; none is what it has after them.
+    Two hidden layers are the released encoder after VGG-16's flattened feature maps; zero is its new output layer only.
     """
     if layers == 0:
         return nn.Sequential(nn.Dropout(dropout), nn.Linear(inputs, outputs))
@@ -97,19 +97,19 @@ def head(inputs: int, layers: int, hidden: int, outputs: int, dropout: float) ->
 
 
 def domain_classifier(dim: int, dropout: float) -> nn.Sequential:
-    """Embeddings (B, D) -> logits (B, 1) of being a photo. Released; its sigmoid is part of the loss here."""
+    """Embeddings (B, D) -> logits (B, 1) for "photo". Released; the sigmoid is part of the loss here."""
     return nn.Sequential(
         nn.Linear(dim, 64), nn.ReLU(), nn.Dropout(dropout), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)
     )
 
 
 def semantic_decoder(dim: int, words: int, dropout: float) -> nn.Sequential:
-    """Embeddings (B, D) -> class vectors (B, S), with a hidden layer of S: released, where S is 300."""
+    """Embeddings (B, D) -> class embeddings (B, S), with a hidden layer of width S. Released, where S is 300."""
     return nn.Sequential(nn.Linear(dim, words), nn.ReLU(), nn.Dropout(dropout), nn.Linear(words, words))
 
 
 def reverse(values: Tensor, strength: float) -> Tensor:
-    """`values`, whose gradient comes back multiplied by -strength."""
+    """Gradient reversal: returns `values`; the gradient is multiplied by -strength."""
     same = values.view_as(values)
     if same.requires_grad:
         hook: Callable[[Callable[[Tensor], Tensor]], object] = same.register_hook
@@ -136,11 +136,11 @@ def cosine_loss(made_BS: Tensor, word_BS: Tensor) -> Tensor:
 class Doodle2Search(Model):
     """Doodle2Search on extracted features; embeddings are (B, 1, D).
 
-    All terms are means over the batch: but for dropout, which each rank draws for itself, 2 ranks of B rows equal 1 of
-    2B.
+    All losses are means over the batch: except for dropout, which each rank samples itself, 2 ranks with B rows each
+    are equivalent to 1 rank with 2B rows.
     """
 
-    eats: Literal["pairs", "triplets"] = "triplets"
+    batch_kind: Literal["pairs", "triplets"] = "triplets"
     coupled = False
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
@@ -171,9 +171,9 @@ class Doodle2Search(Model):
         return (Phase("all", "all", self.terms),)
 
     def negatives(self, word: Tensor) -> Tensor:
-        """exp(-|s_j - s_k|^2 / temperature), (N, N): the nearer a class, the more often it is the negative.
+        """exp(-|s_j - s_k|^2 / temperature), (N, N): the closer a class, the more often it is the negative.
 
-        In float64: as given, long vectors underflow, and the sampler refuses a class that is left without any.
+        In float64, since large distances underflow, and the sampler refuses a class without any negative class.
         """
         word_NS = functional.normalize(word.double()) if self.config.words == "unit" else word.double()
         return (-squared_distances(word_NS, word_NS) / self.config.temperature).exp()
@@ -181,7 +181,7 @@ class Doodle2Search(Model):
     def terms(self, batch: Batch, _: Shared) -> Terms:
         """alpha1 triplet + alpha2 domain + alpha3 (semantic + semantic of the negative). Per sample."""
         if batch.negative is None:
-            raise ValueError("Doodle2Search eats triplets, and this batch has no negative")
+            raise ValueError("Doodle2Search requires triplets, but this batch has no negative")
         c = self.config
         anchor_BD, positive_BD = self.encoder["sketch"](batch.sketch), self.encoder["photo"](batch.photo)
         negative_BD = self.encoder["photo"](batch.negative)
@@ -195,19 +195,19 @@ class Doodle2Search(Model):
         }
 
     def reversal(self, batch: Batch) -> float:
-        """How strongly the domain's gradient is reversed: clip((k - 5) / 20, 0, 1) at tick k of the clock."""
+        """Strength of the domain's gradient reversal: clip((k - 5) / 20, 0, 1) at count k of `clock`."""
         return warm_up(batch.epoch if self.config.clock == "epoch" else batch.index, *REVERSAL_EPOCHS)
 
     def domain_loss(self, sketch_BD: Tensor, photos: tuple[Tensor, Tensor], strength: float) -> Tensor:
-        """1/3 the sum of cross entropies: sketches are 0; positives and negatives, so photos twice, are 1."""
+        """Mean of three binary cross entropies: sketches have label 0; positive and negative photos have label 1."""
         sketch = functional.softplus(self.domain(reverse(sketch_BD, strength))).mean()
         photo = [functional.softplus(-self.domain(reverse(photo_BD, strength))).mean() for photo_BD in photos]
         return (sketch + photo[0] + photo[1]) / 3.0
 
     def semantic_loss(self, embedded_BD: Tensor, word_BS: Tensor) -> Tensor:
-        """Cosine loss of the decoded class vector. The sketch's class is the target, even of the negative photo."""
+        """Cosine loss of the decoded class embedding. The target is the sketch's class, also for the negative photo."""
         return cosine_loss(self.semantic(embedded_BD), word_BS)
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """The modality's encoder, as a single part."""
+        """The output of the modality's encoder, one vector per item."""
         return cast(Tensor, self.encoder[modality](features)).unsqueeze(1)

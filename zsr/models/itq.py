@@ -1,21 +1,22 @@
 """ITQ: binary codes of embeddings, ranked by Hamming distance.
 
-Y. Gong and S. Lazebnik, "Iterative Quantization: A Procrustean Approach to Learning Binary Codes", CVPR 2011; the
-binary variants of SEM-PCYC (CVPR 2019) are made with it.
+Y. Gong and S. Lazebnik, "Iterative Quantization: A Procrustean Approach to Learning Binary Codes", CVPR 2011; used for
+the binary variants of SEM-PCYC (CVPR 2019).
 
-Embeddings are centred, turned onto their principal components, and then by the orthogonal matrix R that brings them
-nearest to the corners of a cube; the signs are the code. R comes from alternation: with V the projected rows,
+Embeddings are centered, projected to their principal components, and rotated by the orthogonal matrix R that brings
+them closest to the vertices of a hypercube; the signs are the code. R is found by alternating, with V the projected
+rows,
 
-    B = sign(V R)        B'V = U S W' by singular values        R = W U'
+    B = sign(V R)        B'V = U S W' (SVD)        R = W U'
 
-each half of which lowers |B - V R|^2 or leaves it.
+neither of which increases |B - V R|^2.
 
-Two ways in. `Coded` is inductive: fitted on seen rows only, it codes any row alone, and lies in the checkpoint.
-`transductive` is as SEM-PCYC's released code does it: the very queries that are evaluated are learned from, and queries
-and gallery are centred each by its own mean, so that a constant offset between modalities vanishes and binary scores
-may exceed real ones. Scores of the two do not compare.
+There are two variants. `Coded` is inductive: it is fitted on seen rows only, encodes every row independently, and is
+saved in the checkpoint. `transductive` follows SEM-PCYC's released code: it is fitted on the evaluated queries
+themselves, and queries and gallery are each centered by their own mean, which removes a constant offset between
+modalities, so that binary scores may exceed real-valued ones. Scores of the two variants are not comparable.
 
-Shapes: N rows, B batch, P parts, D embedding, K bits, C = K / 8 bytes.
+Shapes: N rows, B batch, P vectors per item, D embedding, K bits, C = K / 8 bytes.
 """
 
 from collections.abc import Iterable
@@ -32,43 +33,43 @@ Centre = Literal["own", "shared"]
 LearnedOn = Literal["queries", "both"]
 
 ROUNDS: Final = 50  # SEM-PCYC's released code, and the paper
-PLACES: Final = tuple(2**place for place in reversed(range(8)))  # of the bits in a byte, as numpy.packbits has them
+PLACES: Final = tuple(2**place for place in reversed(range(8)))  # values of the bits in a byte, as in numpy.packbits
 
 
 def principal(centred_ND: Tensor, bits: int) -> Tensor:
-    """The first `bits` principal components (D, K) of centred rows: orthonormal columns, variance descending.
+    """The first `bits` principal components (D, K) of centered rows: orthonormal columns, variance descending.
 
-    A component points to where its rows reach further (the sum of their cubes is positive). Its sign would otherwise be
-    up to the machine's eigensolver, and from other signs the alternation ends elsewhere.
+    The sign of a component is chosen so that the sum of the cubes of the projected rows is positive. Otherwise it would
+    depend on the eigensolver, and with other signs the alternation gives another result.
 
     Raises:
-        ConfigError: `bits` is no multiple of 8, or more than the embeddings have dimensions.
+        ConfigError: `bits` is not a multiple of 8, or is more than the embeddings' dimensions.
     """
     dim = centred_ND.shape[1]
     if bits < 1 or bits % 8 or bits > dim:
-        raise ConfigError(f"{bits} bits of {dim}-d embeddings; take a multiple of 8 that is not above {dim}")
+        raise ConfigError(f"{bits} bits of {dim}-d embeddings; use a multiple of 8, at most {dim}")
     _, vectors_DD = torch.linalg.eigh(centred_ND.T @ centred_ND)  # ascending
     components_DK: Tensor = vectors_DD.flip(1)[:, :bits]
     return torch.where((centred_ND @ components_DK).pow(3).sum(0) < 0, -components_DK, components_DK)
 
 
 def rotation(projected_NK: Tensor, seed: int = 0, rounds: int = ROUNDS) -> Tensor:
-    """The orthogonal R (K, K) after `rounds` alternations, from a seeded random one.
+    """The orthogonal R (K, K) after `rounds` alternations, from a seeded random initialization.
 
-    The start is the left singular vectors of a Gaussian matrix (released by SEM-PCYC).
+    The initialization is the left singular vectors of a Gaussian matrix (SEM-PCYC's released code).
     """
     bits = projected_NK.shape[1]
     start_KK = torch.randn(bits, bits, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     turn_KK: Tensor = torch.linalg.svd(start_KK)[0].to(projected_NK)
     for _ in range(rounds):
         corner_NK = torch.where(projected_NK @ turn_KK > 0, 1.0, -1.0).to(projected_NK)
-        u_KK, _, w_KK = torch.linalg.svd(corner_NK.T @ projected_NK)  # the latter is W' already
+        u_KK, _, w_KK = torch.linalg.svd(corner_NK.T @ projected_NK)  # w_KK is already transposed
         turn_KK = w_KK.T @ u_KK.T
     return turn_KK
 
 
 def learn(centred_ND: Tensor, bits: int, seed: int = 0) -> Tensor:
-    """Components times rotation, (D, K) float64: the code of a centred row x is x @ this > 0.
+    """Components times rotation, (D, K) float64: the code of a centered row x is x @ this > 0.
 
     Raises:
         ConfigError: see `principal`.
@@ -79,7 +80,7 @@ def learn(centred_ND: Tensor, bits: int, seed: int = 0) -> Tensor:
 
 
 def pack(bit: Tensor) -> Tensor:
-    """Bits (.., K), boolean, as bytes (.., C) uint8, the first bit highest."""
+    """Pack boolean bits (.., K) into bytes (.., C) uint8, most significant bit first."""
     place = torch.tensor(PLACES, dtype=torch.uint8, device=bit.device)
     return (bit.reshape(*bit.shape[:-1], -1, 8) * place).sum(-1, dtype=torch.uint8)
 
@@ -93,14 +94,14 @@ def transductive(
     learned_on: LearnedOn = "queries",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Codes (N, C) uint8 of queries and gallery, learned from the rows that are to be evaluated.
+    """Codes (N, C) uint8 of queries and gallery, fitted on the evaluated rows themselves.
 
-    The defaults are SEM-PCYC's released code.
+    The defaults are those of SEM-PCYC's released code.
 
     Args:
-        query_ND, gallery_ND: float rows; of unit length where the model compares by cosine.
-        centre: each side by its own mean, or both by the mean of all their rows.
-        learned_on: rows of which components and rotation are learned.
+        query_ND, gallery_ND: float rows; of unit length if the model's metric is cosine.
+        centre: center each side by its own mean, or both by the mean of all their rows.
+        learned_on: rows that components and rotation are fitted on.
 
     Raises:
         ConfigError: see `principal`; or the two sides differ in width.
@@ -117,11 +118,11 @@ def transductive(
 class Coded(Embedder):
     """A trained model whose embeddings are binary codes (B, P, C) uint8, compared by Hamming distance.
 
-    Means and projection are buffers, fitted once on seen rows after training, and travel with the checkpoint; a code
-    depends on nothing but its own row. An inductive ITQ is not in SEM-PCYC's released code; ours.
+    Means and projection are buffers, fitted once on seen rows after training, and are saved in the checkpoint; a code
+    depends only on its own row. SEM-PCYC's released code has no inductive ITQ; ours.
 
     Attributes:
-        model: the model that it codes. Its embeddings are brought to unit length first if it compares by cosine.
+        model: the model whose embeddings are encoded. They are scaled to unit length first if its metric is cosine.
     """
 
     metric: Metric = "hamming"
@@ -134,7 +135,7 @@ class Coded(Embedder):
         """
         Args:
             bits: K.
-            centre: both modalities by the mean of their two means, or either by the mean of its own seen rows.
+            centre: center both modalities by the mean of their two means, or each by the mean of its own seen rows.
 
         Raises:
             ConfigError: see `principal`.
@@ -155,7 +156,7 @@ class Coded(Embedder):
         return self.model.features(side, items)
 
     def real(self, side: str, features: Tensor) -> Tensor:
-        """What is coded: the model's embeddings (B, P, D)."""
+        """The real-valued embeddings (B, P, D) of the model, which are then encoded."""
         embedded = self.model.embed(side, features)
         return functional.normalize(embedded, dim=-1) if self.model.metric == "cosine" else embedded
 
@@ -165,11 +166,11 @@ class Coded(Embedder):
 
     @torch.no_grad()
     def fit(self, rows: Iterable[Rows], seed: int = 0) -> None:
-        """Learn means, and of all rows together components and rotation.
+        """Fit the mean of each modality, and components and rotation on all rows together.
 
         Args:
-            rows: seen ones of both modalities, in blocks of any size. All their embeddings are held at once, so a large
-                set is to be sampled before.
+            rows: seen rows of both modalities, in blocks of any size. All their embeddings are held in memory, so
+                sample large sets first.
 
         Raises:
             ConfigError: a modality without rows.
@@ -179,7 +180,7 @@ class Coded(Embedder):
         for side, features, _ in rows:
             blocks[side].append(self.real(side, self.features(side, features)).flatten(0, 1).double())
         if empty := sorted(side for side, held in blocks.items() if not held):
-            raise ConfigError(f"no seen row of {empty}: binary codes are fitted on both modalities")
+            raise ConfigError(f"no seen row of {empty}; fitting binary codes requires both modalities")
         held = {side: torch.cat(found) for side, found in blocks.items()}
         mean = {side: values_ND.mean(0) for side, values_ND in held.items()}
         shared_D = (mean["sketch"] + mean["photo"]) / 2.0

@@ -1,4 +1,4 @@
-"""Layers that more than one model uses. Shapes: B batch, F features."""
+"""Layers used by several models. Shapes: B batch, F features."""
 
 from collections.abc import Callable
 from typing import cast
@@ -10,39 +10,39 @@ from torch.distributed.nn import functional as collectives
 
 
 def world_size() -> int:
-    """Processes in the default group; 1 outside of distributed training."""
+    """Number of processes in the default group; 1 outside of distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process in the default group; 0 outside of distributed training."""
+    """Rank of this process in the default group; 0 outside of distributed training."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of `values`, any shape, over the default group, with gradient. With one process, `values` itself."""
+    """Sum `values`, of any shape, over the default group, with gradient. With one process, `values` itself."""
     all_reduce: Callable[[Tensor], Tensor] = collectives.all_reduce
     return values if world_size() == 1 else all_reduce(values)
 
 
 def gather_over_ranks(rows: Tensor) -> Tensor:
-    """The rows (B, ...) of every rank of the default group, in rank order, with gradient. With one process, `rows`.
+    """Gather the rows (B, ...) of all ranks, in rank order, with gradient. With one process, `rows` itself.
 
-    For a term that couples the rows of a batch. Each rank computes it on all rows and gets back the sum over ranks of
-    the gradients on its own rows; averaged over ranks, as DeepSpeed does, that is the gradient of the mean over ranks
-    of their losses. Every rank must bring the same number of rows.
+    For batch-dependent losses. Each rank computes the loss on all rows and receives the sum over ranks of the gradients
+    on its own rows; averaged over ranks, as DeepSpeed does, that is the gradient of the mean over ranks of their
+    losses. Every rank must pass the same number of rows.
     """
     all_gather: Callable[[Tensor], tuple[Tensor, ...]] = collectives.all_gather
     return rows if world_size() == 1 else torch.cat(all_gather(rows))
 
 
 class Scale(nn.Module):
-    """Standardise features: (x - mean) / (deviation + 1e-3), a column each. Identity until fitted.
+    """Standardize features per column: (x - mean) / (deviation + 1e-3). Identity until fitted.
 
-    Fitted to the least value and the range in place of mean and deviation, it maps features to [0, 1].
+    `deviation` is the std. Fitted to min and range instead of mean and std, it maps features to [0, 1].
 
-    The constants are fitted on the seen training rows of one modality, never on unseen ones, and live in buffers so
-    that they travel with the checkpoint. 1e-3 keeps a constant column finite.
+    The constants are fitted on the seen training rows of one modality, never on unseen ones, and are buffers, so that
+    they are saved in checkpoints. 1e-3 keeps constant columns finite.
     """
 
     mean: Tensor
@@ -55,7 +55,7 @@ class Scale(nn.Module):
 
     @torch.no_grad()
     def fit(self, mean: Tensor, deviation: Tensor) -> None:
-        """Set the constants: `mean` and `deviation` are (F,)."""
+        """Set the constants: `mean` and `deviation`, (F,) each."""
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
 
@@ -64,11 +64,11 @@ class Scale(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation whose statistics in training are those of the batch over all ranks, with gradient.
+    """Batch normalization synchronized over ranks: training statistics are those of all ranks' rows, with gradient.
 
-    One rank with 2B rows and two ranks with B rows each then compute the same thing, and running statistics are equal
+    One rank with 2B rows and two ranks with B rows each then compute the same result, and running statistics are equal
     on all ranks. (torch's SyncBatchNorm does this on GPUs only.) With one process it is nn.BatchNorm1d. Every rank
-    must bring the same number of rows.
+    must pass the same number of rows.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics, each (F,), towards those of this batch."""
+        """Update the running statistics, each (F,), with those of this batch."""
         running_mean, running_var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         momentum = cast(float, self.momentum)
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)

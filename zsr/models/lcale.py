@@ -3,16 +3,16 @@
 K. Lin, X. Xu, L. Gao, Z. Wang, H. T. Shen, "Learning Cross-Aligned Latent Embeddings for Zero-Shot Cross-Modal
 Retrieval", AAAI 2020.
 
-Photo, query (a text as published, or a sketch) and class vector each have a variational autoencoder, and the three
-share one latent space: each latent must rebuild the others' inputs, cycles must lead back to where they began, both
-modalities' Gaussians are drawn to the class's in 2-Wasserstein distance, and to each other in maximum mean discrepancy.
-Retrieval compares the means of the latents.
+Photo, query (a text as published, or a sketch) and class embedding each have a variational autoencoder, and the three
+share one latent space: each latent must reconstruct the others' inputs (cross reconstruction), cycles must reconstruct
+their own input, and both modalities' Gaussians are aligned with that of the class by 2-Wasserstein distance and with
+each other by maximum mean discrepancy. Retrieval compares the means of the latents.
 
-Neither text nor code of LCALE was to be had, so this is our reconstruction. Where a number comes from is said in words:
-"abstract" is LCALE's, "CADA-VAE" is the released code of the method that it builds on, "JFSE" the released code of its
-authors' next paper, "survey" a survey's account of LCALE, "ours" a decision of this project.
+Neither paper nor code of LCALE was available, so this is our reconstruction. Sources of values: "abstract" is LCALE's,
+"CADA-VAE" is the released code of the method that it builds on, "JFSE" the released code of its authors' next paper,
+"survey" a survey's account of LCALE, "ours" a decision of this project.
 
-Shapes: B batch, F feature of any space, S class vector, Z latent.
+Shapes: B batch, F feature of any space, S class embedding, Z latent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,37 +41,42 @@ SIX: Final[tuple[tuple[Space, Space], ...]] = tuple((i, j) for i in SPACES for j
 
 
 class Config(ModelConfig):
-    """Options. Weights are CADA-VAE's; its widths, rate and schedule are in the preset "paper".
+    """Options. Loss weights are CADA-VAE's; its widths, learning rate and schedule are in the preset "paper".
 
-    The defaults are ours: narrower networks at a higher rate, warm-ups of 30 epochs in place of 100, and standardised
-    features where JFSE scales to [0, 1], each chosen on held-out classes or items. Warm-ups count the loop's own epochs
-    from 0: a run that ends before they do has hardly been asked to align anything.
+    The defaults are ours: narrower networks with a higher learning rate, warm-ups within 30 epochs instead of 100, and
+    standardized features where JFSE scales to [0, 1], each chosen on held-out classes or items. Warm-ups count epochs
+    from 0: a run that ends before they do has hardly trained the alignment.
 
     Attributes:
         dim: Z, width of a latent and so of an embedding. 64 in a later paper's table of LCALE, and in CADA-VAE.
-        photo_hidden, sketch_hidden, word_hidden: hidden widths of (encoder, decoder). CADA-VAE has none for a query;
-            in the presets it takes those for class vectors (ours).
-        scaling: of features, by the trained rows: standard, unit ([0, 1] a column; JFSE, there by mini-batch) or none.
-        words: class vectors as given, of unit length, standard (less the trained classes' mean, and of one size; ours),
-            or minmax: [0, 1] an entry over the trained classes (JFSE, there by mini-batch).
-        reconstruction: l1 (CADA-VAE's default) or l2, squared.
-        reduction: every term but the discrepancy is a mean over the batch, or a sum over it (CADA-VAE: its learning
-            rate and the weight of the discrepancy then depend on the batch size, which was 50).
-        noise: a draw is mean + exp(log variance / 2) * noise with noise in each entry; or "released", CADA-VAE's
-            mean + exp(log variance) * noise with a single number a sample, against its own Kullback-Leibler term; or
-            "none", the mean itself, which with `beta` 0 leaves deterministic autoencoders (an ablation).
-        cross: ordered pairs (i, j): the latent of i has to rebuild j. LCALE has such terms (abstract); all six is ours.
-        beta, beta_epochs: weight of the Kullback-Leibler terms, and the epochs (start, end) of its warm-up.
-        gamma, gamma_epochs: weight of cross reconstructions and cycles together, and their warm-up.
-        delta, delta_epochs: weight of the 2-Wasserstein distances, and their warm-up.
-        cross_weight: within gamma, of the cross reconstructions.
-        class_cycle_weight: within gamma, of class -> photo -> class and class -> query -> class. That there is a cycle
-            on class vectors is known; its form is ours.
-        modality_cycle_weight: within gamma, of photo -> query -> photo and back (survey). Its form is ours.
-        mmd_weight, mmd_epochs: of the discrepancy between photos' and queries' latents (survey), whose kernels are
-            JFSE's, and its warm-up; there is none unless asked for.
-        mmd_on: whether the discrepancy is that of drawn latents or of their means.
-        lr: of Adam with amsgrad.
+        photo_hidden, sketch_hidden, word_hidden: hidden widths of (encoder, decoder). CADA-VAE has no query modality;
+            the presets use its widths for class embeddings (ours).
+        scaling: scaling of features, fitted on the training rows: standard, unit ([0, 1] per column; JFSE, there per
+            mini-batch) or none.
+        words: scaling of class embeddings: given, unit (unit length), standard (centered on the trained classes' mean
+            and divided by one number; ours), or minmax: [0, 1] per dimension over the trained classes (JFSE, there per
+            mini-batch).
+        reconstruction: reconstruction error: l1 (CADA-VAE's default) or l2, squared.
+        reduction: all losses except the discrepancy are a mean over the batch, or a sum (CADA-VAE: the learning rate
+            and the weight of the discrepancy then depend on the batch size, which was 50).
+        noise: corrected: sample latents as mean + exp(log variance / 2) * noise, with noise per entry; released: as
+            CADA-VAE, mean + exp(log variance) * noise, with one noise value per row, which is inconsistent with its
+            Kullback-Leibler loss; none: use the mean, which with `beta` 0 gives deterministic autoencoders (an
+            ablation).
+        cross: ordered pairs (i, j): the latent of i must reconstruct j. LCALE has such losses (abstract); that they are
+            all six is ours.
+        beta, beta_epochs: weight of the Kullback-Leibler losses, and the epochs (start, end) of its warm-up.
+        gamma, gamma_epochs: weight of cross reconstruction and cycle losses together, and its warm-up.
+        delta, delta_epochs: weight of the 2-Wasserstein distances, and its warm-up.
+        cross_weight: relative weight, within gamma, of cross reconstruction.
+        class_cycle_weight: relative weight, within gamma, of class -> photo -> class and class -> query -> class. LCALE
+            is known to have a cycle on class embeddings; its form is ours.
+        modality_cycle_weight: relative weight, within gamma, of photo -> query -> photo and back (survey). Its form is
+            ours.
+        mmd_weight, mmd_epochs: weight of the discrepancy between photos' and queries' latents (survey), with JFSE's
+            kernels, and its warm-up, which is off by default.
+        mmd_on: compute the discrepancy on sampled latents ("draws") or on their means.
+        lr: of Adam with AMSGrad.
     """
 
     dim: Annotated[int, Field(ge=2)] = 64
@@ -99,7 +104,7 @@ class Config(ModelConfig):
     lr: PositiveFloat = 5e-4
 
 
-# CADA-VAE's networks, rate and 100 epochs; the same with the quirks of its code; the same with our 30 epochs
+# CADA-VAE's networks, learning rate and 100 epochs; with the deviations of its code; with our 30 epochs
 PAPER: Final = Config(
     photo_hidden=(1560, 1660),
     sketch_hidden=(1450, 665),
@@ -121,7 +126,7 @@ SMALL: Final = {"dim": 6, "photo_hidden": (8, 8), "sketch_hidden": (8, 8), "word
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """A Gaussian a row and one draw of it, each (B, Z)."""
+    """A Gaussian per row and one sample of it, each (B, Z)."""
 
     mean_BZ: Tensor
     log_var_BZ: Tensor
@@ -158,12 +163,12 @@ def initialise(module: nn.Module) -> None:
 
 
 def total(terms: list[Tensor]) -> Tensor:
-    """The sum of some terms."""
+    """The sum of several losses."""
     return torch.stack(terms).sum()
 
 
 def released_draw(mean_BZ: Tensor, log_var_BZ: Tensor) -> Tensor:
-    """mean + exp(log_var) * noise, one number of noise a row: as CADA-VAE's released code draws."""
+    """mean + exp(log_var) * noise, with one noise value per row, as in CADA-VAE's released code."""
     return mean_BZ + torch.exp(log_var_BZ) * torch.randn_like(mean_BZ[:, :1])
 
 
@@ -176,7 +181,7 @@ def rebuilt(made_BF: Tensor, target_BF: Tensor, kind: str) -> Tensor:
 def wasserstein(left: Latent, right: Latent) -> Tensor:
     """2-Wasserstein distance of diagonal Gaussians: sqrt(|mu_1 - mu_2|^2 + |sigma_1 - sigma_2|^2), averaged over B.
 
-    The root is of the sum + 1e-12: its slope at 0 is infinite.
+    1e-12 is added under the root, whose gradient at 0 is infinite.
     """
     means = (left.mean_BZ - right.mean_BZ).square().sum(1)
     deviations = (torch.exp(0.5 * left.log_var_BZ) - torch.exp(0.5 * right.log_var_BZ)).square().sum(1)
@@ -189,8 +194,8 @@ def wasserstein(left: Latent, right: Latent) -> Tensor:
 class Lcale(Model):
     """LCALE on extracted features; embeddings are (B, 1, Z), the latents' means.
 
-    Every term is per sample but `discrepancy`, which is that of the rows of all ranks: but for the noise, which each
-    rank draws for itself, 2 ranks of B rows equal 1 of 2B.
+    All losses are per sample except `discrepancy`, which is over the rows of all ranks: except for the noise, which
+    each rank samples itself, 2 ranks with B rows each are equivalent to 1 rank with 2B rows.
     """
 
     paired = True
@@ -229,11 +234,11 @@ class Lcale(Model):
         return (Phase("autoencoders", "autoencoders", self.terms),)
 
     def begin(self, word: Tensor) -> None:
-        """Fit the scale of class vectors to those of the trained classes, (N, S)."""
+        """Fit the scaling of class embeddings to those of the trained classes, (N, S)."""
         self.words.fit(word)
 
     def terms(self, batch: Batch, _: Shared) -> Terms:
-        """Autoencoders + gamma (cross reconstructions + cycles) + delta W2 + mmd_weight MMD, each warmed up."""
+        """Autoencoders + gamma (cross reconstruction + cycles) + delta W2 + mmd_weight MMD, each with a warm-up."""
         c, epoch = self.config, batch.epoch
         x = self.targets(batch)
         latents = {space: self.latent(space, values) for space, values in x.items()}
@@ -241,7 +246,7 @@ class Lcale(Model):
         beta = c.beta * warm_up(epoch, *c.beta_epochs)
         gamma = c.gamma * warm_up(epoch, *c.gamma_epochs)
         delta = c.delta * warm_up(epoch, *c.delta_epochs)
-        # a mean over the batch times the rows of all ranks is their sum: ranks are averaged afterwards
+        # the mean over the batch times the rows of all ranks is their sum, since ranks are averaged afterwards
         rows = 1 if c.reduction == "mean" else len(batch) * world_size()
         return {
             "reconstruction": rows * self.crossed(x, made, [(s, s) for s in SPACES]),
@@ -254,11 +259,11 @@ class Lcale(Model):
         }
 
     def targets(self, batch: Batch) -> dict[Space, Tensor]:
-        """What each autoencoder eats and rebuilds, (B, F) a space."""
+        """Input and reconstruction target of each autoencoder, (B, F) per space."""
         return {"photo": batch.photo, "sketch": batch.sketch, "word": self.words(batch.word)}
 
     def latent(self, space: Space, values: Tensor) -> Latent:
-        """The Gaussian of each row of `values` (B, F), and a draw."""
+        """The Gaussian of each row of `values` (B, F), and a sample."""
         mean_BZ, log_var_BZ = self.encoders[space](values)
         if self.config.noise == "none":
             return Latent(mean_BZ, log_var_BZ, mean_BZ)
@@ -275,28 +280,28 @@ class Lcale(Model):
         }
 
     def crossed(self, x: Mapping[Space, Tensor], made: Made, pairs: Sequence[tuple[Space, Space]]) -> Tensor:
-        """Sum over pairs (i, j) of |x_j - D_j(z_i)|; with i = j, the autoencoders' own reconstruction."""
+        """Sum over pairs (i, j) of |x_j - D_j(z_i)|; for i = j, the autoencoders' own reconstruction error."""
         return total([rebuilt(made[i, j], x[j], self.config.reconstruction) for i, j in pairs])
 
     def cycled(self, via: Space, home: Space, x: Mapping[Space, Tensor], made: Made) -> Tensor:
-        """|x - D_home(mean of E_via(D_via(z_home)))|: decoded in `via`, encoded there without noise, and back."""
+        """|x - D_home(mean of E_via(D_via(z_home)))|: decode to `via`, encode without noise, and decode to `home`."""
         mean_BZ, _ = self.encoders[via](made[home, via])
         return rebuilt(self.decoders[home](mean_BZ), x[home], self.config.reconstruction)
 
     def class_cycle(self, x: Mapping[Space, Tensor], made: Made) -> Tensor:
-        """Class vectors through the photos' space and through the queries' space."""
+        """Cycle loss of class embeddings through the photos' space and through the queries' space."""
         return self.cycled("photo", "word", x, made) + self.cycled("sketch", "word", x, made)
 
     def modality_cycle(self, x: Mapping[Space, Tensor], made: Made) -> Tensor:
-        """Photos through the queries' space, queries through the photos'."""
+        """Cycle loss of photos through the queries' space, and of queries through the photos' space."""
         return self.cycled("sketch", "photo", x, made) + self.cycled("photo", "sketch", x, made)
 
     def discrepancy(self, latents: Mapping[Space, Latent]) -> Tensor:
-        """Maximum mean discrepancy of photos' and queries' latents over all ranks. Batch-coupled."""
+        """Maximum mean discrepancy of photos' and queries' latents over all ranks. Batch-dependent."""
         on_draws = self.config.mmd_on == "draws"
         photo, sketch = (gather_over_ranks(latents[m].draw_BZ if on_draws else latents[m].mean_BZ) for m in MODALITIES)
         return mmd(photo, sketch, floor=MMD_FLOOR)
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """The mean of the latent, without noise, as a single part."""
+        """The mean of the latent, without noise, one vector per item."""
         return cast(Tensor, self.encoders[modality](features)[0]).unsqueeze(1)

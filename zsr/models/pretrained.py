@@ -1,8 +1,8 @@
 """Image towers of the library `transformers`: ResNet, ViT, DINOv2 and CLIP, from a local directory.
 
-A directory is what `save_pretrained` writes and what hubs offer for download: config.json, weights as safetensors (one
-file, or shards with an index), perhaps preprocessor_config.json. config.json says the sizes. Nothing is ever fetched,
-no code of the directory runs, and nothing is unpickled.
+The directory is as written by `save_pretrained` or downloaded from a hub: config.json with the sizes, weights as
+safetensors (one file, or shards with an index), optionally preprocessor_config.json. Nothing is downloaded, no code of
+the directory is run, and nothing is unpickled.
 """
 
 import json
@@ -20,7 +20,7 @@ CONFIG: Final = "config.json"
 PREPROCESSING: Final = "preprocessor_config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-DERIVED: Final = {"stage_names", "out_features", "out_indices"}  # of transformers' own use as a detector's backbone
+DERIVED: Final = {"stage_names", "out_features", "out_indices"}  # only used by transformers' object detectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,14 @@ class Kind:
     """A family of towers.
 
     Attributes:
-        types: what `model_type` may be in its config.json.
-        config, network: classes of transformers, by name.
-        outputs: by layer, what of the network's output is the feature.
-        width: by layer, the entry of the configuration that says how wide it is.
-        options: by layer, for the network's constructor.
-        fixed: entries of the configuration that are not the directory's to say.
-        tokens: the module that makes tokens (B, 1 + positions, H) of images, class token first; prompts go behind that.
+        types: allowed values of `model_type` in config.json.
+        config, network: names of classes of transformers.
+        outputs: per layer, extracts the feature from the network's output.
+        width: per layer, the key of its width in the configuration.
+        options: per layer, arguments of the network's constructor.
+        fixed: configuration entries that override those of the directory.
+        tokens: the module that turns images into tokens (B, 1 + positions, H), class token first; prompts are inserted
+            after the class token.
     """
 
     types: tuple[str, ...]
@@ -61,7 +62,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         "ViTModel",
         {"cls": lambda output: output.last_hidden_state[:, 0], "pooled": lambda output: output.pooler_output},
         {"cls": "hidden_size", "pooled": "pooler_output_size"},
-        {"cls": {"add_pooling_layer": False}},  # weights tuned to classify have no such layer
+        {"cls": {"add_pooling_layer": False}},  # weights fine-tuned for classification have no such layer
         tokens="embeddings",
     ),
     "dinov2": Kind(
@@ -70,7 +71,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         "Dinov2Model",
         {"cls": lambda output: output.last_hidden_state[:, 0]},
         {"cls": "hidden_size"},
-        fixed={"use_mask_token": False},  # of its pretraining; a parameter without a gradient
+        fixed={"use_mask_token": False},  # only used in pretraining; a parameter without a gradient
         tokens="embeddings",
     ),
     "clip": Kind(
@@ -85,16 +86,16 @@ KINDS: Final[Mapping[str, Kind]] = {
 
 
 class Pretrained(nn.Module):
-    """One tower, from its configuration alone; its parameters are random until `load`.
+    """A tower built from its configuration; its parameters are random until `load`.
 
     Args:
         name: key of `KINDS`.
         layer: key of its outputs.
-        config: as `read_config` gives it, and perhaps `prompts`: how many learned tokens join those of an image (visual
-            prompts, as CLIP-AT tunes them; recalled). They are no part of any weights file.
+        config: from `read_config`, optionally with `prompts`: the number of learned tokens added to those of an image
+            (visual prompts, as CLIP-AT tunes them; recalled). Prompts are not part of any weights file.
 
     Raises:
-        ConfigError: sizes that make no network, prompts for one without tokens, or transformers is not installed.
+        ConfigError: invalid sizes, prompts for a network without tokens, or transformers is not installed.
     """
 
     def __init__(self, name: str, layer: str, config: Mapping[str, Any]) -> None:
@@ -105,7 +106,7 @@ class Pretrained(nn.Module):
         try:
             self.network: Any = getattr(library, kind.network)(_settings(name, config), **self.options)
         except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-            raise ConfigError(f"backbone {name}: its configuration makes no network: {error!r}") from error
+            raise ConfigError(f"backbone {name}: its configuration is not valid: {error!r}") from error
         width = config[kind.width[layer]]
         self.dim = int(width if isinstance(width, int) else width[-1])
         if count := int(config.get("prompts", 0)):
@@ -113,7 +114,7 @@ class Pretrained(nn.Module):
 
     def _prompt(self, count: int, kind: Kind) -> None:
         if not kind.tokens:
-            raise ConfigError(f"backbone {self.name} has no tokens that prompts could join; ViT, DINOv2 and CLIP have")
+            raise ConfigError(f"backbone {self.name} has no tokens and takes no prompts; only ViT, DINOv2 and CLIP do")
         self.prompts = nn.Parameter(0.02 * torch.randn(count, self.network.config.hidden_size))
 
         def join(_module: nn.Module, _inputs: Any, tokens: Tensor) -> Tensor:
@@ -123,17 +124,17 @@ class Pretrained(nn.Module):
         self.network.get_submodule(kind.tokens).register_forward_hook(join)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> features (B, F)."""
+        """Normalized images (B, 3, H, W) -> features (B, F)."""
         return KINDS[self.name].outputs[self.layer](self.network(pixel_values=images))
 
     def load(self, directory: Path) -> None:
-        """Take the weights of a directory, as float32, through transformers, which knows the names of old files.
+        """Load the weights of a directory, as float32, with transformers, which maps the names in old files.
 
-        Weights of other parts (a classifier, CLIP's text tower) are left aside.
+        Weights of other parts (a classifier, CLIP's text tower) are ignored.
 
         Raises:
             ConfigError: no such files.
-            DamagedArtifact: weights that do not fit, or lack some that the network has.
+            DamagedArtifact: the weights do not match the network, or some are missing.
         """
         weights_files(directory)
         try:
@@ -146,26 +147,26 @@ class Pretrained(nn.Module):
                 output_loading_info=True,
                 **self.options,
             )
-        except Exception as error:  # safetensors and transformers have no common base of errors
+        except Exception as error:  # safetensors and transformers have no common exception class
             raise DamagedArtifact(f"{directory}: does not fit backbone {self.name}: {error}") from error
         if found["missing_keys"]:
             raise DamagedArtifact(
                 f"{directory}: lacks {len(found['missing_keys'])} weights of backbone {self.name} with layer "
-                f"{self.layer}, such as {min(found['missing_keys'])!r}; take weights that were saved with it"
+                f"{self.layer}, such as {min(found['missing_keys'])!r}; use weights that were saved with it"
             )
         self.network.load_state_dict(loaded.state_dict())
 
 
 def weights_files(directory: Path) -> tuple[Path, ...]:
-    """The files of a directory that shape features, sorted by name.
+    """The files of a directory that affect features, sorted by name.
 
     Raises:
-        ConfigError: not such a directory, or weights that would not be loaded as they are.
+        ConfigError: not such a directory, an adapter, or weights that are not safetensors.
     """
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory}: found no {CONFIG}; expected a directory with it and {WEIGHTS}")
     if (directory / "adapter_config.json").exists():
-        raise ConfigError(f"{directory}: found an adapter; merge it into its network and save that")
+        raise ConfigError(f"{directory}: found an adapter; merge it into its base model and save the result")
     files = [directory / CONFIG, *_safetensors(directory)]
     if (directory / PREPROCESSING).is_file():
         files.append(directory / PREPROCESSING)
@@ -176,50 +177,53 @@ def _safetensors(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
-        raise ConfigError(f"{directory}: found neither {WEIGHTS} nor {INDEX}; only safetensors are read, save as such")
+        raise ConfigError(
+            f"{directory}: found neither {WEIGHTS} nor {INDEX}; only safetensors are read, convert the weights"
+        )
     shards = _json(directory / INDEX).get("weight_map", {})
     names = sorted({str(name) for name in shards.values()})
     if bad := [name for name in names if Path(name).name != name or not (directory / name).is_file()]:
-        raise ConfigError(f"{directory / INDEX}: names {bad[0]!r}; expected a file beside it")
+        raise ConfigError(f"{directory / INDEX}: names {bad[0]!r}; expected a file in the same directory")
     return [directory / INDEX, *(directory / name for name in names)]
 
 
 def read_config(name: str, directory: Path) -> dict[str, Any]:
-    """What shapes backbone `name`, from config.json, with the library's default for what that leaves out. JSON-able.
+    """Read the configuration of backbone `name` from config.json, with the library's defaults for missing entries.
 
-    Of a whole CLIP model it is the image tower's part.
+    The result can be written as JSON. Of a full CLIP model it is the image tower's part.
 
     Raises:
-        ConfigError: no such file, or of another kind of model, or quantised.
+        ConfigError: no such file, another kind of model, or quantized weights.
     """
     path = directory / CONFIG
     raw = _json(path)
     if (found := raw.get("model_type")) not in KINDS[name].types:
         raise ConfigError(f"{path}: model_type {found!r}, expected {' or '.join(KINDS[name].types)} for {name}")
     if "quantization_config" in raw:
-        raise ConfigError(f"{path}: quantised weights; take those in 16 or 32 bits")
+        raise ConfigError(f"{path}: quantized weights; use weights in 16 or 32 bits")
     if "vision_config" in raw:
         above = {"projection_dim": raw["projection_dim"]} if "projection_dim" in raw else {}
         raw = {**raw["vision_config"], **above}
     try:
         full: dict[str, Any] = _settings(name, raw).to_dict()
-    except Exception as error:  # the library validates with errors of its own
+    except Exception as error:  # the library validates with its own exceptions
         raise ConfigError(f"{path}: {error}") from error
     return {**{key: value for key, value in full.items() if key in _known(name)}, **KINDS[name].fixed}
 
 
 def read_preprocessing(directory: Path) -> dict[str, Any]:
-    """`shift`, `divisor` and `interpolation` where preprocessor_config.json says them; else without.
+    """`shift`, `divisor` and `interpolation`, each if preprocessor_config.json has it.
 
     (pixel * rescale - mean) / std is (pixel - mean / rescale) / (std / rescale).
 
     Raises:
-        ConfigError: an interpolation that is neither bilinear nor bicubic, no number a channel, or pixels as they are.
+        ConfigError: an interpolation other than bilinear or bicubic, not one number per channel, or pixels that are not
+            rescaled or normalized.
     """
     path = directory / PREPROCESSING
     raw = _json(path) if path.is_file() else {}
     if off := [key for key in ("do_rescale", "do_normalize") if raw.get(key) is False]:
-        raise ConfigError(f"{path}: {off[0]} is false; expected pixels that are rescaled and normalised")
+        raise ConfigError(f"{path}: {off[0]} is false; expected pixels that are rescaled and normalized")
     found: dict[str, Any] = {}
     try:
         rescale = float(raw.get("rescale_factor", 1 / 255))
@@ -229,12 +233,12 @@ def read_preprocessing(directory: Path) -> dict[str, Any]:
         if "resample" in raw:
             found["interpolation"] = {2: "bilinear", 3: "bicubic"}[raw["resample"]]
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path}: {error!r}; expected 3 means, 3 deviations, and resample 2 or 3") from error
+        raise ConfigError(f"{path}: {error!r}; expected 3 means, 3 stds, and resample 2 or 3") from error
     return found
 
 
 def _known(name: str) -> set[str]:
-    """Entries of a configuration that shape the network: not labels, code, kernels or bookkeeping."""
+    """Configuration entries that define the network: not labels, code, kernels or bookkeeping."""
     library = _library()
     return set(_class(name)().to_dict()) - set(library.PretrainedConfig().to_dict()) - DERIVED
 
@@ -259,12 +263,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _library() -> Any:
-    """transformers, imported only here since that takes seconds."""
+    """Import transformers; only here, since it takes seconds."""
     try:
         import transformers  # the extra `towers`
     except ImportError:
-        raise ConfigError("this backbone wants transformers; install zsr with the extra 'towers'") from None
-    library: Any = transformers  # typed in part only
-    library.logging.set_verbosity_error()  # what is missing is raised; a report of what is unused is noise
+        raise ConfigError("this backbone requires transformers; install zsr with the extra 'towers'") from None
+    library: Any = transformers  # only partly typed
+    library.logging.set_verbosity_error()  # missing weights raise an error here; unused ones need no report
     library.logging.disable_progress_bar()
     return library

@@ -1,12 +1,12 @@
-"""What a model is: something that embeds, and either phases that a loop steps or a fit in closed form.
+"""Base classes of models: an embedder, trained either by gradient descent in phases or in closed form.
 
-    Embedder        what the rest of zsr sees: scale, embed, metric
-    |-- Model       learns by gradient: disjoint parameter groups, and phases that each move one of them
-    `-- ClosedForm  learns from one pass over the rows
+    Embedder        interface for the rest of zsr: scale, embed, metric
+    |-- Model       trained by gradient descent: disjoint parameter groups, and phases that each update one of them
+    `-- ClosedForm  fitted in one pass over the rows
 
-Adversarial training is data here, not a special loop: a VAE has one phase, a GAN two or three. The training loop asks a
-model for `shared` work once a batch, then for the named terms of each phase, and steps the group that the phase moves.
-No Ray, no DeepSpeed, no I/O: a model file runs in a notebook.
+Adversarial training requires no special loop: a VAE has one phase, a GAN two or three. For each batch, the training
+loop calls `shared` once, then computes the losses of each phase and steps the group that the phase updates. No Ray, no
+DeepSpeed, no I/O: a model file runs in a notebook.
 """
 
 import re
@@ -32,14 +32,14 @@ Scaling = Literal["standard", "unit", "none"]
 
 
 class ModelConfig(BaseModel):
-    """Base of every model's options: frozen, and unknown keys are refused."""
+    """Base class of every model's options: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """A group's optimizer as its paper gives it. `clip` is a global gradient norm; 0 means the paper does not clip."""
+    """A parameter group's optimizer, as in the paper. `clip` is the maximum global gradient norm; 0 is no clipping."""
 
     name: Literal["adam", "adamw", "sgd"]
     lr: float
@@ -52,10 +52,10 @@ class Optimizer:
     clip: float = 0.0
 
     def build(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimizer over parameters, or over torch's parameter groups.
+        """Build the torch optimizer for parameters, or for torch's parameter groups.
 
-        Fused: one pass over the memory in place of some ten. It rounds the last numbers of a tensor in another way than
-        the others, so ZeRO stages, which cut parameters up differently, agree up to rounding.
+        It is fused: one pass over memory instead of about ten. A fused optimizer rounds the last elements of a tensor
+        differently than the others, so ZeRO stages, which shard parameters differently, agree up to rounding.
         """
         if self.name == "sgd":
             return torch.optim.SGD(
@@ -80,12 +80,12 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters that one optimizer steps. Groups of a model share no parameter.
+    """Parameters of one optimizer. Groups of a model share no parameter.
 
     Attributes:
-        tower: a part of `module` that is stepped at `tower_rate` times the rate, or None.
-        whole: whether each rank has to hold all of its parameters (ZeRO stage 2 at most), as a term reads one outside
-            of its module's forward.
+        tower: a part of `module` whose learning rate is multiplied by `tower_rate`, or None.
+        whole: whether each rank must hold all of its parameters (ZeRO stage 2 at most), because a loss reads one
+            outside of its module's forward.
     """
 
     module: nn.Module
@@ -95,7 +95,7 @@ class Group:
     whole: bool = False
 
     def build(self) -> torch.optim.Optimizer:
-        """The torch optimizer over the group's parameters."""
+        """Build the torch optimizer for the group's parameters."""
         slow = [] if self.tower is None else list(self.tower.parameters())
         held = set(map(id, slow))
         fast = [p for p in self.module.parameters() if id(p) not in held]
@@ -107,7 +107,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One optimizer step a batch: `terms` are summed to the loss and logged by name; only group `moves` changes."""
+    """One optimizer step per batch: the losses `terms` are summed and logged by name; only group `moves` is updated.
+
+    The step is repeated `repeat` times; with `fresh_batch`, each repetition uses another batch.
+    """
 
     name: str
     moves: str
@@ -117,18 +120,18 @@ class Phase:
 
 
 class Tower(BaseModel):
-    """An image tower in front of a model: it eats pictures and trains the tower along.
+    """An image tower in front of a model, which then takes images as input and trains the tower end to end.
 
     Attributes:
-        architecture: what `backbones.build` makes it of.
-        size: side in pixels that pictures are resized to.
-        fit: the whole picture, or its middle as the backbone's publishers have it.
-        invert_sketches: white strokes on black.
-        shared: one tower for both modalities, or one each.
-        rate: its learning rate, as a multiple of the model's; 0 keeps it frozen.
-        tune: which of its parameters train: `all`; `norms`, those of its normalisations and its prompts; or those whose
-            name holds a match of this regular expression.
-        weights: SHA-256 of the weights that training starts from.
+        architecture: argument of `backbones.build`.
+        size: side in pixels that images are resized to.
+        fit: use the whole image, or its center crop as published with the backbone.
+        invert_sketches: use white strokes on black.
+        shared: use one tower for both modalities, or one per modality.
+        rate: learning rate of the tower, as a multiple of the model's; 0 freezes it.
+        tune: parameters to train: `all`; `norms`, those of normalization layers and prompts; or those whose name
+            matches this regular expression (anywhere in the name).
+        weights: SHA-256 of the initial weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -144,14 +147,14 @@ class Tower(BaseModel):
 
 
 class Inputs(BaseModel):
-    """Sizes that the data dictates, written into the checkpoint beside the options.
+    """Input sizes of a model, given by the data and stored in the checkpoint with the options.
 
     Attributes:
         sketch_dim, photo_dim: feature width F of the query modality and of the photos.
-        semantic_dim: width S of the class vectors.
+        semantic_dim: width S of the class embeddings.
         classes: seen class names, sorted; label i is classes[i].
-        query: what the queries are. A model calls its query side `sketch` whatever they are.
-        tower: the image tower that makes the features of pictures, or None where features come ready.
+        query: modality of the queries. A model calls its query side `sketch` whatever the modality.
+        tower: the image tower that computes features of images, or None if the input is extracted features.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -165,15 +168,15 @@ class Inputs(BaseModel):
 
 
 class Embedder(nn.Module, ABC):
-    """Base of every model: maps the features of each modality into one space.
+    """Base class of every model: maps the features of each modality into a common embedding space.
 
     Attributes:
-        inputs: the sizes it was built for.
-        scale: one `Scale` a modality, stored in the checkpoint.
-        towers: an image tower a side, or one for `both`; empty for models of features.
-        scaling: how `scale` is fitted on the seen rows before training: to mean 0 and deviation 1, to [0, 1], or not.
-        metric: how its embeddings are compared.
-        wants_words: whether it learns from class vectors.
+        inputs: the input sizes that it was built for.
+        scale: one `Scale` per modality, stored in the checkpoint.
+        towers: one image tower per side, or one for `both`; empty if the input is extracted features.
+        scaling: how `scale` is fitted on the seen rows before training: to mean 0 and std 1, to [0, 1], or not at all.
+        metric: distance or similarity by which its embeddings are compared.
+        wants_words: whether it requires class embeddings.
     """
 
     scaling: Scaling = "standard"
@@ -196,14 +199,14 @@ class Embedder(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """Embeddings (B, P, D) of scaled features (B, F): P parts an item, 1 for most models. Call in eval mode.
+        """Embeddings (B, P, D) of scaled features (B, F): P vectors per item, 1 for most models. Call in eval mode.
 
         Args:
             modality: `photo`, or `sketch` for the query side.
         """
 
     def train(self, mode: bool = True) -> Self:
-        """As in nn.Module; batch norm in the towers keeps its pretrained statistics: small batches would spoil them."""
+        """As in nn.Module, but batch norm in towers keeps its pretrained statistics: small batches would spoil them."""
         super().train(mode)
         for module in self.towers.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -211,7 +214,7 @@ class Embedder(nn.Module, ABC):
         return self
 
     def features(self, side: str, items: Tensor) -> Tensor:
-        """Scaled features (B, F) of raw features (B, F), or of pictures (B, H, W, 3) where the model has towers."""
+        """Scaled features (B, F) of raw features (B, F), or of images (B, H, W, 3) if the model has towers."""
         tower = self.tower(side)
         scaled: Tensor = self.scale[side](items if tower is None else tower(items))
         return scaled
@@ -222,7 +225,7 @@ class Embedder(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, modality: str, items: Tensor) -> Tensor:
-        """Embeddings (B, P, D) of raw features (B, F) or pictures (B, H, W, 3), in eval mode, whatever the mode is.
+        """Embeddings (B, P, D) of raw features (B, F) or images (B, H, W, 3). Switches to eval mode for the call.
 
         Args:
             modality: `sketch`, `photo` or `text`.
@@ -238,17 +241,17 @@ class Embedder(nn.Module, ABC):
 
 
 class Model(Embedder):
-    """A model that learns by gradient.
+    """A model trained by gradient descent.
 
     Attributes:
-        eats: the kind of batch it wants.
-        paired: whether its paper draws a sketch's own photo instead of any photo of its class.
-        coupled: whether a row's part in the loss depends on the batch's other rows, or it has several phases. Only the
-            terms of one phase that are all means over rows may be taken a piece of the batch at a time.
-        second_order: whether a term is made of gradients, as a gradient penalty is.
+        batch_kind: the kind of batch that it requires.
+        paired: whether its paper samples the photo that belongs to the sketch instead of any photo of its class.
+        coupled: whether its losses are batch-dependent (a row's loss depends on other rows of the batch), or it has
+            several phases. Otherwise the losses are means over rows, and gradients are accumulated over micro-batches.
+        second_order: whether a loss requires second derivatives, as a gradient penalty does.
     """
 
-    eats: Literal["pairs", "triplets"] = "pairs"
+    batch_kind: Literal["pairs", "triplets"] = "pairs"
     paired: bool = False
     coupled: bool = True
     second_order: bool = False
@@ -261,44 +264,44 @@ class Model(Embedder):
     @property
     @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
-        """Phases in the order in which a batch passes them."""
+        """Phases, in the order in which they run on a batch."""
 
     @property
     def trained(self) -> Mapping[str, Group]:
-        """`groups`, with the towers beside the parameters of the only one.
+        """`groups`, with the towers' parameters added to the only group.
 
         Raises:
-            ConfigError: towers under a model of several phases, whose later ones would see features of before.
+            ConfigError: a trained tower and several phases, the later of which would use outdated features.
         """
         tower = self.inputs.tower
         if tower is None or tower.rate == 0:
             return self.groups
         if len(self.phases) > 1:
             raise ConfigError(
-                f"{type(self).__name__} takes {len(self.phases)} steps a batch and cannot train an image tower along; "
-                "train it on the features of zsr features, or take --tower-rate 0"
+                f"{type(self).__name__} takes {len(self.phases)} steps per batch and cannot train an image tower; "
+                "train it on features from zsr features, or use --tower-rate 0"
             )
         ((name, group),) = self.groups.items()
         slow = nn.ParameterList(tuned(self.towers, tower.tune))
         return {name: Group(nn.ModuleList([group.module, slow]), group.optimizer, slow, tower.rate)}
 
     def begin(self, word: Tensor) -> None:
-        """Called once before training with the class vectors (N, S), row i for label i. Default: nothing."""
+        """Called once before training with the class embeddings (N, S), row i for label i. Does nothing by default."""
 
     def shared(self, batch: Batch) -> Shared:
-        """Work that every phase of this batch uses, done once. Default: none."""
+        """Forward pass that all phases of a batch share, computed once. None by default."""
         return None
 
     def negatives(self, word: Tensor) -> Tensor | None:
-        """How the class of a triplet's negative is drawn: weights (N, N), row by anchor, or None for all others alike.
+        """Sampling weights (N, N) of a triplet's negative class, per anchor class in rows; None for a uniform choice.
 
         Args:
-            word: (N, S) class vectors, row i for label i.
+            word: (N, S) class embeddings, row i for label i.
         """
         return None
 
     def scaled(self, batch: Batch) -> Batch:
-        """`batch` with `features` in place of every raw feature or picture; with gradient into towers that train."""
+        """`batch` with raw features or images replaced by `features`; with gradient if the towers are trained."""
         tower = self.inputs.tower
         with torch.set_grad_enabled(tower is not None and tower.rate > 0):
             changes = {"sketch": self.features("sketch", batch.sketch), "photo": self.features("photo", batch.photo)}
@@ -308,10 +311,10 @@ class Model(Embedder):
 
 
 def tuned(towers: nn.Module, tune: str) -> list[nn.Parameter]:
-    """The parameters of `towers` that `Tower.tune` names.
+    """The parameters of `towers` selected by `Tower.tune`.
 
     Raises:
-        ConfigError: no regular expression, or one that names none.
+        ConfigError: not a regular expression, or one that matches no parameter.
     """
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     held = {id(p) for module in towers.modules() if isinstance(module, norms) for p in module.parameters()}
@@ -321,16 +324,16 @@ def tuned(towers: nn.Module, tune: str) -> list[nn.Parameter]:
         if tune != "norms":
             wanted = {name for name in named if tune == "all" or re.search(tune, name)}
     except re.error as error:
-        raise ConfigError(f"--tower-tune {tune!r} is no regular expression: {error}") from error
+        raise ConfigError(f"--tower-tune {tune!r} is not a regular expression: {error}") from error
     if not wanted:
         raise ConfigError(
-            f"--tower-tune {tune!r} names no parameter of the tower; its names are like {list(named)[-3:]}"
+            f"--tower-tune {tune!r} matches no parameter of the tower; their names are like {list(named)[-3:]}"
         )
     return [p for name, p in named.items() if name in wanted]
 
 
 class Rows(NamedTuple):
-    """Some seen rows of one modality: raw `features` (B, F) and `label` (B,) int64, index into the seen classes."""
+    """A block of seen rows of one modality: raw `features` (B, F) and `label` (B,) int64, index into seen classes."""
 
     modality: str
     features: Tensor
@@ -338,14 +341,14 @@ class Rows(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a closed form chose: the score of each setting by its name, and the options that give the best one alone."""
+    """The setting that a closed-form model chose: the score of each setting by name, and the options of the best."""
 
     scores: Mapping[str, float]
     options: Mapping[str, Any]
 
 
 class ClosedForm(Embedder):
-    """A model that is solved, not stepped."""
+    """A model that is solved in closed form."""
 
     @abstractmethod
     def fit(self, rows: Iterable[Rows], word: Tensor, score: Callable[[], float] | None) -> "Choice":
@@ -354,13 +357,13 @@ class ClosedForm(Embedder):
         Args:
             rows: the seen rows of both modalities, in any order and in blocks of any size. With several ranks, the rows
                 of this rank: statistics are summed over ranks, so every rank ends with the same weights.
-            word: (N, S) class vectors, row i for label i.
-            score: quality of the model as it stands on held-out classes, higher is better, equal on all ranks; None
-                where no class is held out.
+            word: (N, S) class embeddings, row i for label i.
+            score: score of the model's current state on validation classes, higher is better, equal on all ranks; None
+                if no class is held out.
 
         Returns:
-            What was chosen; the model holds it.
+            The chosen setting, which the model has been set to.
 
         Raises:
-            ConfigError: several settings to choose from, and no score.
+            ConfigError: several settings to choose from, but no score.
         """

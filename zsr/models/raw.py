@@ -1,4 +1,4 @@
-"""The raw floor: features as the backbone gave them, compared by cosine. A trained model has to beat it.
+"""Baseline without training: the backbone's features, compared by cosine. A trained model has to beat it.
 
 Shapes: B batch, F feature.
 """
@@ -16,8 +16,8 @@ class Config(ModelConfig):
     """Options.
 
     Attributes:
-        scaling: features as they are, or standardised a modality by the trained rows, which takes away the difference
-            of the modalities' means.
+        scaling: none uses the features as they are; standard standardizes them per modality on the training rows, which
+            removes the difference of the modalities' means.
     """
 
     scaling: Literal["none", "standard"] = "none"
@@ -30,7 +30,7 @@ class Raw(ClosedForm):
     """The identity: embeddings (B, 1, F) are the features.
 
     Raises:
-        ConfigError: the modalities' features differ in width, so that they cannot be compared as they are.
+        ConfigError: the modalities' features differ in width and cannot be compared.
     """
 
     wants_words = False

@@ -1,14 +1,14 @@
-"""Ridge regression onto the class vectors: the floor that any use of semantics has to beat. Ours; no paper.
+"""Ridge regression to class embeddings: the baseline that any use of semantics has to beat. Ours; no paper.
 
-Each modality m is regressed on its own, in closed form. With Z the standardised features of its seen rows (R, F) and Y
-their targets (R, S), the unit class vector of the row's class less the mean of those vectors over the rows,
+Each modality is regressed separately, in closed form. With Z the standardized features of its seen rows (R, F) and Y
+their targets (R, S), the unit-length class embedding of the row's class minus the mean of these over the rows,
 
     A = (Z'Z + penalty I)^-1 Z'Y = Z'(ZZ' + penalty I)^-1 Y        embedding = zA / |zA|, compared by cosine.
 
-Z'Z and Z'Y are sums over rows, so one streamed pass suffices; Y depends on the class alone, so Z'Y needs only a feature
-sum a class. Unseen classes are reached because the targets live in the space of all class vectors.
+Z'Z and Z'Y are sums over rows, so one streamed pass suffices; Y depends only on the class, so Z'Y requires only one
+feature sum per class. It generalizes to unseen classes because the targets are in the space of all class embeddings.
 
-Shapes: B batch, R seen rows of a modality, F feature, S semantic vector, N seen classes.
+Shapes: B batch, R seen rows of a modality, F feature, S class embedding, N seen classes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +28,7 @@ class Config(ModelConfig):
     """Options.
 
     Attributes:
-        penalties: the grid; the best on the validation classes is kept, one for both modalities.
+        penalties: grid of penalties; the one with the best validation score is used for both modalities.
     """
 
     penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
@@ -57,7 +57,7 @@ class Moments:
         self.count_N = torch.zeros(classes, dtype=torch.float64, device=device)
 
     def accumulate(self, features: Tensor, label: Tensor) -> None:
-        """Add a block of standardised features (B, F) with labels (B,)."""
+        """Add a block of standardized features (B, F) with labels (B,)."""
         rows_BF = features.to(torch.float64)
         self.gram_FF.addmm_(rows_BF.T, rows_BF)
         self.total_NF.index_add_(0, label, rows_BF)
@@ -70,7 +70,7 @@ class Moments:
         self.count_N = sum_over_ranks(self.count_N)
 
     def solve(self, word_NS: Tensor, penalty: float) -> Tensor:
-        """A (F, S) for the class vectors `word_NS`."""
+        """A (F, S) for the class embeddings `word_NS`."""
         unit_NS = functional.normalize(word_NS.to(self.gram_FF))
         target_NS = unit_NS - self.count_N @ unit_NS / self.count_N.sum()
         ridge_FF = self.gram_FF + penalty * torch.eye(len(self.gram_FF)).to(self.gram_FF)
@@ -78,7 +78,7 @@ class Moments:
 
 
 class Ridge(ClosedForm):
-    """Linear maps from standardised features (B, F) to unit embeddings (B, 1, S)."""
+    """Linear maps from standardized features (B, F) to unit-length embeddings (B, 1, S)."""
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
         super().__init__(inputs)
@@ -96,7 +96,9 @@ class Ridge(ClosedForm):
         moments = self.moments(rows)
         penalties = self.config.penalties
         if score is None and len(penalties) > 1:
-            raise ConfigError(f"no held-out class to choose one of {len(penalties)} penalties on; give a single one")
+            raise ConfigError(
+                f"no validation class to choose one of {len(penalties)} penalties; hold some out, or set a single one"
+            )
         scores: dict[float, float] = {}
         for penalty in penalties:
             self.solve(moments, word, penalty)
@@ -108,7 +110,7 @@ class Ridge(ClosedForm):
 
     @torch.no_grad()
     def moments(self, rows: Iterable[Rows]) -> Mapping[str, Moments]:
-        """The normal equations of both modalities over `rows`, and over all ranks."""
+        """The normal equations of both modalities, summed over `rows` and over all ranks."""
         classes, device = len(self.inputs.classes), next(self.maps.parameters()).device
         moments = {
             "sketch": Moments(self.inputs.sketch_dim, classes, device),

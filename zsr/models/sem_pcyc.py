@@ -5,16 +5,15 @@ CVPR 2019 (arXiv:1903.03372); extended as "Semantically Tied Paired Cycle Consis
 Retrieval", IJCV 2020 (arXiv:2006.11397).
 
 Two generators G map sketch and photo features into the space of class codes, two generators F map codes back to
-features. Discriminators judge each space, cycles tie G to F, fixed random classifiers tie either end to the class, and
-an autoencoder makes the codes out of the class vectors, choosing among their columns. Retrieval compares G(sketch) with
-G(photo), or their binary codes, which are made after training (`itq`). The backbone that made the features is frozen
-and lives elsewhere.
+features. There is a discriminator per space, cycle losses between G and F, and classification losses by fixed random
+classifiers in every space; an autoencoder computes the codes from the class embeddings, with sparse selection of their
+dimensions. Retrieval compares G(sketch) with G(photo), or their binary codes, which are computed after training
+(`itq`). The backbone that extracts the features is frozen and not part of the model.
 
-Where a number comes from is said in words: "released" is what the authors' published code does, "recalled" is the paper
-as others quote it, "ours" is a decision of this project. The weights of the terms and the soft labels are as released
-unless said otherwise.
+Sources of values: "released" is the authors' published code, "recalled" is the paper as others quote it, "ours" is a
+decision of this project. Loss weights and soft labels are as released unless stated otherwise.
 
-Shapes: B batch, X sketch feature, Y photo feature, F either of them, S class vector, M code, N seen classes.
+Shapes: B batch, X sketch feature, Y photo feature, F either of them, S class embedding, M code, N seen classes.
 """
 
 from collections.abc import Mapping
@@ -34,30 +33,30 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Config(ModelConfig):
-    """Options. The defaults are ours for standardised backbone features of some 1,000 dimensions.
+    """Options. The defaults are ours, for standardized backbone features of about 1,000 dimensions.
 
-    They are the released values but for `dim` (released 64), `generator_lr` (1e-4) and `metric` (l2); the preset
-    "released" has those too.
+    They are the released values except for `dim` (released: 64), `generator_lr` (1e-4) and `metric` (l2); the preset
+    "released" has all released values.
 
     Attributes:
         dim: M, width of a code and so of an embedding.
-        words: class vectors as given (released), or scaled to unit length.
-        decoder: last layer of the autoencoder. Released: relu, which cannot reach a class vector's negative entries.
-        dropout: in the generators' hidden layers.
-        feature_dropout: on the features themselves. The released code trains through its backbone's dropout of 0.5;
-            with extracted features that is gone, and this option brings a like noise back.
-        noise: deviation of the Gaussian noise on the discriminators' inputs.
-        gan: least squares against noisy labels (released), or logistic as the paper is recalled to write it.
-        classifiers: frozen at their random initialisation (released), or trained with the generators.
-        lambda_semantic, lambda_sketch, lambda_photo: weight of every term but the adversarial, by the space it is in.
-        adversarial_weight, cycle_weight, classification_weight, regression_weight: weights of the four families. The
-            first release had a regression weight of 1, the last has 0.1; the paper, as recalled, has no such family.
-        l21_weight: weight of the column sparsity of the encoder. The paper is recalled to put it beside the Frobenius
-            norm of the reconstruction's error, undivided: that is B S times the released objective, so with a rate as
-            much lower the same under SGD.
-        generator_lr, generator_betas: Adam. The paper is recalled to say a first beta of 0.5; the released one is 0.9.
-        discriminator_lr, discriminator_momentum, autoencoder_lr, autoencoder_momentum: SGD.
-        metric: how embeddings are compared, l2 (released) or cosine.
+        words: class embeddings as given (released), or scaled to unit length.
+        decoder: output layer of the autoencoder. Released: relu, which cannot reconstruct negative entries.
+        dropout: dropout in the generators' hidden layers.
+        feature_dropout: dropout on the features. The released code trains through its backbone's dropout of 0.5, which
+            extracted features do not have; this option adds similar noise.
+        noise: std of the Gaussian noise on the discriminators' inputs.
+        gan: lsgan-soft: least squares with noisy labels (released); logistic: as the paper is recalled.
+        classifiers: frozen at their random initialization (released), or trained with the generators.
+        lambda_semantic, lambda_sketch, lambda_photo: weights of all losses except the adversarial, per space.
+        adversarial_weight, cycle_weight, classification_weight, regression_weight: weights of the four kinds of loss.
+            The first release had a regression weight of 1, the last has 0.1; the paper, as recalled, has no regression.
+        l21_weight: weight of the column sparsity of the encoder. As recalled, the paper adds it to the Frobenius norm
+            of the reconstruction error, not divided by B S: that is B S times the released objective, so equivalent
+            under SGD with a learning rate lower by that factor.
+        generator_lr, generator_betas: of Adam. As recalled, the paper's first beta is 0.5; the released one is 0.9.
+        discriminator_lr, discriminator_momentum, autoencoder_lr, autoencoder_momentum: of SGD.
+        metric: metric for comparing embeddings, l2 (released) or cosine.
     """
 
     dim: Annotated[int, Field(ge=2)] = 256
@@ -86,7 +85,7 @@ class Config(ModelConfig):
 
 
 RELEASED: Final = Config(dim=64, generator_lr=1e-4, metric="l2")
-# the released numbers under the objective as the paper is recalled to write it
+# the released values with the objective as the paper is recalled
 PAPER: Final = RELEASED.model_copy(
     update={"gan": "logistic", "regression_weight": 0.0, "generator_betas": (0.5, 0.999)},
 )
@@ -96,7 +95,7 @@ PRESETS: Final[Mapping[str, Config]] = {"released": RELEASED, "paper": PAPER}
 
 
 def generator(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
-    """(B, inputs) -> (B, outputs): two hidden layers as wide as the mean of both, no output activation. Released."""
+    """(B, inputs) -> (B, outputs): two hidden layers of the mean of both widths, no output activation. Released."""
     hidden = (inputs + outputs) // 2
     return nn.Sequential(
         nn.Linear(inputs, hidden),
@@ -112,7 +111,7 @@ def generator(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
 
 
 class Noise(nn.Module):
-    """Adds N(0, deviation^2) to (B, F) in training; the identity in evaluation."""
+    """Adds noise N(0, deviation^2) to (B, F) in training; the identity in evaluation."""
 
     def __init__(self, deviation: float) -> None:
         super().__init__()
@@ -138,7 +137,7 @@ def discriminator(inputs: int, noise: float) -> nn.Sequential:
 
 
 class Autoencoder(nn.Module):
-    """Class vectors (B, S) -> codes (B, M) -> class vectors: one layer each way."""
+    """Class embeddings (B, S) -> codes (B, M) -> class embeddings: one layer each."""
 
     def __init__(self, words: int, codes: int, decoder: str) -> None:
         super().__init__()
@@ -159,28 +158,29 @@ class Autoencoder(nn.Module):
 def column_sparsity(weight_MS: Tensor, batch: int) -> Tensor:
     """l2,1 norm of the encoder's weight over the batch size: sum over columns j of |W_j|_2 / B.
 
-    A column belongs to one entry of the class vector, so this switches off entries that do not help. The released code
-    divides by the batch; so that ranks do not change the sum, `batch` is to be the rows of all ranks.
+    A column belongs to one dimension of the class embedding, so this disables dimensions that do not help. The released
+    code divides by the batch size; `batch` must be the rows of all ranks, so that the number of ranks has no effect.
     """
     norm_S: Tensor = torch.linalg.vector_norm(weight_MS, dim=0)
     return norm_S.sum() / batch
 
 
 def soft_label(logit_B1: Tensor, real: bool) -> Tensor:
-    """A label a row, drawn anew at each call: U(0.7, 1) for real, U(0, 0.3) for fake. Released."""
+    """One label per row, sampled at each call: U(0.7, 1) for real, U(0, 0.3) for fake. Released."""
     low, high = (0.7, 1.0) if real else (0.0, 0.3)
     return torch.empty_like(logit_B1).uniform_(low, high)
 
 
 def least_squares(logit_B1: Tensor, real: bool) -> Tensor:
-    """mean (o - t)^2 with soft labels t. Released, in place of the paper's logarithms."""
+    """mean (o - t)^2 with soft labels t. Released, instead of the paper's logarithms."""
     return functional.mse_loss(logit_B1, soft_label(logit_B1, real))
 
 
 def logistic(logit_B1: Tensor, real: bool) -> Tensor:
     """-mean log sigmoid(o) for real, -mean log (1 - sigmoid(o)) for fake. Recalled as the paper's form.
 
-    Generators minimise the first on their fakes, which has the gradient that the paper's minimax form lacks early on.
+    Generators minimize the first on their fakes (non-saturating), since the paper's minimax form has almost no gradient
+    early in training.
     """
     return functional.softplus(-logit_B1 if real else logit_B1).mean()
 
@@ -190,13 +190,13 @@ def logistic(logit_B1: Tensor, real: bool) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """One forward pass of everything that the phases share. All carry gradient to the parts that made them.
+    """The forward pass that the phases share. All fields have a gradient to the networks that computed them.
 
-    `code` is the encoder's own output; every other field is made from its detached copy, so no generator or
-    discriminator term reaches the autoencoder.
+    `code` is the encoder's own output; every other field is computed from its detached copy, so no generator or
+    discriminator loss has a gradient for the autoencoder.
     """
 
-    sketch_BX: Tensor  # what the generators saw: the features after feature dropout, also the targets of cycles
+    sketch_BX: Tensor  # input of the generators, after feature dropout; also target of the cycle loss
     photo_BY: Tensor
     code_BM: Tensor
     sketch_code_BM: Tensor  # G_sketch(sketch)
@@ -212,7 +212,8 @@ class Passes:
 class SemPcyc(Model):
     """SEM-PCYC on extracted features; embeddings are (B, 1, M).
 
-    All terms are means over the batch, and batch normalisation is over all ranks: 2 ranks of B rows equal 1 of 2B.
+    All losses are means over the batch, and batch norm is synchronized over ranks: 2 ranks with B rows each are
+    equivalent to 1 rank with 2B rows.
     """
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
@@ -249,7 +250,7 @@ class SemPcyc(Model):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Autoencoder, generators, discriminators, all on the pass made before any of them moved. Released."""
+        """Autoencoder, generators, discriminators, all on one forward pass, before any is updated. Released."""
         return (
             Phase("autoencoder", "autoencoder", self.autoencoder_terms),
             Phase("generators", "generators", self.generator_terms),
@@ -257,7 +258,7 @@ class SemPcyc(Model):
         )
 
     def shared(self, batch: Batch) -> Passes:
-        """The pass that all three phases use."""
+        """The forward pass that all three phases use."""
         sketch_BX = functional.dropout(batch.sketch, self.config.feature_dropout, self.training)
         photo_BY = functional.dropout(batch.photo, self.config.feature_dropout, self.training)
         code_BM = self.autoencoder.encode(self.word(batch))
@@ -279,7 +280,7 @@ class SemPcyc(Model):
         )
 
     def word(self, batch: Batch) -> Tensor:
-        """Class vectors (B, S) as the autoencoder eats them."""
+        """Class embeddings (B, S), the input of the autoencoder."""
         return functional.normalize(batch.word) if self.config.words == "unit" else batch.word
 
     def autoencoder_terms(self, batch: Batch, passes: Passes) -> Terms:
@@ -291,7 +292,7 @@ class SemPcyc(Model):
         }
 
     def generator_terms(self, batch: Batch, passes: Passes) -> Terms:
-        """Adversarial + cycle + classification + regression, each family under its weight. Per sample."""
+        """Adversarial + cycle + classification + regression, each times its weight. Per sample."""
         c = self.config
         families = {
             "adversarial": (c.adversarial_weight, self.adversarial(passes)),
@@ -306,7 +307,7 @@ class SemPcyc(Model):
         }
 
     def judge(self, space: str, values: Tensor, real: bool) -> Tensor:
-        """l(D(values), real): the loss of the space's discriminator if `values` (B, M or F) are to pass for `real`."""
+        """l(D(values), real): the loss of the space's discriminator on `values` (B, M or F) with the label `real`."""
         compare = least_squares if self.config.gan == "lsgan-soft" else logistic
         return compare(self.discriminators[space](values), real)
 
@@ -320,7 +321,7 @@ class SemPcyc(Model):
         }
 
     def cycle(self, passes: Passes) -> Terms:
-        """lambda * mean absolute error of F(G(x)) against x, F(G(y)) against y, and G(F(e)) against e twice."""
+        """lambda * mean absolute error of F(G(x)) and x, F(G(y)) and y, and twice of G(F(e)) and e."""
         c = self.config
         target_BM = passes.code_BM.detach()
         return {
@@ -334,7 +335,7 @@ class SemPcyc(Model):
         }
 
     def classification(self, passes: Passes, label_B: Tensor) -> Terms:
-        """lambda * cross entropy of C_se(G y) and C_se(G x), of C_sk(F e), of C_im(F e) against the class."""
+        """lambda * cross entropy of C_se(G y) and C_se(G x), of C_sk(F e), and of C_im(F e), with the class label."""
         c = self.config
 
         def entropy(space: str, values: Tensor) -> Tensor:
@@ -348,7 +349,7 @@ class SemPcyc(Model):
         }
 
     def regression(self, passes: Passes) -> Terms:
-        """lambda * squared errors: twice G y against G x, with gradient into both; F e against x; F e against y.
+        """lambda * squared error: twice of G y and G x, with gradient into both; of F e and x; of F e and y.
 
         In the released code; not in the paper as recalled.
         """
@@ -378,5 +379,5 @@ class SemPcyc(Model):
         }
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """G of the modality, as a single part."""
+        """The output of the modality's G, one vector per item."""
         return cast(Tensor, self.to_code[modality](features)).unsqueeze(1)

@@ -1,19 +1,19 @@
-"""SketchGCN: encoders taught by a graph convolution over the class vectors of the batch.
+"""SketchGCN: encoders trained to match a graph convolution over the class embeddings of the batch.
 
 Z. Zhang, Y. Zhang, R. Feng, T. Zhang, W. Fan, "Zero-Shot Sketch-Based Image Retrieval via Graph Convolution Network",
 AAAI 2020.
 
-Two encoders bring sketch and photo into one space. A graph network sees each pair of a batch beside its class vector,
-mixes pairs whose classes are close, and its outputs are what the encoders have to reach. A classifier keeps the space
-discriminative, and a conditional autoencoder has to generate the class vector from either embedding. Retrieval uses the
-encoders alone: at test neither pair nor class is known, and an embedding must not depend on its batch.
+Two encoders map sketch and photo into one space. A graph network takes each pair of a batch with its class embedding
+and mixes pairs of similar classes; its outputs are the regression targets of the encoders. A classifier keeps the space
+discriminative, and a conditional autoencoder must generate the class embedding from either embedding. Retrieval uses
+only the encoders: at test time neither pairs nor classes are known, and an embedding must not depend on its batch.
 
-The full text was not to be had and no code is public, so this is our reconstruction. Where a point comes from is said
-in words: "abstract" is the paper's, with the caption of its figure; "survey" a survey's account of it; "ZSIH" the
-released code of its ancestor (Shen et al., CVPR 2018), which has the same skeleton; "ours" a decision of this project.
-The sizes are ours. Features are extracted beforehand, in the place of the paper's VGG-16 with attention.
+Neither the full paper nor code was available, so this is our reconstruction. Sources: "abstract" is the paper's, with
+the caption of its figure; "survey" a survey's account of it; "ZSIH" the released code of its predecessor (Shen et al.,
+CVPR 2018), which has the same architecture; "ours" a decision of this project. The sizes are ours. Extracted features
+replace the paper's VGG-16 with attention.
 
-Shapes: B batch, F feature, D embedding, S class vector, Z latent, G rows of all ranks.
+Shapes: B batch, F feature, D embedding, S class embedding, Z latent, G rows of all ranks.
 """
 
 import logging
@@ -43,20 +43,20 @@ class Config(ModelConfig):
     Attributes:
         dim: D, width of an embedding. 300 in later papers' tables.
         hidden: width of the hidden layer of encoders and graph network.
-        start: whether both encoders begin with the same weights, as can be where the features of both modalities are
-            of one width, or apart. Ours.
+        start: same: both encoders start with the same weights, if the features of both modalities have the same width;
+            apart: with different ones. Ours.
         latent, latent_hidden: Z and the hidden width of the conditional autoencoder.
-        dropout: in the hidden layers of encoders and graph network.
-        words: class vectors scaled to unit length, or as given: in the graph, in its nodes and in the autoencoder. The
-            temperature depends on it: between vectors as given, of squared distances around 9, weights vanish.
-        temperature: t of the affinity exp(-|s_i - s_j|^2 / t). ZSIH has 0.1, at which, between unit vectors, only pairs
-            of one class mix; at 1 all classes do. The default lets near classes mix (ours).
-        node_semantics: whether a node holds the class vector beside both embeddings, or both embeddings only, the
-            class then entering through the graph alone. Which one the paper has is not known.
-        detach_target: hold the graph's outputs constant in the feature loss, as ZSIH does.
-        feature_weight, classification_weight, semantic_weight: of the three losses. Theirs are not known. The feature
-            loss is a sum over D: at a weight of 1 classification stands still until that sum has fallen.
-        beta, beta_epochs: weight of the Kullback-Leibler term within the semantic loss, and its warm-up.
+        dropout: dropout in the hidden layers of encoders and graph network.
+        words: class embeddings at unit length, or as given: in the graph, in its nodes and in the autoencoder. The
+            temperature depends on it: class embeddings as given, with squared distances around 9, have no affinity.
+        temperature: t of the affinity exp(-|s_i - s_j|^2 / t). ZSIH has 0.1, at which, with unit vectors, only pairs of
+            the same class are mixed; at 1 all classes are. The default mixes similar classes (ours).
+        node_semantics: whether a node has the class embedding in addition to both embeddings. Otherwise the class is
+            used only in the graph. Which of these the paper has is not known.
+        detach_target: stop the gradient through the graph's outputs in the feature loss, as ZSIH does.
+        feature_weight, classification_weight, semantic_weight: weights of the three losses. The paper's are not known.
+            The feature loss is a sum over D: at a weight of 1, classification does not improve until it has decreased.
+        beta, beta_epochs: weight of the Kullback-Leibler loss within the semantic loss, and its warm-up.
         lr: of Adam.
     """
 
@@ -78,7 +78,7 @@ class Config(ModelConfig):
     lr: PositiveFloat = 1e-3
 
 
-# the ancestor's temperature, constant target and rate
+# ZSIH's temperature, constant target and learning rate
 ZSIH: Final = Config(temperature=0.1, detach_target=True, feature_weight=1.0, lr=5e-4)
 PRESETS: Final[Mapping[str, Config]] = {"zsih": ZSIH}
 SMALL: Final = {"dim": 6, "hidden": 8, "latent": 4, "latent_hidden": 8}
@@ -87,7 +87,7 @@ SMALL: Final = {"dim": 6, "hidden": 8, "latent": 4, "latent_hidden": 8}
 
 
 def affinity(word_GS: Tensor, temperature: float) -> Tensor:
-    """a_ij = exp(-|s_i - s_j|^2 / t), (G, G); 1 within a class and on the diagonal, which loops each node. Survey."""
+    """a_ij = exp(-|s_i - s_j|^2 / t), (G, G); 1 within a class and on the diagonal (self-loops). Survey."""
     return torch.exp(squared_distances(word_GS, word_GS) / -temperature)
 
 
@@ -108,7 +108,7 @@ def encoder(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequen
 class GraphNetwork(nn.Module):
     """Two graph convolutions H' = sigma(A (H W + b)) over nodes (G, .) -> (G, D), the second one linear.
 
-    The bias is added before propagation, as in ZSIH's own release.
+    The bias is added before propagation, as in ZSIH's released code.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, dropout: float) -> None:
@@ -123,7 +123,7 @@ class GraphNetwork(nn.Module):
 
 
 class Generator(nn.Module):
-    """Conditional variational autoencoder of class vectors (B, S), given an embedding (B, D) of sketch or photo."""
+    """Conditional variational autoencoder of class embeddings (B, S), given an embedding (B, D) of sketch or photo."""
 
     def __init__(self, words: int, condition: int, hidden: int, latent: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Generator(nn.Module):
         return self.mean(hidden), self.log_var(hidden)
 
     def decode(self, latent_BZ: Tensor, embedding_BD: Tensor) -> Tensor:
-        """The class vector (B, S) that p(s | z, v) expects."""
+        """The mean class embedding (B, S) of p(s | z, v)."""
         return cast(Tensor, self.decoder(torch.cat([latent_BZ, embedding_BD], 1)))
 
 
@@ -154,10 +154,10 @@ def squared_error(made: Tensor, target: Tensor) -> Tensor:
 
 
 class SketchGcn(Model):
-    """SketchGCN on extracted features; embeddings are (B, 1, D), those of the encoders.
+    """SketchGCN on extracted features; embeddings are (B, 1, D), the outputs of the encoders.
 
-    The graph holds the rows of all ranks, so all terms that it enters are batch-coupled; but for dropout and latent
-    noise, which each rank draws for itself, 2 ranks of B rows equal 1 of 2B.
+    The graph has the rows of all ranks, so all losses that use it are batch-dependent; except for dropout and latent
+    noise, which each rank samples itself, 2 ranks with B rows each are equivalent to 1 rank with 2B rows.
     """
 
     def __init__(self, config: Config, inputs: Inputs) -> None:
@@ -188,14 +188,14 @@ class SketchGcn(Model):
         return (Phase("all", "all", self.terms),)
 
     def words(self, word_BS: Tensor) -> Tensor:
-        """Class vectors (B, S) as the graph, its nodes and the autoencoder take them."""
+        """Class embeddings (B, S) as used in the graph, its nodes and the autoencoder."""
         return functional.normalize(word_BS) if self.config.words == "unit" else word_BS
 
     def begin(self, word: Tensor) -> None:
-        """Log how much of a row of the graph lies on other classes, were there a pair of each: 0 is no graph at all."""
+        """Log the fraction of a node's graph weights on other classes, for one pair per class; 0 is no mixing."""
         graph_NN = normalised(affinity(self.words(word), self.config.temperature))
         other_N = 1.0 - graph_NN.diagonal() / graph_NN.sum(1)
-        logger.info("a pair of each class: %.3f of a node's graph weights lie on other classes", float(other_N.mean()))
+        logger.info("graph with one pair per class: fraction of weights on other classes %.3f", float(other_N.mean()))
 
     def terms(self, batch: Batch, _: Shared) -> Terms:
         """feature_weight L_feat + classification_weight L_cls + semantic_weight L_sem (three losses: abstract)."""
@@ -209,7 +209,7 @@ class SketchGcn(Model):
         }
 
     def relate(self, embedded: Mapping[str, Tensor], word_BS: Tensor) -> Tensor:
-        """The graph network's outputs (B, D) for this rank's pairs, in the graph of the pairs of all ranks."""
+        """The graph network's outputs (B, D) for this rank's pairs, in the graph of all ranks' pairs."""
         parts = [embedded[m] for m in MODALITIES] + ([word_BS] if self.config.node_semantics else [])
         node = gather_over_ranks(torch.cat(parts, 1))
         graph_GG = normalised(affinity(gather_over_ranks(word_BS), self.config.temperature))
@@ -217,12 +217,12 @@ class SketchGcn(Model):
         return cast(Tensor, self.graph(node, graph_GG))[first : first + len(word_BS)]
 
     def feature_loss(self, embedded: Mapping[str, Tensor], related_BD: Tensor) -> Tensor:
-        """|e_sketch - g|^2 + |e_photo - g|^2. That the loss is a regression is ours, after ZSIH."""
+        """|e_sketch - g|^2 + |e_photo - g|^2. The regression loss is ours, after ZSIH."""
         target_BD = related_BD.detach() if self.config.detach_target else related_BD
         return squared_error(embedded["sketch"], target_BD) + squared_error(embedded["photo"], target_BD)
 
     def classification(self, embedded: Mapping[str, Tensor], label_B: Tensor) -> Terms:
-        """Cross entropy of one classifier on either embedding and on the graph's outputs."""
+        """Cross entropy of one classifier on both embeddings and on the graph's outputs."""
         weight = self.config.classification_weight
         return {
             f"classification_{name}": weight * functional.cross_entropy(self.classifier(values), label_B)
@@ -230,7 +230,7 @@ class SketchGcn(Model):
         }
 
     def semantics(self, embedded: Mapping[str, Tensor], word_BS: Tensor, epoch: float) -> Terms:
-        """|s - p(s | z, v)|^2 + beta KL(q(z | s, v) || N(0, 1)), summed over v = either embedding."""
+        """|s - p(s | z, v)|^2 + beta KL(q(z | s, v) || N(0, 1)), summed over both embeddings v."""
         c = self.config
         beta = c.beta * warm_up(epoch, 0.0, c.beta_epochs)
         error, divergence = word_BS.new_zeros(()), word_BS.new_zeros(())
@@ -242,5 +242,5 @@ class SketchGcn(Model):
         return {"reconstruction": c.semantic_weight * error, "divergence": c.semantic_weight * beta * divergence}
 
     def embed(self, modality: str, features: Tensor) -> Tensor:
-        """The encoder of the modality, as a single part."""
+        """The output of the modality's encoder, one vector per item."""
         return cast(Tensor, self.encoders[modality](features)).unsqueeze(1)

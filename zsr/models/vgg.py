@@ -1,12 +1,12 @@
-"""VGG-16 and VGG-19, with and without batch norm, and Doodle2Search's attention over positions.
+"""VGG-16 and VGG-19, with and without batch norm, and Doodle2Search's spatial attention.
 
 K. Simonyan, A. Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
 
-Layers and names of parameters are torchvision's, so that its weights files load. Published numbers of parameters, with
+Layers and parameter names are torchvision's, so that its weights files load. Published numbers of parameters, with
 1000 classes: VGG-16 138,357,544 and with batch norm 138,365,992; VGG-19 143,667,240.
 
 Doodle2Search's encoder (released code) is VGG-16 with batch norm up to fc7 and `nn.Linear(4096, 256)`: 135,317,824
-parameters. Its attention, off unless asked for, is 195,321 more.
+parameters. Its attention, off by default, adds 195,321.
 
 Shapes: B batch, H x W pixels, h x w positions (H / 32 and W / 32, rounded down), F features.
 """
@@ -22,8 +22,8 @@ Layer = Literal["conv", "fc6", "fc7", "logits"]
 
 CHANNELS: Final = (64, 128, 256, 512, 512)
 CONVOLUTIONS: Final = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}  # of each block
-POSITIONS: Final = 7  # a side of the map that the classifier sees
-# from linear layer to linear layer, up to each output
+POSITIONS: Final = 7  # side of the feature map that is input to the classifier
+# widths of the linear layers up to each output
 WIDTHS: Final[dict[Layer, tuple[int, ...]]] = {
     "conv": (512,),
     "fc6": (512 * POSITIONS**2, 4096),
@@ -33,7 +33,7 @@ WIDTHS: Final[dict[Layer, tuple[int, ...]]] = {
 
 
 def trunk(depth: Depth, batch_norm: bool) -> nn.Sequential:
-    """Images (B, 3, H, W) -> maps (B, 512, h, w): five blocks of 3 x 3 convolutions, each halved by a maximum."""
+    """Images (B, 3, H, W) -> feature maps (B, 512, h, w): five blocks of 3 x 3 convolutions and 2 x 2 max pooling."""
     layers: list[nn.Module] = []
     inputs = 3
     for outputs, count in zip(CHANNELS, CONVOLUTIONS[depth], strict=True):
@@ -48,7 +48,7 @@ def trunk(depth: Depth, batch_norm: bool) -> nn.Sequential:
 def classifier(layer: Layer) -> nn.Sequential:
     """Maps (B, 512 * 7 * 7) -> features (B, F): linear layers, with ReLU and dropout of 0.5 after each hidden one.
 
-    There is no dropout at the end: what stands on the features brings its own.
+    There is no dropout at the end: models that use the features apply their own.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(WIDTHS[layer]):
@@ -59,7 +59,7 @@ def classifier(layer: Layer) -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """x + x * m, where m is one softmax over all positions of conv(conv(x)), of 1 x 1, 512 -> 380 -> 1.
+    """x + x * m, where m is a softmax over all positions of conv(conv(x)), 1 x 1 convolutions 512 -> 380 -> 1.
 
     As in Doodle2Search's released code, which has no non-linearity between the two. m sums to 1 over an image.
     """
@@ -76,10 +76,10 @@ class Attention(nn.Module):
 
 
 class VGG(nn.Module):
-    """The network up to one of its layers; what comes later is not built.
+    """The network up to one of its layers; later layers are not built.
 
     Args:
-        layer: `fc6` or `fc7`, 4096-d and not negative (after the ReLU); `conv`, 512-d, the mean over positions of the
+        layer: `fc6` or `fc7`, 4096-d and non-negative (after the ReLU); `conv`, 512-d, the average-pooled output of the
             last block; `logits`, 1000-d.
         attention: Doodle2Search's, between convolutions and classifier.
     """
@@ -88,11 +88,11 @@ class VGG(nn.Module):
         super().__init__()
         self.features = trunk(depth, batch_norm)
         self.attention: nn.Module = Attention() if attention else nn.Identity()
-        self.pool = nn.AdaptiveAvgPool2d(1 if layer == "conv" else POSITIONS)  # as it is, at 224 pixels
+        self.pool = nn.AdaptiveAvgPool2d(1 if layer == "conv" else POSITIONS)  # 7 x 7 is the identity at 224 pixels
         self.classifier = classifier(layer)
         self.dim = WIDTHS[layer][-1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W), H and W at least 32 -> features (B, F)."""
+        """Normalized images (B, 3, H, W), H and W at least 32 -> features (B, F)."""
         features: Tensor = self.classifier(self.pool(self.attention(self.features(images))).flatten(1))
         return features

@@ -1,4 +1,4 @@
-"""Class vectors as a model takes them. Shapes: N trained classes, B rows, S class vector."""
+"""Scaling of class embeddings. Shapes: N trained classes, B rows, S class embedding."""
 
 from typing import Final, Literal
 
@@ -8,17 +8,17 @@ from torch.nn import functional
 
 from zsr.models.layers import Scale
 
-SOFT: Final = 1e-3  # what Scale adds to every divisor: small class vectors would lose their size to it
+SOFT: Final = 1e-3  # Scale adds this to every divisor; subtracted below, since it would shrink small class embeddings
 WordScaling = Literal["given", "unit", "standard", "minmax"]
 
 
 class Words(nn.Module):
-    """Class vectors (B, S) as given, at unit length, standard, or in [0, 1].
+    """Scales class embeddings (B, S): as given, to unit length, standard, or to [0, 1].
 
-    standard: less the mean of the trained classes, over the root mean square of all that is left. It is one number for
-    all entries, so angles about that mean stay what they are.
-    minmax: each entry from 0 to 1 over the trained classes; other classes may lie outside.
-    Both are fitted on the trained classes, and are the identity until then.
+    standard: subtract the mean of the trained classes, divide by the root mean square of all centered entries. The
+    divisor is one number for all dimensions, so angles about the mean are preserved.
+    minmax: each dimension to [0, 1] over the trained classes; other classes may be outside.
+    Both are fitted on the trained classes, and are the identity before.
     """
 
     def __init__(self, kind: WordScaling, dim: int) -> None:
@@ -28,7 +28,7 @@ class Words(nn.Module):
 
     @torch.no_grad()
     def fit(self, word_NS: Tensor) -> None:
-        """Take the constants from the vectors of the trained classes."""
+        """Fit the constants to the embeddings of the trained classes."""
         if self.kind == "standard":
             mean_S = word_NS.mean(0)
             size = (word_NS - mean_S).square().mean().sqrt()

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, no pickle.
 
-A checkpoint artifact holds `model.safetensors` (the chosen weights) and, where the run kept all, one
-`steps/NNNNNNNN.safetensors` an epoch; its config says which model with which options and sizes, its facts which classes
-it saw and how its embeddings compare. While a run is on, its states lie in the staging area of the same plan.
+A checkpoint artifact holds `model.safetensors` (the chosen weights) and, if the run kept all, one
+`steps/NNNNNNNN.safetensors` per epoch. Its config has the model with its options and input sizes, its facts the classes
+that it saw and the metric that compares its embeddings. During a run, its states are in the staging area of the same
+plan.
 """
 
 import json
@@ -22,12 +23,12 @@ from zsr.models.protocol import Embedder, Inputs
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers on the CPU, contiguous and unshared, as safetensors wants them."""
+    """Parameters and buffers on the CPU, contiguous and without shared storage, as safetensors requires."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
 
 
 def parse(data: bytes, where: str) -> dict[str, Tensor]:
-    """Tensors of safetensors bytes. Raises DamagedArtifact if they are none."""
+    """Read tensors from safetensors bytes. Raises DamagedArtifact if they cannot be read."""
     try:
         return load(data)
     except Exception as error:  # SafetensorError has no public base class
@@ -35,14 +36,14 @@ def parse(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def open_model(checkpoint: Artifact, name: str = "model.safetensors") -> Embedder:
-    """The model of a checkpoint, in eval mode on the CPU.
+    """Load the model of a checkpoint, in eval mode on the CPU.
 
     Args:
-        name: which weights; `steps/...` for those of one epoch.
+        name: the weights file; `steps/...` for those of one epoch.
 
     Raises:
-        DamagedArtifact: bytes or tensors are not what the manifest and the model say.
-        ConfigError: a model or option that this version does not know.
+        DamagedArtifact: bytes or tensors do not match the manifest or the model.
+        ConfigError: a model or option that is unknown to this version.
     """
     config = checkpoint.config
     model = build(str(config["model"]), config["options"], Inputs.model_validate(config["inputs"]))
@@ -58,11 +59,11 @@ def open_model(checkpoint: Artifact, name: str = "model.safetensors") -> Embedde
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `step` steps.
+    """Progress of a run after `step` steps.
 
     Attributes:
-        history: (step, validation score) of every epoch; the score is None where no class is held out.
-        best_step: the step with the highest score, or the last one where there are no scores.
+        history: (step, validation score) of every epoch; the score is None if no class is held out.
+        best_step: the step with the highest score, or the last one if there are no scores.
     """
 
     step: int = 0
@@ -70,13 +71,13 @@ class Progress:
     best_step: int = 0
 
     def after(self, step: int, score: float | None) -> "Progress":
-        """The progress with one more epoch; the earlier of equal scores stays the best."""
+        """The progress with one more epoch; of equal scores the earlier one is the best."""
         history = (*self.history, (step, score))
         scored = [(value, -at) for at, value in history if value is not None]
         return Progress(step, history, -max(scored)[1] if scored else step)
 
     def kept(self, keep: str) -> set[int]:
-        """The steps whose weights are kept: of the best epoch, of all, or of a number of the best."""
+        """The steps whose weights are kept: that of the best epoch, all, or those of the N best epochs."""
         if keep == "best":
             return {self.best_step}
         most = len(self.history) if keep == "all" else int(keep)
@@ -91,7 +92,7 @@ class Progress:
 def save_progress(
     staging: Staging, progress: Progress, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: str
 ) -> None:
-    """Stage the state after an epoch: weights, then the state that refers to them; old ones are dropped after that."""
+    """Stage the state after an epoch: weights, then the state that refers to them; then delete old ones."""
     kept = {f"steps/{step:08d}.safetensors" for step in progress.kept(keep)}
     weights, newest = f"steps/{progress.step:08d}.safetensors", f"state/{progress.step:08d}.safetensors"
     scratch = keep == "best"
@@ -111,7 +112,7 @@ def save_progress(
 
 
 class Writer:
-    """Writes one state at a time behind the steps' back, in the order given; on leaving it, all is on disk."""
+    """Writes states asynchronously, one at a time and in order; on exit all are on disk."""
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -119,27 +120,27 @@ class Writer:
         return self
 
     def write(self, save: Callable[[], None]) -> None:
-        """Start `save` once the one before is done. Raises what that one raised."""
+        """Start `save` once the previous one is done. Raises what the previous one raised."""
         if self._last is not None:
             self._last.result()
         self._last = self._pool.submit(save)
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """Raise what the last `save` raised, unless another error is on its way."""
+        """Raise what the last `save` raised, unless another exception is propagating."""
         self._pool.shutdown(wait=True)
         if self._last is not None and error is None:
             self._last.result()
 
 
 def staged_step(staging: Staging) -> int:
-    """The step of the newest staged state, by its receipt; 0 where there is none."""
+    """The step of the newest staged state, by its receipt; 0 if there is none."""
     names = [name for name in staging.pieces(scratch=True) if name.startswith("state/")]
     entries = [staging.finished(name, scratch=True) for name in names]
     return max((int(entry.facts["step"]) for entry in entries if entry is not None), default=0)
 
 
 def last_progress(staging: Staging) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]] | None:
-    """The newest staged state that is whole, or None: (progress, model tensors, optimizer tensors)."""
+    """The newest staged state that is complete, or None: (progress, model tensors, optimizer tensors)."""
     names = [name for name in staging.pieces(scratch=True) if name.startswith("state/")]
     for name in reversed(names):
         entry = staging.finished(name, scratch=True)
@@ -160,14 +161,14 @@ def last_progress(staging: Staging) -> tuple[Progress, dict[str, Tensor], dict[s
 
 
 def seal(staging: Staging, keep: str, facts: Mapping[str, Any]) -> Artifact:
-    """Put the best weights under a manifest.
+    """Seal the best weights as an artifact with a manifest.
 
     Raises:
         ConfigError: the run finished no epoch.
     """
     found = last_progress(staging)
     if found is None:
-        raise ConfigError(f"{staging.directory}: no finished epoch to make a checkpoint of")
+        raise ConfigError(f"{staging.directory}: no finished epoch to make a checkpoint from")
     progress = found[0]
     best = staging.read(f"steps/{progress.best_step:08d}.safetensors", scratch=keep == "best")
     staging.write("model.safetensors", best)
@@ -177,13 +178,13 @@ def seal(staging: Staging, keep: str, facts: Mapping[str, Any]) -> Artifact:
 
 
 def describe(model: Embedder) -> str:
-    """One line on the size of a model."""
+    """One line with the size of a model."""
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{parameters:,} parameters, {trained:,} of them trained, {model.dim}-d embeddings"
 
 
 def canonical_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as plain JSON values, tuples as lists, so that a plan made from flags equals one read from a manifest."""
+    """Options as plain JSON values, tuples as lists, so that a plan from flags equals one read from a manifest."""
     plain: dict[str, Any] = json.loads(canonical(dict(options)))
     return plain

@@ -1,4 +1,4 @@
-"""What shapes a training run. Everything here enters the checkpoint's manifest."""
+"""Training settings. Every field is recorded in the checkpoint's manifest."""
 
 from typing import Annotated, Literal
 
@@ -11,7 +11,7 @@ SearcherName = Literal["random", "optuna"]  # of a sweep
 
 
 def worker_range(count: int | str) -> int | str:
-    """A number of workers as it is, 0 for this process, or `LEAST:MOST` in its one spelling."""
+    """Normalize a number of workers, 0 for this process, or a range `MIN:MAX`."""
     if isinstance(count, int):
         least, most = count, count
     else:
@@ -22,45 +22,47 @@ def worker_range(count: int | str) -> int | str:
     if least == most == 0:
         return 0
     if not 1 <= least <= most:
-        raise ValueError(f"{count} workers; the least must be at least 1, and the most not below the least")
+        raise ValueError(f"{count} workers; the minimum must be at least 1, and the maximum at least the minimum")
     return least if least == most else f"{least}:{most}"
 
 
 def not_one(count: int) -> int:
-    """`count`; a single class would make every ranking perfect."""
+    """Return `count`, which must not be 1: with a single class every ranking would be perfect."""
     if count == 1:
-        raise ValueError("one validation class cannot be ranked wrong; hold out 0, or at least 2")
+        raise ValueError("a single validation class makes every ranking perfect; hold out 0, or at least 2")
     return count
 
 
 class TrainSettings(BaseModel):
-    """Settings of a run, whatever the model.
+    """Settings of a training run, for any model.
 
     Attributes:
-        epochs: at most this many; early stopping may end the run sooner.
-        steps_per_epoch: batches an epoch. SEM-PCYC's released code calls 100 batches an epoch; validation follows each.
-        batch_size: rows a worker and step.
-        accumulate: so many times `batch_size` rows make a step of a worker. An image tower passes `batch_size` of them
-            at a time; the step is the one that all rows together would make.
-        patience: epochs without a better validation score before the run stops.
-        validation_classes: seen classes held out to choose the checkpoint, where the split names none. With 0 nothing
-            is chosen: the run goes to its last step, whose weights are kept.
-        refit: when the step (of a closed form: the setting) is chosen, train again from the start to that step with the
-            validation classes among the trained ones. The first checkpoint is published too.
-        paired: draw a sketch's own photo instead of any photo of its class; by default as the model's paper does.
-        augment: random crops and mirror images of pictures; only for models that eat pictures.
-        rows_per_class: feature rows of a class and modality that a worker holds; of more rows a seeded sample.
-        window: pictures of a class and modality that a step draws from; the window moves on by a batch a step, so that
-            all of them come by. A wider one shuffles better and reads more.
-        seed: of the split's validation draw, the initial weights, the batches and the noise.
-        keep_checkpoints: "best" keeps the chosen weights; "all" also those of every epoch, to report the peak; a number
-            those of so many epochs, the best ones, or the last ones where no class is held out.
-        num_workers: Ray Train workers; 0 trains in this process, which starts sooner than one worker and ends with the
-            same bits. Bits are reproducible at a fixed number. A range, such as 2:8, takes what the
-            cluster has, and goes on with fewer or more when that changes. A step has the rows that the most workers
-            would have, whatever the number (less a remainder that does not divide); results agree up to rounding and
-            noise.
-        threads: CPU threads a worker. Bits are reproducible at a fixed number.
+        epochs: maximum number of epochs; early stopping may end the run sooner.
+        steps_per_epoch: batches per epoch, 100 in SEM-PCYC's released code. The model is validated after each epoch.
+        batch_size: rows per worker and step; with `accumulate`, per worker and gradient accumulation step.
+        accumulate: gradient accumulation steps: a step uses `accumulate` x `batch_size` rows per worker, of which an
+            image tower processes `batch_size` at a time. The gradient is that of all rows in one batch.
+        patience: early stopping: epochs without a better validation score before the run stops.
+        validation_classes: number of seen classes to hold out for choosing the checkpoint, if the split names none.
+            With 0 the run trains to its last step and keeps those weights.
+        refit: once the best step (for closed-form models: the best setting) is chosen, retrain from scratch up to that
+            step on all seen classes, validation classes included. The first checkpoint is published too.
+        paired: sample the photo that belongs to the sketch instead of any photo of its class; by default as in the
+            model's paper.
+        augment: apply random crops and horizontal flips to images; only with an image tower.
+        rows_per_class: maximum number of feature rows per class and modality that a worker holds; of more rows, a
+            seeded random sample.
+        window: size of the shuffle buffer, in images per class and modality. It advances by one batch per step through
+            all images. A larger buffer shuffles better and reads more.
+        seed: random seed of the choice of validation classes, the initial weights, the batches and the noise.
+        keep_checkpoints: "best" keeps the chosen weights; "all" also those of every epoch, to report the oracle; a
+            number N those of the N best epochs, or of the last N if no class is held out.
+        num_workers: number of Ray Train workers; 0 trains in this process, which starts faster than one worker and
+            gives bit-identical results. Results are bit-reproducible at a fixed number. A range, such as 2:8, uses the
+            workers that the cluster has room for and continues with fewer or more when that changes; the global batch
+            is always that of the maximum number (less a remainder that does not divide), and results agree up to
+            rounding and noise.
+        threads: CPU threads per worker. Results are bit-reproducible at a fixed number.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,12 +85,15 @@ class TrainSettings(BaseModel):
 
     @property
     def workers(self) -> tuple[int, int]:
-        """The least and the most workers."""
+        """Minimum and maximum number of workers."""
         least, _, most = str(self.num_workers or 1).partition(":")
         return int(least), int(most or least)
 
     def rows(self, world: int) -> int:
-        """Rows of a step on each of `world` workers. Of a fixed number, whose bits are promised, always as many."""
+        """Rows per step on each of `world` workers.
+
+        With a fixed number of workers, where results are bit-reproducible, it does not depend on `world`.
+        """
         least, most = self.workers
         own = self.batch_size * self.accumulate
         return own if least == most else own * most // world

@@ -1,8 +1,8 @@
-"""One DeepSpeed engine a parameter group.
+"""One DeepSpeed engine per parameter group.
 
-DeepSpeed owns the step: it scales the loss, averages gradients over ranks, shards what its ZeRO stage shards and
-applies the group's own torch optimizer. The disk is ours: its checkpoint files are pickles, so states are taken out
-here as plain, whole tensors.
+DeepSpeed runs the step: it scales the loss, averages gradients over ranks, shards what its ZeRO stage shards and
+applies the group's own torch optimizer. Its checkpoint files are pickles and are not used; states are exported here as
+plain, unsharded tensors.
 """
 
 import copy
@@ -25,14 +25,14 @@ from zsr.errors import ConfigError
 from zsr.models.layers import world_size
 from zsr.models.protocol import Embedder, Group, Model, Phase, Terms
 from zsr.storage import read_text
-from zsr.training import accumulate
+from zsr.training import gradient_step
+from zsr.training.activation_checkpointing import recomputed
 from zsr.training.config import Precision, Stage
-from zsr.training.recompute import recomputed
-from zsr.training.zero import put_back, stage_of, whole_state
+from zsr.training.optimizer_state import put_back, stage_of, whole_state
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST: Final = "torch_autocast"  # DeepSpeed's section for computing in 16 bits with 32-bit weights
-SECTIONS: Final[Mapping[str, str]] = {  # that are read here, and an example of each
+SECTIONS: Final[Mapping[str, str]] = {  # sections read here, and an example of each
     "zero_optimization": "{stage: 2}",
     "fp16": "{enabled: false}",
     "bf16": "{enabled: false}",
@@ -41,29 +41,29 @@ SECTIONS: Final[Mapping[str, str]] = {  # that are read here, and an example of 
 
 
 def deepspeed_config(stage: Stage | None = None, precision: Precision | None = None) -> dict[str, Any]:
-    """The DeepSpeed settings: the file $ZSR_DEEPSPEED if set, else deepspeed.yaml of this package.
+    """Read the DeepSpeed settings from the file $ZSR_DEEPSPEED if set, else from deepspeed.yaml of this package.
 
     Args:
-        stage, precision: in place of the file's own.
+        stage, precision: override those of the file.
 
     Raises:
-        ConfigError: the file is missing, of another shape, or asks for what the checkpoints do not cover.
+        ConfigError: the file is missing, malformed, or enables a feature that checkpoints do not support.
     """
     default = Path(str(resources.files("zsr.training"))) / "deepspeed.yaml"
     path = Path(os.environ.get("ZSR_DEEPSPEED") or default)
     config = _read_config(path)
     if wrapped := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]:
         raise ConfigError(
-            f"{path}: section {wrapped[0]} keeps 16-bit weights beside 32-bit ones, which checkpoints do not cover; "
+            f"{path}: section {wrapped[0]} keeps 16-bit copies of the weights, which checkpoints do not support; "
             f"use --precision {wrapped[0]}, or section {AUTOCAST} with enabled and dtype"
         )
     zero = dict(config.get("zero_optimization", {}))
     if offloaded := [name for name in zero if name.startswith("offload_")]:
-        raise ConfigError(f"{path}: zero_optimization.{offloaded[0]} is not covered by the checkpoints; leave it out")
+        raise ConfigError(f"{path}: zero_optimization.{offloaded[0]} is not supported by checkpoints; remove it")
     zero["stage"] = zero.get("stage", 0) if stage is None else stage
     if zero["stage"] == 1 and zero.get("overlap_comm"):
         raise ConfigError(
-            f"{path}: overlap_comm loses accumulated gradients at ZeRO stage 1; leave it out, or use stage 2"
+            f"{path}: overlap_comm loses accumulated gradients at ZeRO stage 1; remove it, or use stage 2"
         )
     config["zero_optimization"] = zero
     if precision is not None:
@@ -74,7 +74,7 @@ def deepspeed_config(stage: Stage | None = None, precision: Precision | None = N
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """A file of DeepSpeed settings. Raises ConfigError where it is not a mapping whose sections are mappings."""
+    """Read a file of DeepSpeed settings. Raises ConfigError unless it is a mapping whose sections are mappings."""
     what = "the DeepSpeed settings of every engine"
     try:
         config = yaml.safe_load(read_text(path, "ZSR_DEEPSPEED"))
@@ -95,7 +95,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def precision_of(config: Mapping[str, Any]) -> Precision:
-    """What a DeepSpeed configuration computes in."""
+    """The compute precision of a DeepSpeed configuration."""
     section = config.get(AUTOCAST, {})
     if not section.get("enabled"):
         return "fp32"
@@ -103,34 +103,34 @@ def precision_of(config: Mapping[str, Any]) -> Precision:
 
 
 def refuse(model: type[Model], config: Mapping[str, Any], device: str, accumulate: int) -> None:
-    """Raise ConfigError, naming the way out, where a model, a ZeRO stage and a precision do not go together."""
+    """Raise ConfigError, with the fix, if a model, a ZeRO stage and a precision are incompatible."""
     name, precision = model.__name__, precision_of(config)
     if config["zero_optimization"]["stage"] == 3 and model.second_order:
         raise ConfigError(
-            f"{name} has a gradient penalty, whose second derivatives ZeRO stage 3 cannot take; use --zero-stage 2"
+            f"{name} has a gradient penalty, whose second derivatives ZeRO stage 3 does not support; use --zero-stage 2"
         )
     if config["zero_optimization"]["stage"] == 3 and accumulate > 1 and model.coupled:
         raise ConfigError(
-            f"{name} couples the rows of a batch, whose accumulation ZeRO stage 3 cannot take; use --zero-stage 2"
+            f"{name} has batch-dependent losses, whose accumulation ZeRO stage 3 does not support; use --zero-stage 2"
         )
     if precision == "fp16" and device == "cpu":
-        raise ConfigError("fp16 trains on GPUs only; on CPUs take --precision bf16 or fp32")
+        raise ConfigError("fp16 requires a GPU; on CPUs use --precision bf16 or fp32")
     if precision == "fp16" and accumulate > 1 and model.coupled:
         raise ConfigError(
-            f"{name} couples the rows of a batch, and its accumulation hands scaled gradients on; with --accumulate "
-            "take --precision bf16"
+            f"{name} has batch-dependent losses, whose accumulation does not support fp16 loss scaling; with "
+            "--accumulate use --precision bf16"
         )
 
 
 def init_distributed(backend: str) -> None:
-    """Hand the process group that Ray Train made to DeepSpeed."""
+    """Initialize DeepSpeed on the process group that Ray Train created."""
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
     with _unheard():
-        import deepspeed  # late: it probes the machine when it is imported, with a compiler that complains
+        import deepspeed  # late: importing it probes the hardware, with a compiler that complains
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # its shared-memory collectives would be compiled for over a minute at the first call; gloo does the same work
+    # compiling its shared-memory collectives would take over a minute at the first call; gloo does the same work
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
@@ -158,18 +158,18 @@ def leave_distributed() -> None:
 
 
 class Engines:
-    """The engines of a model, by group name.
+    """The DeepSpeed engines of a model, by group name.
 
-    The model's weights are to be in place: engines shard, and broadcast from rank 0, what they find.
+    Load the model's weights first: engines shard the weights that they are given, and broadcast them from rank 0.
 
     Args:
-        batch_size: rows that an image tower, or a model of per-sample terms, passes at a time. A batch may have more:
-            then its pieces are accumulated (see `accumulate`).
-        config: of `deepspeed_config`.
-        recompute: forget an image tower's activations in the forward pass, and make them again for the backward pass.
+        batch_size: micro-batch size: rows that an image tower, or a model with per-sample losses, processes at a time.
+            Gradients of larger batches are accumulated (see `gradient_step`).
+        config: from `deepspeed_config`.
+        recompute: activation checkpointing of the image tower.
 
     Raises:
-        ConfigError: an image tower whose blocks cannot be told apart, under `recompute`.
+        ConfigError: `recompute` with an image tower that has no list of blocks.
     """
 
     def __init__(self, model: Model, batch_size: int, config: Mapping[str, Any], *, recompute: bool = False) -> None:
@@ -182,11 +182,11 @@ class Engines:
         self.stage = int(config["zero_optimization"]["stage"])
         self.device = next(model.parameters()).device.type
         self.dtype = DTYPES.get(precision_of(config))
-        # nobody to average with, nothing to shard and no loss to scale
+        # no gradients to average, nothing to shard and no loss to scale
         self.alone = self.stage == 0 and world_size() == 1 and self.dtype is not torch.float16
         tower = model.inputs.tower
         self.tower_trains = tower is not None and tower.rate > 0
-        # validation wants whole weights on one rank, and stage 3 leaves it a part of each
+        # validation on rank 0 requires unsharded weights, and at stage 3 each rank holds only a shard
         self.spare = copy.deepcopy(model) if self.stage == 3 and _rank() == 0 else None
         if recompute and self.tower_trains:
             for side in model.towers.values():
@@ -196,29 +196,29 @@ class Engines:
             group.module.requires_grad_(True)
             settings = _settings(config, group, batch_size)
             made = deepspeed.initialize(model=self._root(group), optimizer=group.build(), config=settings)[0]
-            # alone there is nobody to average with, and stage 0 would copy every gradient twice for it
+            # with one rank there is nothing to average, but stage 0 would still copy every gradient twice
             made.enable_backward_allreduce = self.stage > 0 or world_size() > 1
             self.engines[name] = made
 
     def _root(self, group: Group) -> nn.Module:
-        """The module whose parameters an engine owns: a tower's as a whole, since stage 3 hooks into its forward."""
+        """The module that an engine owns, with the whole tower, since stage 3 hooks into the tower's forward."""
         return group.module if group.tower is None else nn.ModuleList([group.module, self.model.towers])
 
     def train_batch(self, draw: Callable[[int], Batch]) -> Terms:
-        """Pass one step's batch through every phase.
+        """Run every phase on one step's batch.
 
         Args:
-            draw: repetition -> batch of raw features or pictures; 0 is the step's own, higher ones are fresh for phases
-                that ask for them.
+            draw: repetition -> batch of raw features or images; 0 is the step's own, higher ones are fresh batches for
+                phases that require them.
 
         Returns:
-            The named terms, detached, as `PHASE/TERM`.
+            The losses, detached, as `PHASE/TERM`.
         """
         self._open(*self.groups)
         batch = draw(0)
         if len(batch) > self.batch_size and (self.tower_trains or not self.model.coupled):
             (phase,) = self.model.phases
-            return named(phase, accumulate.step(self, batch))
+            return named(phase, gradient_step.step(self, batch))
         batch, shared = self.begin(batch)
         logged: Terms = {}
         for phase in self.model.phases:
@@ -227,7 +227,7 @@ class Engines:
                 if repetition and phase.fresh_batch:
                     batch, shared = self.begin(draw(repetition))
                 elif repetition:
-                    shared = self.share(batch)  # the last step freed the graph, and moved the group
+                    shared = self.share(batch)  # the last step freed the graph and updated the parameters
                 terms = self.terms(phase, batch, shared)
                 self.backward(phase, terms)
                 self.engines[phase.moves].step()
@@ -235,59 +235,61 @@ class Engines:
         return logged
 
     def _open(self, *moved: str) -> None:
-        """Let only these groups take gradients."""
+        """Enable gradients for these groups only."""
         for name, parameters in self.parameters.items():
             for parameter in parameters:
                 parameter.requires_grad_(name in moved)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which forward passes compute in the engines' precision."""
+        """Autocast context of the engines' precision."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device, self.dtype)
 
     def begin(self, batch: Batch) -> tuple[Batch, Any]:
-        """The batch with features in place of pictures, and the work that its phases share."""
+        """The batch with features instead of images, and the forward pass that its phases share."""
         with self.autocast():
             if self.model.inputs.tower is None or self.tower_trains:
                 batch = self.model.scaled(batch)
-            else:  # a frozen tower keeps nothing, so it may as well take a piece at a time
-                batch = accumulate.joined([self.model.scaled(p) for p in accumulate.split(batch, self.batch_size)])
+            else:  # a frozen tower keeps no graph, so micro-batches give the same result with less memory
+                batch = gradient_step.joined(
+                    [self.model.scaled(p) for p in gradient_step.split(batch, self.batch_size)]
+                )
             return batch, self.model.shared(batch)
 
     def share(self, batch: Batch) -> Any:
-        """The work that the phases of a batch share."""
+        """The forward pass that the phases of a batch share."""
         with self.autocast():
             return self.model.shared(batch)
 
     def terms(self, phase: Phase, batch: Batch, shared: Any) -> Terms:
-        """A phase's named terms."""
+        """The losses of a phase, by name."""
         with self.autocast():
             return phase.terms(batch, shared)
 
     def backward(self, phase: Phase, terms: Terms, share: float = 1.0) -> None:
-        """Send `share` of the sum of `terms` back into the group that the phase moves."""
+        """Backpropagate `share` times the sum of `terms` into the group that the phase updates."""
         loss = torch.stack([value.float() for value in terms.values()]).sum()
         loss = loss if share == 1.0 else share * loss
-        if self.alone:  # DeepSpeed's wrappers would find nothing to do, in 4% of a classifier's step
+        if self.alone:  # DeepSpeed's wrappers would do nothing here, and take 4% of a classifier's step
             torch.autograd.backward(loss)
-        else:  # pieces are weighted by `share`, so that there is nothing left to divide by a number of pieces
+        else:  # micro-batches are already weighted by `share`; do not divide by their number again
             self.engines[phase.moves].backward(loss, scale_wrt_gas=False)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, whole, on the CPU, contiguous and unshared. Collective at stage 3."""
+        """Parameters and buffers by name, unsharded, on the CPU, contiguous copies. Collective at stage 3."""
         found = {}
         for name, value in self.model.state_dict(keep_vars=True).items():
             found[name] = _whole(value).detach().cpu().contiguous().clone()
         return found
 
     def whole_model(self, weights: Mapping[str, Tensor]) -> Embedder:
-        """On rank 0, the model as `weights` has it, to embed with."""
+        """On rank 0, the model with `weights`, for computing embeddings."""
         if self.spare is None:
             return self.model
         self.spare.load_state_dict(weights)
         return self.spare
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer states as `GROUP/PARAMETER/FIELD`, whole, on the CPU. Collective at stages 1 to 3."""
+        """Optimizer states as `GROUP/PARAMETER/FIELD`, unsharded, on the CPU. Collective at stages 1 to 3."""
         found = {}
         for group, entry in self.groups.items():
             for name, parameter in entry.module.named_parameters():
@@ -298,7 +300,7 @@ class Engines:
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, of whatever stage and number of ranks."""
+        """Load what `state` returned, at any stage and number of ranks."""
         by_parameter: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, value in state.items():
             group, name, field = key.split("/")
@@ -313,10 +315,10 @@ class Engines:
 
 
 def _settings(config: Mapping[str, Any], group: Group, batch_size: int) -> dict[str, Any]:
-    """What one engine is given."""
+    """The DeepSpeed configuration of one engine."""
     zero = dict(config["zero_optimization"])
     size = sum(p.numel() for p in group.module.parameters())
-    # a bucket is allocated whole, and once an engine
+    # every engine allocates a full bucket
     zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", 5e7)), size)
     if group.whole:
         zero["stage"] = min(int(zero["stage"]), 2)
@@ -325,13 +327,13 @@ def _settings(config: Mapping[str, Any], group: Group, batch_size: int) -> dict[
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,
-        # always given: DeepSpeed's default of 1.0 would silently change every paper's optimizer
+        # always set: DeepSpeed's default of 1.0 would silently change every paper's optimizer
         "gradient_clipping": group.optimizer.clip,
     }
 
 
 def _scaler(engine: Any) -> Any:
-    """The loss scaler of an engine that computes in fp16, or None."""
+    """The loss scaler of an fp16 engine, or None."""
     if stage_of(engine) == 0:
         return engine.torch_autocast_z0_gradscaler
     return engine.optimizer.torch_autocast_gradscaler
@@ -342,7 +344,7 @@ def _rank() -> int:
 
 
 def _whole(value: Tensor) -> Tensor:
-    """A parameter that stage 3 has cut up, whole; anything else as it is."""
+    """A parameter sharded by stage 3, gathered; any other tensor as it is."""
     if not hasattr(value, "ds_id"):
         return value
     import deepspeed  # late, see init_distributed
@@ -352,7 +354,7 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def named(phase: Phase, terms: Terms) -> Terms:
-    """The terms as they are logged: detached, as `PHASE/TERM`."""
+    """Losses as they are logged: detached, as `PHASE/TERM`."""
     return {f"{phase.name}/{name}": value.detach() for name, value in terms.items()}
 
 
@@ -366,8 +368,8 @@ def broadcast(value: float) -> float:
     return float(tensor.item())
 
 
-def least(value: int) -> int:
-    """The least `value` of all ranks."""
+def min_over_ranks(value: int) -> int:
+    """The minimum of `value` over all ranks."""
     if world_size() == 1:
         return value
     tensor = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")

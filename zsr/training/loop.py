@@ -1,4 +1,4 @@
-"""The training loop: batches in, named losses out, a validation score and a staged state after each epoch."""
+"""The training loop: one step per batch; validation and a staged state after each epoch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,22 +17,22 @@ from zsr.data.shards import Rows
 from zsr.errors import NonFiniteLoss
 from zsr.models.backbones import pictures_at_once
 from zsr.models.protocol import Embedder, Metric, Model, Terms
+from zsr.training.batches import Batches
 from zsr.training.checkpoint import Progress, Writer, last_progress, save_progress
 from zsr.training.config import TrainSettings
-from zsr.training.engines import Engines, broadcast, least
-from zsr.training.feed import Batches
+from zsr.training.engines import Engines, broadcast, min_over_ranks
 from zsr.training.metrics import Meter
 
-# query (Q, P, D), gallery (G, P, D), of which the best pair of parts counts, their labels (Q,) and (G,), metric ->
-# score, higher is better
+# query (Q, P, D) and gallery (G, P, D) multi-vectors, compared by their best pair of vectors, their labels (Q,) and
+# (G,), metric -> score, higher is better
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Metric], float]
 
-BLOCK: Final = 4096  # feature rows that are embedded at once
+BLOCK: Final = 4096  # feature rows per embedding batch
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker stands: its rank, how many there are, and its device."""
+    """Distributed context of a worker: rank, world size and device."""
 
     rank: int
     world: int
@@ -41,14 +41,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Validation:
-    """Queries and photos of the classes that choose the checkpoint, and how they are scored."""
+    """Queries and photos of the validation classes, which choose the checkpoint, and their score function."""
 
     query: Rows
     photo: Rows
     score: Score
 
     def of(self, model: Embedder, device: str) -> float:
-        """The score of `model` as it stands, photos as gallery."""
+        """The score of `model` in its current state, with photos as gallery."""
         parts = []
         for side, rows in (("sketch", self.query), ("photo", self.photo)):
             at_once = BLOCK if rows.features.ndim == 2 else pictures_at_once(device)
@@ -72,19 +72,19 @@ def train(
     *,
     recompute: bool = False,
 ) -> Progress:
-    """Train until `last_step` or until the patience runs out; the newest state lies in `staging` when this returns.
+    """Train until `last_step` or early stopping; the newest state is in `staging` when this returns.
 
     Args:
-        validation: on rank 0. None where no class is held out, and the patience then never runs out.
-        report: called once an epoch on every rank, with the epoch's numbers.
+        validation: on rank 0. None if no class is held out; there is no early stopping then.
+        report: called once per epoch on every rank, with the step.
         recompute: see `Engines`.
 
     Raises:
-        NonFiniteLoss: naming the term and the step, within an epoch of the step.
+        NonFiniteLoss: with the loss term and the step, at the end of the epoch of that step.
     """
     found = last_progress(staging)
     if found is not None:
-        model.load_state_dict(found[1])  # before the engines: ZeRO shards what it finds
+        model.load_state_dict(found[1])  # before the engines, since ZeRO shards the weights when it is initialized
     engines = Engines(model, settings.batch_size, deepspeed, recompute=recompute)
     progress = Progress() if found is None else found[0]
     if found is not None:
@@ -109,9 +109,9 @@ def train(
 def _score(
     validation: Validation | None, engines: Engines, weights: Mapping[str, Tensor], place: Place
 ) -> float | None:
-    """The validation score of whole weights, worked out on rank 0, which alone has the rows; equal on all ranks.
+    """The validation score of unsharded weights, computed on rank 0, which alone has the rows; equal on all ranks.
 
-    None without validation: what is broadcast then is NaN, since the other ranks cannot know.
+    None without validation. NaN is broadcast in that case, since the other ranks cannot know.
     """
     found = broadcast(math.nan if validation is None else validation.of(engines.whole_model(weights), place.device))
     return None if math.isnan(found) else found
@@ -124,7 +124,7 @@ def _patience_spent(progress: Progress, settings: TrainSettings) -> bool:
 def _epoch(
     engines: Engines, sampler: Batches, settings: TrainSettings, place: Place, done: int, meter: Meter
 ) -> dict[str, float]:
-    """One epoch after `done` steps; the mean of each term. The device is waited for once, at the end."""
+    """Train one epoch after `done` steps; return the mean of each loss term. Waits for the device once, at the end."""
     engines.model.train()
     names: list[str] = []
     values: list[Tensor] = []
@@ -140,29 +140,29 @@ def _epoch(
 
 
 def train_step(engines: Engines, sampler: Batches, settings: TrainSettings, place: Place, step: int) -> Terms:
-    """Step number `step`, from 1, of a run: its batch through every phase. The named terms, detached."""
+    """Run step number `step`, counted from 1: every phase on its batch. Returns the losses by name, detached."""
     epoch, index = divmod(step - 1, settings.steps_per_epoch)
 
     def draw(repetition: int) -> Batch:
         batch = sampler.batch(step, settings.rows(place.world), place.rank, place.world, repetition)
         return batch.map(epoch=epoch, index=index)
 
-    # noise is a function of (seed, step, rank), never carried over: a resumed run draws what the unbroken one drew
+    # seeded by (seed, step, rank) at each step, so that a resumed run samples the same noise as an uninterrupted one
     seed = seed_of(settings.seed, step, place.rank)
     if place.device == "cpu":
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would format a stack for GPUs that are not there
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would format a stack trace for absent GPUs
     else:
         torch.manual_seed(seed)
     return engines.train_batch(draw)
 
 
 def _require_finite(table: Tensor, names: list[str], done: int) -> None:
-    """Raise NonFiniteLoss for the first bad term of the epoch on any rank, on all ranks. Collective."""
+    """Raise NonFiniteLoss on all ranks for the first non-finite loss term of the epoch on any rank. Collective."""
     bad = torch.nonzero(~torch.isfinite(table.flatten()))
-    first = least(int(bad[0]) if len(bad) else table.numel())
+    first = min_over_ranks(int(bad[0]) if len(bad) else table.numel())
     if first < table.numel():
         row, column = divmod(first, len(names))
         raise NonFiniteLoss(
-            f"term {names[column]!r} is NaN or infinite at step {done + row + 1}; lower the rate or look at the "
-            "features. The state of the epoch before is kept"
+            f"loss term {names[column]!r} is NaN or infinite at step {done + row + 1}; lower the learning rate or "
+            "check the features. The state of the previous epoch is kept"
         )

@@ -1,10 +1,10 @@
-"""What a run measures of itself: JSONL beside the artifact, written by rank 0. JSONL is the record; all else reads it.
+"""Training metrics log: a JSONL file next to the artifact, written by rank 0. Trackers and progress displays read it.
 
-A line of kind `step` each few steps: the mean of each loss since the line before, the norm of each group's gradient in
-that step, learning rates, samples a second, the share of time that went into waiting for data, and peak memory. A line
-of kind `epoch` after each epoch: the validation score, the same means over the epoch, and what held it up.
+A line of kind `step` every few steps: the mean of each loss since the previous line, the gradient norm of each group in
+that step, learning rates, samples per second, the fraction of time spent waiting for data, and peak memory. A line of
+kind `epoch` after each epoch: the validation score, the mean losses over the epoch, and the bottleneck.
 
-Nothing waits for the device inside a step: losses and norms stay tensors, and are read when a line is due.
+Steps do not synchronize with the device: losses and norms stay tensors until a line is written.
 """
 
 import json
@@ -22,23 +22,23 @@ from torch import Tensor
 from zsr.artifact import write_atomically
 from zsr.storage import is_file, read_file
 from zsr.training.engines import Engines
-from zsr.training.zero import inner, stage_of
+from zsr.training.optimizer_state import inner, stage_of
 
-WAIT: Final = "data_wait_share"  # of the seconds of a line, what rank 0 waited for data
+WAIT: Final = "data_wait_share"  # fraction of a line's seconds that rank 0 waited for data
 NETWORK: Final = "network_share"
-PROBE: Final = 4 << 20  # numbers in the all-reduce that the network is measured with, at most
+PROBE: Final = 4 << 20  # maximum number of elements in the all-reduce that measures the network
 
 Values = dict[str, Any]
 
 
 class Meter:
-    """Measures the steps of a run, and writes lines where `path` is given: on rank 0.
+    """Measures the steps of a run and, on rank 0, where `path` is given, logs them.
 
     Args:
-        path: of the JSONL file; None on other ranks.
-        every: steps from one step line to the next.
-        rows: rows of the global batch.
-        copy: URL at which the file is put after each epoch, where the output is a bucket: nobody can append there.
+        path: the JSONL file; None on other ranks.
+        every: steps between step lines.
+        rows: rows in the global batch.
+        copy: URL to upload the file to after each epoch, if the output is a bucket, which does not support appending.
     """
 
     def __init__(self, path: Path | None, every: int, rows: int, copy: Path | None = None) -> None:
@@ -48,7 +48,7 @@ class Meter:
         self._since = self._epoch_began = (0.0, 0.0)  # clock, and seconds waited for data
 
     def begin(self, engines: Engines, step: int) -> None:
-        """Start or go on after `step`: what a killed run has logged beyond it will be logged again, and goes."""
+        """Start, or resume after `step`: lines that a killed run logged past it are removed and logged again."""
         self.engines = engines
         self._due = (step + 1) % self.every == 0
         if self.path is None:
@@ -57,24 +57,24 @@ class Meter:
             write_atomically(self.path, read_file(self.copy))
         write_atomically(self.path, "".join(_kept(self.path, step)).encode())
         for name, engine in engines.engines.items():
-            if stage_of(engine) == 0:  # at the others DeepSpeed takes the norm itself, for all ranks together
+            if stage_of(engine) == 0:  # at other stages DeepSpeed computes the global norm
                 inner(engine).register_step_pre_hook(self._hook(name))
 
     def start_epoch(self, waited: float) -> None:
-        """Set the clocks. `waited` is the total of seconds that the run has waited for data."""
+        """Start timing the epoch. `waited`: total seconds that the run has waited for data so far."""
         self._since = self._epoch_began = (time.perf_counter(), waited)
 
     def step(self, step: int, names: Sequence[str], losses: Sequence[Tensor], waited: float) -> None:
-        """Call after each step.
+        """Log a step if a line is due; call after each step.
 
         Args:
-            names, losses: of the terms, and their values (T,) in each step of this epoch so far.
+            names, losses: names of the T loss terms, and their values (T,) in each step of this epoch so far.
             waited: see `start_epoch`.
         """
         due, self._due = self._due, (step + 1) % self.every == 0
         if self.path is None or not due:
             return
-        means = torch.stack(list(losses[-self.every :])).mean(0).tolist()  # the device is waited for here
+        means = torch.stack(list(losses[-self.every :])).mean(0).tolist()  # synchronizes with the device
         now = (time.perf_counter(), waited)
         values = {
             "kind": "step",
@@ -89,7 +89,7 @@ class Meter:
         self._write(values)
 
     def pace(self, steps: int, waited: float) -> Values:
-        """How fast the epoch's `steps` went, and what held them up; call right after the last. Collective."""
+        """Throughput of the epoch's `steps` and their bottleneck; call right after the last step. Collective."""
         now = (time.perf_counter(), waited)
         found = _pace(self._epoch_began, now, self.rows * steps)
         seconds = max(now[0] - self._epoch_began[0], 1e-9)
@@ -97,12 +97,12 @@ class Meter:
         return {**found, NETWORK: round(network, 4), "bottleneck": bottleneck(found[WAIT], network)}
 
     def epoch(self, step: int, score: float | None, pace: Values, means: Mapping[str, float]) -> None:
-        """Call after each epoch, before its state is saved: a resumption then finds no epoch saved and not logged.
+        """Log an epoch; call before its state is saved, so that every saved epoch has been logged.
 
         Args:
-            score: of validation.
-            pace: see there.
-            means: of each term over the epoch.
+            score: validation score.
+            pace: from `pace`.
+            means: mean of each loss term over the epoch.
         """
         losses = {f"loss/{name}": mean for name, mean in means.items()}
         self._write({"kind": "epoch", "step": step, "validation_map_all": score, **pace, **losses})
@@ -110,7 +110,7 @@ class Meter:
             write_atomically(self.copy, self.path.read_bytes())
 
     def _hook(self, name: str) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
-        """Takes the norm of a group's gradient in steps that are logged, as the optimizer is about to use it."""
+        """A hook that records a group's gradient norm right before the optimizer step, in logged steps."""
 
         def take(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             if self._due:
@@ -120,7 +120,7 @@ class Meter:
         return take
 
     def _gradients(self) -> dict[str, Any]:
-        """The norm of each group's gradient in its last step, averaged over ranks; of a clipped one after clipping."""
+        """The norm of each group's rank-averaged gradient in its last step, after clipping."""
         sharded = {name: e.get_global_grad_norm() for name, e in self.engines.engines.items() if stage_of(e)}
         return {**self._norms, **{name: norm for name, norm in sharded.items() if norm is not None}}
 
@@ -131,20 +131,20 @@ class Meter:
 
 
 def waited_share(path: Path) -> float | None:
-    """Share of a run's seconds in which rank 0 waited for data, from the epoch lines at `path`; None without any."""
+    """Fraction of a run's time that rank 0 waited for data, from the epoch lines at `path`; None if there are none."""
     lines = [json.loads(line) for line in read_file(path).splitlines()] if is_file(path) else []
     epochs = [(line[WAIT], 1.0 / line["samples_a_second"]) for line in lines if line["kind"] == "epoch"]
-    seconds = sum(each for _, each in epochs)  # of a sample: epochs have equally many
+    seconds = sum(each for _, each in epochs)  # per sample: all epochs have the same number of samples
     return round(sum(share * each for share, each in epochs) / seconds, 4) if epochs else None
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become null."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _kept(path: Path, step: int) -> list[str]:
-    """Lines of `path` up to `step`; one that a kill cut short goes."""
+    """Lines of `path` up to `step`, without a line that a kill left incomplete."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     kept = []
     for line in lines:
@@ -162,7 +162,7 @@ def _pace(since: tuple[float, float], now: tuple[float, float], rows: int) -> di
 
 
 def learning_rates(engines: Engines) -> dict[str, float]:
-    """The rate of each group, and of the tower in it, as `rate/GROUP` and `rate/GROUP.tower`."""
+    """The learning rate of each group, and of the tower in it, as `rate/GROUP` and `rate/GROUP.tower`."""
     found = {}
     for name, engine in engines.engines.items():
         for place, group in zip((name, f"{name}.tower"), inner(engine).param_groups, strict=False):
@@ -171,7 +171,7 @@ def learning_rates(engines: Engines) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has held: of the GPU where it uses one, else of main memory."""
+    """Peak memory of this process in bytes: GPU memory if it uses a GPU, else main memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -180,8 +180,8 @@ def peak_memory() -> int:
 def network_seconds(engines: Engines) -> float:
     """Seconds that the all-reduces of one step take when nothing else runs. Collective; 0 with one rank.
 
-    A buffer of the gradients' size, or of `PROBE` numbers and then in proportion, is summed over ranks after a barrier.
-    What overlaps with computing is not taken off, and a rank that is waited for counts as computing.
+    A buffer of the gradients' size (if that exceeds `PROBE` elements, of `PROBE`, scaled up) is summed over ranks after
+    a barrier. Overlap with computation is not subtracted, and waiting for a slower rank counts as computation.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return 0.0
@@ -199,6 +199,6 @@ def network_seconds(engines: Engines) -> float:
 
 
 def bottleneck(data: float, network: float) -> str:
-    """What takes the largest share of the time: `data`, `network` or `compute`, which has the rest."""
+    """What takes the largest fraction of the time: `data`, `network` or `compute` (the rest)."""
     shares = {"data": data, "network": network, "compute": 1.0 - data - network}
     return max(shares, key=lambda name: shares[name])

@@ -1,7 +1,7 @@
-"""A training run on Ray Train: workers, the data they are fed, and the checkpoint that comes out.
+"""A training run on Ray Train: workers, their data, and the resulting checkpoint.
 
-The only file that imports ray.train. Ray Train starts the worker group and tells when a worker or a node is lost;
-states and data position are ours (see `checkpoint`), so that a restart and a resubmission are the same thing.
+The only file that imports ray.train. Ray Train starts the worker group and reports lost workers and nodes. States and
+the position in the data are saved by `checkpoint`, so that a restart and a resubmission are the same thing.
 """
 
 import json
@@ -44,24 +44,24 @@ from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Tower
 from zsr.models.protocol import Rows as FitRows
 from zsr.storage import url_of
 from zsr.training import checkpoint
+from zsr.training.batches import Batches, Sums, begin, begin_stream, fit_scale
 from zsr.training.config import TrainSettings
 from zsr.training.engines import deepspeed_config, init_distributed, leave_distributed, refuse
-from zsr.training.estimate import memory
-from zsr.training.feed import Batches, Sums, begin, begin_stream, fit_scale
 from zsr.training.loop import Place, Score, Validation, train
+from zsr.training.memory import memory
 from zsr.training.metrics import Meter
-from zsr.training.source import pictures_of
+from zsr.training.preprocessing import pictures_of
 from zsr.training.trackers import Tracking, follow
 
 logger = logging.getLogger("zsr")
 
-SCALED = 512  # pictures a side whose features fit the scale behind a tower
-RESTARTS = 3  # after lost workers or nodes; an error of the code itself is never tried again
+SCALED = 512  # images per side whose tower features the feature scale is fitted to
+RESTARTS = 3  # after lost workers or nodes; errors of the code itself are not retried
 
 
 @dataclass(frozen=True)
 class TowerStart:
-    """An image tower that is trained along, and the file or directory of the weights it begins at (None: random)."""
+    """An image tower, and the file or directory of its initial weights (None: random)."""
 
     tower: Tower
     weights: Path | None
@@ -69,18 +69,18 @@ class TowerStart:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a worker needs to know.
+    """Specification of a training run.
 
     Attributes:
-        features: FEATURES that the model eats, or the image tower in front of it, which eats DATA's pictures.
-        options: the model's own options, complete.
-        semantics: the class vectors; None for models that learn from none.
+        features: FEATURES as input of the model, or the image tower in front of it, whose input are DATA's images.
+        options: all options of the model, defaults filled in.
+        semantics: the class embeddings; None for models that use none.
         split: resolved: its training and validation classes are filled in.
         query: modality of the queries.
-        chosen: in the second stage of a refit, the checkpoint whose step and options it takes over.
-        tracking: how the run is watched.
-        recompute: an image tower forgets its activations and makes them again; the same bits in less memory.
-        device: what its workers run on.
+        chosen: when retraining on all seen classes, the checkpoint whose best step and options are used.
+        tracking: experiment tracking.
+        recompute: activation checkpointing of the image tower; the same bits with less memory.
+        device: device of the workers.
     """
 
     data: Artifact
@@ -101,59 +101,59 @@ class Run:
 
     @property
     def source(self) -> Source:
-        """What rows are streamed with."""
+        """Source of the rows that are streamed: the features, or the preprocessing of the images."""
         if isinstance(self.features, Artifact):
             return self.features
         return pictures_of(self.features.tower)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The trained classes: the split's, in the second stage of a refit with those of validation."""
+        """The trained classes: the split's training classes; when retraining, also its validation classes."""
         more = self.split.validation if self.chosen else ()
         return tuple(sorted(self.split.training + more))
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """The classes that choose the checkpoint; none in the second stage of a refit."""
+        """The validation classes, which choose the checkpoint; none when retraining."""
         return () if self.chosen else self.split.validation
 
     @property
     def last_step(self) -> int:
-        """The step after which training ends, unless the patience ends it sooner."""
+        """The last step of training, without early stopping."""
         if self.chosen:
             return int(self.chosen.facts["best_step"])
         return self.settings.epochs * self.settings.steps_per_epoch
 
     @property
     def words(self) -> np.ndarray:
-        """The class vectors (N, S) of the trained classes; S is 0 without semantics."""
+        """The class embeddings (N, S) of the trained classes; S is 0 without semantics."""
         if self.semantics is None:
             return np.zeros((len(self.classes), 0), np.float32)
         return class_vectors(self.semantics, self.classes)
 
     @property
     def inputs(self) -> Inputs:
-        """Sizes that the data dictates.
+        """Input sizes of the model, from the data.
 
         Raises:
-            ConfigError: a modality without features, or a class without a vector.
+            ConfigError: a modality without features, or a class without an embedding.
         """
         if self.semantics is None and MODELS[self.model].model.wants_words:
-            raise ConfigError(f"model {self.model} learns from class vectors; give --semantics")
+            raise ConfigError(f"model {self.model} requires class embeddings; set --semantics")
         if isinstance(self.features, Artifact):
             dims, tower = self.features.facts["dims"], None
             if missing := {self.query, "photo"} - set(dims):
-                raise ConfigError(f"features {self.features.digest[:12]} have no {sorted(missing)}; both are wanted")
+                raise ConfigError(f"features {self.features.digest[:12]} have no {sorted(missing)}; both are required")
         else:
             tower = self.features.tower
             if self.query == "text":
-                raise ConfigError("an image tower cannot read texts; run zsr features and train on features")
+                raise ConfigError("an image tower cannot encode text; run zsr features and train on features")
             if lacking := [modality for modality in ("sketch", "photo") if not has_images(self.data, modality)]:
                 raise ConfigError(
                     f"--tower requires images, and data {self.data.digest[:12]} have none of {' and '.join(lacking)}; "
                     "train on --features, or prepare data with images"
                 )
-            with torch.device("meta"):  # the width alone is wanted
+            with torch.device("meta"):  # only the width is needed
                 dims = dict.fromkeys(("sketch", "photo"), backbones.build(tower.architecture).dim)
         return Inputs(
             sketch_dim=dims[self.query],
@@ -165,12 +165,12 @@ class Run:
         )
 
     def plan(self) -> Plan:
-        """What shapes the checkpoint."""
+        """Everything that determines the checkpoint."""
         config: dict[str, Any] = {
             "model": self.model,
             "options": checkpoint.canonical_options(self.options),
             "inputs": checkpoint.canonical_options(self.inputs.model_dump()),
-            # in this process or in one worker: the same bits
+            # training in this process and in one worker gives the same bits
             "settings": self.settings.model_dump() | {"num_workers": self.settings.num_workers or 1},
             "deepspeed": self.deepspeed,
             "features": dict(self.features.config) if isinstance(self.features, Artifact) else None,
@@ -190,9 +190,9 @@ class Run:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What `--dry-run` prints: sizes, steps and rows, without training. Of a refit it is the first stage's plan."""
-    _refuse_combinations(run, "cpu" if run.device.device == "cpu" else "cuda")  # auto is decided when it runs
-    with torch.device("meta"):  # sizes alone are wanted
+    """The output of `--dry-run`: sizes, steps and rows, without training. With `refit`, the plan of the first stage."""
+    _refuse_combinations(run, "cpu" if run.device.device == "cpu" else "cuda")  # auto is resolved when the run starts
+    with torch.device("meta"):  # only sizes are needed
         model = build(run.model, run.options, run.inputs)
     settings = run.settings
     first = replace(run, settings=settings.model_copy(update={"refit": False}))
@@ -212,22 +212,22 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def train_model(run: Run, *, fresh: bool = False) -> Artifact:
-    """Train, seal the chosen checkpoint and publish it. An equal run that was finished before is returned as it is.
+    """Train, seal the chosen checkpoint and publish it. If an equal run has finished before, return its checkpoint.
 
-    With `settings.refit` a run without it comes first; its checkpoint is a version of its own, and the last one is what
-    came out of training again with the validation classes.
+    With `settings.refit`, first train without it, which publishes a version of its own, and then retrain on all seen
+    classes, which publishes the final version.
 
     Args:
-        fresh: forget what a killed run has staged, in place of going on from there.
+        fresh: discard the staged state of a killed run instead of resuming from it.
 
     Raises:
-        NonFiniteLoss: see the loop.
+        NonFiniteLoss: see `loop.train`.
         Infeasible: see `devices.choose` and `require_workers`.
-        ConfigError: the data, the features, the vectors and the split do not fit each other.
+        ConfigError: data, features, class embeddings and split do not match.
     """
     if run.settings.refit and run.chosen is None:
         if not run.split.validation:
-            raise ConfigError("--refit wants validation classes to choose the step on; give some, or leave it out")
+            raise ConfigError("--refit requires validation classes to choose the step; hold some out, or remove it")
         once = replace(run, settings=run.settings.model_copy(update={"refit": False}))
         first = train_model(once, fresh=fresh)
         run = replace(run, chosen=first, options={**run.options, **first.facts["chosen_options"]})
@@ -244,7 +244,7 @@ def train_model(run: Run, *, fresh: bool = False) -> Artifact:
         progress.found_finished("train", done_steps, run.last_step, "steps")
         with follow(_log(run, plan.digest), run.last_step, run.tracking, plan, done_steps, output):
             (_fit if run.settings.num_workers else _fit_here)(run, staging)
-    else:  # closed form needs no worker group: the stream does the reading, one process the sums
+    else:  # a closed form needs no worker group: the stream reads in parallel, and one process sums
         Devices(0, 1, f"{run.model} is solved in closed form by the driver").say(1)
         torch.set_num_threads(run.settings.threads)
         _solve(run, staging, Place(0, 1, "cpu"))
@@ -254,17 +254,17 @@ def train_model(run: Run, *, fresh: bool = False) -> Artifact:
 
 
 def metrics_path(run: Run, plan: str) -> Path:
-    """The metrics of a run, by the digest of its plan, beside the artifact: a path or a URL."""
+    """The metrics file of a run with plan digest `plan`, next to the artifact: a path or a URL."""
     return run.output.place / "logs" / plan[:12] / "metrics.jsonl"
 
 
 def _log(run: Run, plan: str) -> Path:
-    """The metrics while the run writes them: of an output in a bucket, on this machine."""
+    """The metrics file that the run writes; it is on this machine even if the output is a bucket."""
     return run.output.root / "logs" / plan[:12] / "metrics.jsonl"
 
 
 def _refuse_leaks(run: Run) -> None:
-    """Raise Leakage where the features' backbone was fine-tuned on an unseen class of the split."""
+    """Raise Leakage if the features' backbone was fine-tuned on an unseen class of the split."""
     if not isinstance(run.features, Artifact):
         return
     if leaked := sorted(set(run.features.config.get("saw", ())) & set(run.split.unseen)):
@@ -275,7 +275,7 @@ def _refuse_leaks(run: Run) -> None:
 
 
 def _refuse_combinations(run: Run, device: str) -> None:
-    """Raise ConfigError where model, ZeRO stage and precision do not go together."""
+    """Raise ConfigError if model, ZeRO stage and precision are incompatible."""
     model = MODELS[run.model].model
     if issubclass(model, Model):
         refuse(model, run.deepspeed, device, run.settings.accumulate)
@@ -287,7 +287,7 @@ def learns_by_gradient(name: str) -> bool:
 
 
 def _facts(run: Run, staging: Staging) -> dict[str, Any]:
-    """What a reader of the checkpoint needs to know beyond its config."""
+    """Facts of the checkpoint's manifest: what a reader needs beyond its config."""
     model = build(run.model, run.options, run.inputs)
     chosen = {} if learns_by_gradient(run.model) else json.loads(staging.read("tried.json"))["options"]
     saw = sorted(run.split.training + run.split.validation)
@@ -299,18 +299,18 @@ def _facts(run: Run, staging: Staging) -> dict[str, Any]:
 
 
 def _fit(run: Run, staging: Staging) -> None:
-    """Run the workers to their end, starting them again after a lost worker or node.
+    """Train with Ray Train, restarting the workers after a lost worker or node.
 
-    Ray Train's own FailureConfig would retry errors of the code too; states are ours, so a fresh start is a resumption.
+    Ray Train's own FailureConfig would also retry errors of the code. A new worker group resumes from the staged state.
     """
-    connect()  # else Ray Train would start or join a cluster by itself, without the environment of our workers
+    connect()  # otherwise Ray Train would start or join a cluster without our workers' environment
     devices = _devices(run)
     place = run.output.root / "ray" / staging.plan.digest[:12]
-    shutil.rmtree(place, ignore_errors=True)  # what a driver has left that was killed
+    shutil.rmtree(place, ignore_errors=True)  # left by a killed driver
     for attempt in range(RESTARTS + 1):
         try:
-            # a name of its own each time: Ray Train would otherwise restore from its own state file, which is written
-            # in place; ours is written once
+            # a new name each time: otherwise Ray Train would restore from its own state file, which it overwrites in
+            # place; our states are written once
             _trainer(run, staging, place / uuid.uuid4().hex, devices).fit()
             return
         except (WorkerGroupError, ControllerError, RayActorError) as error:
@@ -318,18 +318,18 @@ def _fit(run: Run, staging: Staging) -> None:
             if attempt == RESTARTS or not any(map(_is_loss, failures.values())):
                 raise
             lost = sorted(map(str, failures))
-            logger.warning("workers %s failed; starting again from the last state (%d)", lost, attempt + 1)
+            logger.warning("workers %s failed; restarting from the last saved state (restart %d)", lost, attempt + 1)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
 
 def _fit_here(run: Run, staging: Staging) -> None:
-    """Train in this process: a command's own, or a Ray actor's, on the device that Ray gave it."""
+    """Train in this process: that of a command, or of a Ray actor, on the device that Ray assigned to it."""
     devices = here(run.device)
     _refuse_combinations(run, devices.name)
     devices.say(1)
     backend = "nccl" if devices.name == "cuda" else "gloo"
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # read by DeepSpeed
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with tempfile.TemporaryDirectory() as folder, environment(ranks):
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -341,10 +341,10 @@ def _fit_here(run: Run, staging: Staging) -> None:
 
 
 def _failures(error: Exception) -> Mapping[Any, Exception]:
-    """What failed, by rank; "controller" is Ray Train's own actor.
+    """The failures by rank; "controller" is Ray Train's own actor.
 
-    Where several Ray clusters run on one machine, Ray's guard of placement groups may ask the wrong one for the
-    controller, take it for dead and remove the workers from under it.
+    With several Ray clusters on one machine, Ray's placement group cleaner may look for the controller in the wrong
+    cluster, consider it dead and remove its workers.
     """
     if isinstance(error, WorkerGroupError):
         return cast(Mapping[Any, Exception], error.worker_failures)
@@ -352,23 +352,24 @@ def _failures(error: Exception) -> Mapping[Any, Exception]:
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether a worker's failure is a lost process: its own, or that of a peer, which breaks the connection to it."""
+    """Whether a worker failed because its process, or that of a peer connected to it, was lost."""
     signs = ("Connection closed by peer", "Connection reset by peer", "DistNetworkError", "worker health check failed")
     return isinstance(error, RayActorError) or any(sign in str(error) for sign in signs)
 
 
 def _devices(run: Run) -> Devices:
-    """What the workers run on; said in one line.
+    """Choose the workers' devices, and log the choice.
 
     Raises:
         Infeasible: see `devices.choose` and `require_workers`.
         ConfigError: workers that share a GPU; or see `_refuse_combinations`.
     """
     least, most = run.settings.workers
-    devices = choose(run.device, cpus=0)  # as Ray Train requests: nodes have more CPUs than GPUs
+    devices = choose(run.device, cpus=0)  # Ray Train requests no CPUs for GPU workers
     if devices.gpus and devices.gpus < 1 and most > 1:
         raise ConfigError(
-            f"--gpus-per-worker {devices.gpus:g}: NCCL connects no workers that share a GPU; use 1, or --num-workers 1"
+            f"--gpus-per-worker {devices.gpus:g}: NCCL does not support workers that share a GPU; use 1, or "
+            "--num-workers 1"
         )
     _refuse_combinations(run, devices.name)
     require_workers(least, devices)
@@ -377,26 +378,26 @@ def _devices(run: Run) -> Devices:
 
 
 def require_workers(workers: int, devices: Devices) -> None:
-    """Refuse more workers than a local cluster has room for; they would wait forever, and say nothing.
+    """Refuse more workers than a local cluster has room for: they would hang silently.
 
-    A cluster that was there before may get nodes from elsewhere, so there it is a warning.
+    For a cluster that was not started here it is a warning, since nodes may be added to it.
 
     Raises:
-        Infeasible: naming the most that fit.
+        Infeasible: with the maximum that fits.
     """
     if workers <= devices.most:
         return
-    message = f"{workers} workers, and room for {devices.most} in the cluster ({devices.why})"
+    message = f"{workers} workers requested, but the cluster has room for {devices.most} ({devices.why})"
     if started_here():
         raise Infeasible(f"{message}; use --num-workers {devices.most}")
-    logger.warning("%s: they wait until nodes are added", message)
+    logger.warning("%s; the workers wait until nodes are added", message)
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # known at run time
-    """Joins the workers, each of which has looked at its device first."""
+    """Initializes the process group, after a check of every worker's device."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(own_device)  # its error names node and remedy; NCCL's would not
+        worker_group.execute(own_device)  # its error names the node and the fix, unlike NCCL's
         super().on_start(worker_group, backend_config)
 
 
@@ -424,23 +425,23 @@ def _trainer(run: Run, staging: Staging, folder: Path, devices: Devices) -> Torc
 
 
 def _number(settings: TrainSettings, devices: Devices) -> int | tuple[int, int]:
-    """How many workers to request."""
+    """The number of workers to request from Ray Train."""
     least, most = settings.workers
     return most if least == most else (least, max(least, min(most, devices.most)))
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker: stream the data, build the model, train or solve it."""
+    """Run one Ray Train worker: stream the data, build the model, train or solve it."""
     run, staging = config["run"], config["staging"]
     context = ray.train.get_context()
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # as the driver chose for all workers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # the driver's choice for all workers
     place = Place(context.get_world_rank(), context.get_world_size(), device)
     _work(run, staging, place, ray.train.report)
     measure.spend("train", time.process_time())
 
 
 def _work(run: Run, staging: Staging, place: Place, report: Callable[[dict[str, float]], None]) -> None:
-    """Train or solve in a process group that is there already, and leave it."""
+    """Train or solve in the existing process group, and destroy the group afterwards."""
     set_data_context()
     torch.set_num_threads(run.settings.threads)
     torch.use_deterministic_algorithms(place.device == "cpu")
@@ -451,7 +452,7 @@ def _work(run: Run, staging: Staging, place: Place, report: Callable[[dict[str, 
             _solve(run, staging, place)
             report({"step": 1.0})
     finally:
-        # otherwise rank 0 may abort at exit, while DeepSpeed's threads still hold the group
+        # otherwise rank 0 may abort at exit while DeepSpeed's threads still use the group
         leave_distributed()
 
 
@@ -461,11 +462,11 @@ def _train(run: Run, staging: Staging, place: Place, report: Callable[[dict[str,
     if not isinstance(model, Model):
         raise ConfigError(f"model {run.model} is solved in closed form, not trained")
     if run.settings.augment and run.inputs.tower is None:
-        raise ConfigError("--augment is for pictures; train with --tower, or leave it out")
+        raise ConfigError("--augment requires images; train with --tower, or remove it")
     rows = run.settings.rows(place.world) * place.world
     path, copy = _log(run, staging.plan.digest), metrics_path(run, staging.plan.digest)
     meter = Meter(path if place.rank == 0 else None, run.tracking.every, rows, copy if url_of(copy) else None)
-    validation = _validation(run) if place.rank == 0 else None  # as whole rows: no other rank should hold them
+    validation = _validation(run) if place.rank == 0 else None  # unsharded: no other rank should hold the rows
     with closing(_batches(run, model, words, place)) as batches:
         train(
             model,
@@ -487,7 +488,7 @@ def _solve(run: Run, staging: Staging, place: Place) -> None:
     if not isinstance(model, ClosedForm):
         raise ConfigError(f"model {run.model} is trained, not solved in closed form")
     if model.inputs.tower is not None:
-        raise ConfigError(f"model {run.model} is solved in closed form and trains no tower; run zsr features")
+        raise ConfigError(f"model {run.model} is solved in closed form and cannot train a tower; run zsr features")
     if model.scaling != "none":
         for side in ("sketch", "photo"):
             sums = Sums()
@@ -505,7 +506,7 @@ def _solve(run: Run, staging: Staging, place: Place) -> None:
 
 
 def _new_model(run: Run, place: Place) -> tuple[Embedder, torch.Tensor]:
-    """The model with its seeded initial weights, equal on all ranks, and the class vectors."""
+    """The model with its seeded initial weights, equal on all ranks, and the class embeddings."""
     torch.manual_seed(seed_of(run.settings.seed, 0))
     model = build(run.model, run.options, run.inputs)
     if isinstance(run.features, TowerStart) and run.features.weights is not None:
@@ -514,7 +515,7 @@ def _new_model(run: Run, place: Place) -> tuple[Embedder, torch.Tensor]:
 
 
 def _load_towers(model: Embedder, start: TowerStart) -> None:
-    """The weights that training starts from. Raises DamagedArtifact if the file is not the one of the plan."""
+    """Load the towers' initial weights. Raises DamagedArtifact if the file is not the one of the plan."""
     path = cast(Path, start.weights)
     if (found := backbones.digest(path)) != start.tower.weights:
         raise DamagedArtifact(f"{path}: digest {found[:12]}, expected {start.tower.weights[:12]} on every node")
@@ -523,12 +524,12 @@ def _load_towers(model: Embedder, start: TowerStart) -> None:
 
 
 def _modality(run: Run, side: str) -> str:
-    """The modality of a model's side."""
+    """The data modality of a model's side."""
     return run.query if side == "sketch" else "photo"
 
 
 def _batches(run: Run, model: Model, words: torch.Tensor, place: Place) -> Batches:
-    """Where the steps take their batches: features are streamed once and lie on the device, pictures stream by."""
+    """The training batches: features are streamed once and held on the device, images are streamed during training."""
     seed, paired = seed_of(run.settings.seed, 1), run.settings.paired
     if isinstance(run.source, Artifact):
         query, photo = (_pool(run, model, side, place) for side in ("sketch", "photo"))
@@ -554,7 +555,7 @@ def _batches(run: Run, model: Model, words: torch.Tensor, place: Place) -> Batch
 
 
 def _pool(run: Run, model: Model, side: str, place: Place) -> Pool:
-    """The training rows of one side on the device, and the model's scale fitted to all features in the same pass."""
+    """Load the training rows of one side to the device, and fit the model's feature scale in the same pass."""
     held = Reservoir(len(run.classes), run.settings.rows_per_class, seed_of(run.settings.seed, 2))
     sums = Sums()
     for block in stream(run.data, run.source, _modality(run, side), run.classes):
@@ -566,13 +567,13 @@ def _pool(run: Run, model: Model, side: str, place: Place) -> Pool:
 
 @torch.no_grad()
 def _unscaled(model: Model, side: str, pixels: torch.Tensor) -> np.ndarray:
-    """What the untrained model's tower makes of pictures (N, S, S, 3), (N, F)."""
+    """Features (N, F), before scaling, of images (N, S, S, 3) by the untrained model's tower."""
     model.eval()
     return np.asarray(cast(torch.nn.Module, model.tower(side))(pixels).cpu().numpy())
 
 
 def _fit_rows(run: Run, place: Place) -> Iterator[FitRows]:
-    """The training rows whose home is this rank, side after side."""
+    """The training rows assigned to this rank, first one side, then the other."""
     for side in ("sketch", "photo"):
         for block in stream(run.data, run.source, _modality(run, side), run.classes):
             mine = home_rank(block.ids, place.world) == place.rank

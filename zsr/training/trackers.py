@@ -1,7 +1,7 @@
-"""Shows a run while it is on: its progress, and TensorBoard, mlflow or wandb by choice.
+"""Live experiment tracking: progress of a run, and optionally TensorBoard, mlflow or wandb.
 
-All of it reads the lines that rank 0 writes (see `metrics`), in the driver: workers know nothing of it, a tracker that
-fails costs a warning, and one that was not there can be filled from the same file later.
+The driver reads the lines that rank 0 writes (see `metrics`); workers are not involved. If a tracker fails, a warning
+is logged and training continues; the same file can be imported into a tracker later.
 """
 
 import json
@@ -27,16 +27,16 @@ logger = logging.getLogger("zsr")
 
 Line = Mapping[str, Any]
 
-POLL: Final = 0.5  # seconds between two looks at the file
+POLL: Final = 0.5  # seconds between reads of the file
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """How a run is watched. None of it enters the checkpoint's manifest.
+    """Settings of tracking. They are not recorded in the checkpoint's manifest.
 
     Attributes:
-        names: trackers beside the JSONL.
-        every: steps from one line to the next.
+        names: trackers in addition to the JSONL file.
+        every: steps between lines.
     """
 
     names: tuple[TrackerName, ...] = ()
@@ -44,14 +44,14 @@ class Tracking:
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a run, in the order of its steps."""
+    """Receives the metrics of a run, in the order of its steps."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Take the numbers of a step by name."""
+        """Log the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """Called once, after the last number."""
+        """Called once, after the last metric."""
         ...
 
 
@@ -59,7 +59,7 @@ class TensorBoard:
     """Event files in FOLDER/tensorboard, for `tensorboard --logdir`."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        from tensorboardX import SummaryWriter  # Ray Train brings it
+        from tensorboardX import SummaryWriter  # a dependency of Ray Train
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         self.writer.add_text("config", f"```\n{json.dumps(plan.config, indent=1, sort_keys=True)}\n```")
@@ -74,13 +74,13 @@ class TensorBoard:
 
 
 class Mlflow:
-    """A run of experiment `zsr`, where $MLFLOW_TRACKING_URI says, else in FOLDER/mlflow.db. A resumed run goes on."""
+    """A run of experiment `zsr` at $MLFLOW_TRACKING_URI, else in FOLDER/mlflow.db. A resumed run continues it."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         try:
             from mlflow import MlflowClient
         except ImportError:
-            raise ConfigError("--track mlflow wants mlflow; install zsr with the extra 'mlflow'") from None
+            raise ConfigError("--track mlflow requires mlflow; install zsr with the extra 'mlflow'") from None
         folder.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute()}/mlflow.db")
         found = self.client.get_experiment_by_name("zsr")
@@ -106,13 +106,13 @@ class Mlflow:
 
 
 class Wandb:
-    """A run of project `zsr` ($WANDB_PROJECT), with the first digits of the plan as its id, so that it goes on."""
+    """A run of project `zsr` ($WANDB_PROJECT). Its id is from the plan's digest, so that a resumed run continues it."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("--track wandb wants wandb; install zsr with the extra 'wandb'") from None
+            raise ConfigError("--track wandb requires wandb; install zsr with the extra 'wandb'") from None
         folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "zsr"),
@@ -141,12 +141,12 @@ TRACKERS: Final[Mapping[TrackerName, Callable[[Path, Plan], Tracker]]] = {
 def follow(
     path: Path, last_step: int, tracking: Tracking, plan: Plan, done: int = 0, output: Path | None = None
 ) -> Iterator[None]:
-    """Watch the metrics file `path` of a run of `plan` while the body runs, and once more after it.
+    """Follow the metrics file `path` of a run of `plan` while the body runs, and once more after it.
 
     Args:
-        last_step: where the run ends, at the latest.
-        output: folder beside the artifact, where it is another than that of `path`: a bucket's. What trackers have
-            written is put there at the end.
+        last_step: the last step of the run, unless it stops early.
+        output: the log folder in a bucket, if it is not that of `path`. What trackers have written is uploaded there at
+            the end.
         done: steps that an interrupted run finished.
 
     Raises:
@@ -172,14 +172,14 @@ def follow(
 
 
 def _put(path: Path, output: Path) -> None:
-    """Put the files beside the metrics file `path`, which rank 0 has put there already, into a bucket."""
+    """Upload the files next to the metrics file `path` to a bucket; rank 0 has already uploaded `path` itself."""
     for file in files_below(path.parent):
         if file != path:
             write_atomically(output / file.relative_to(path.parent), file.read_bytes())
 
 
 def _show(stage: progress.Stage, latest: Line) -> None:
-    """Show the newest numbers; on a terminal each epoch leaves a line."""
+    """Show the latest metrics; on a terminal, print a line per epoch."""
     stage.note = sentence(latest)
     if latest["kind"] == "epoch" and stage.terminal:
         progress.say(f"train: step {latest['step']}, {stage.note}")
@@ -191,12 +191,12 @@ def _watch(watcher: "Watcher", over: threading.Event) -> None:
 
 
 class Watcher:
-    """Reads the lines that have come since it last looked. What was there before it began was another driver's.
+    """Reads the lines that were added since the last read. It skips lines from before its start, by another driver.
 
     Attributes:
-        latest: the newest value of every number.
-        step: the newest step.
-        show: shows `latest` to a person.
+        latest: the latest value of every metric.
+        step: the latest step.
+        show: called with `latest`, to display it.
     """
 
     def __init__(self, path: Path, trackers: dict[str, Tracker]) -> None:
@@ -210,7 +210,7 @@ class Watcher:
             self.done[line["kind"]] = line["step"]
 
     def look(self) -> None:
-        """Pass new lines on."""
+        """Read new lines and pass them to the trackers and the display."""
         for line in self._lines():
             kind, step = str(line["kind"]), int(line["step"])
             if step <= self.done.get(kind, 0):
@@ -238,7 +238,7 @@ class Watcher:
                 tracker.write(step, scalars)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines that were not read yet; from the start again where a restarted run has cut the file back."""
+        """Complete lines that were not read yet; from the start again if a restarted run has rewritten the file."""
         try:
             with self.path.open("rb") as handle:
                 inode = os.fstat(handle.fileno()).st_ino
@@ -253,16 +253,16 @@ class Watcher:
 
 @contextmanager
 def _forgiven(name: str, otherwise: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """No tracker is worth a training run: what it raises is said, and it is left."""
+    """Log the errors of a tracker instead of raising them, and call `otherwise`: a tracker must not stop training."""
     try:
         yield
     except Exception as error:
-        logger.warning("tracker %s is left: %s: %s", name, type(error).__name__, error)
+        logger.warning("tracker %s failed and is disabled: %s: %s", name, type(error).__name__, error)
         otherwise()
 
 
 def sentence(latest: Line) -> str:
-    """What a person wants to know of a run beside its step: how good and how fast it is, and what holds it up."""
+    """Summarize the latest metrics for display: loss, validation score, throughput and bottleneck."""
     losses = [value for name, value in latest.items() if name.startswith("loss/") and value is not None]
     said = [f"loss {sum(losses):.4g}"] if losses else []
     if latest.get("validation_map_all") is not None:

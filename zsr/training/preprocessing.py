@@ -1,4 +1,4 @@
-"""What a model reads: FEATURES, or the pictures that its image tower wants."""
+"""Image preprocessing of backbones and image towers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,10 @@ from zsr.models.protocol import Tower
 
 
 def resize_of(architecture: Mapping[str, Any], size: int, fit: Fit) -> Resize:
-    """How pictures of any shape become what a backbone takes."""
+    """How images of any shape are resized for a backbone."""
     return Resize(size, architecture["interpolation"], architecture["crop"] if fit == "published" else None)
 
 
 def pictures_of(tower: Tower) -> Pictures:
-    """The pictures that a tower was trained on, and wants for ever after."""
+    """The preprocessing that a tower was trained with, which it also requires afterwards."""
     return Pictures(resize_of(tower.architecture, tower.size, tower.fit), tower.invert_sketches)

@@ -1,10 +1,10 @@
-"""Many runs of one model, packed onto the cluster by Ray Tune: sweeps over configuration fields, and several seeds.
+"""Hyperparameter sweeps with Ray Tune: search over configuration fields, and several seeds per setting.
 
-A trial is one Ray actor that trains alone (see `train_model`), with a fraction of a GPU where there are some: one small
-model cannot fill it. Trials are chosen between by their validation score, and unseen classes take no part.
+A trial is one Ray actor that trains in its own process (see `train_model`), with a fraction of a GPU if there are GPUs,
+since one small model does not saturate one. Trials are selected by validation score; unseen classes are not used.
 
-Ray Tune's own experiment files are pickles and are thrown away. A sweep is restarted by starting it again: settings are
-drawn from a seed, equal settings give equal plans, finished trials are found and unfinished ones go on.
+Ray Tune's own experiment files are pickles and are deleted. To resume a sweep, start it again: settings are sampled
+with a seed, equal settings give equal plans, finished trials are found and unfinished ones resumed.
 """
 
 import logging
@@ -31,8 +31,8 @@ from zsr.training.run import Run, train_model
 logger = logging.getLogger("zsr")
 
 SCORE: Final = "validation_map_all"
-FAILED: Final = -1.0  # below any score: what a trial reports that ended with an error of ours
-RETRIES: Final = 3  # of a trial whose process or node was lost
+FAILED: Final = -1.0  # below any score: reported by a trial that raised an error
+RETRIES: Final = 3  # retries of a trial whose process or node was lost
 
 Overrides = Mapping[str, Any]  # field of the configuration, dotted for the model's options -> value
 
@@ -42,9 +42,9 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        overrides: what it differs in, `seed` included.
-        score: of its validation classes; None where it failed.
-        checkpoint: directory of its version.
+        overrides: its overridden configuration fields, `seed` included.
+        score: on the validation classes; None if it failed.
+        checkpoint: directory of the checkpoint's version.
     """
 
     overrides: dict[str, Any]
@@ -56,15 +56,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried.
+    """Search space and search settings.
 
     Attributes:
-        space: of `parse_space`.
-        samples: settings that are drawn; a `grid` is tried whole for each.
-        seeds: each setting is trained with every one of them; its score is the mean.
-        searcher: `random` draws from the space; `optuna` (TPE) draws near what was good.
+        space: from `parse_space`.
+        samples: number of settings to sample; every `grid` is searched in full for each.
+        seeds: each setting is trained with every seed; its score is the mean.
+        searcher: `random` samples from the space; `optuna` (TPE) samples near settings with good scores.
         device: of a trial.
-        seed: of the drawing.
+        seed: of the sampling.
     """
 
     space: Mapping[str, Any]
@@ -76,12 +76,12 @@ class Sweep:
 
 
 def parse_space(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Ray Tune's search space of `{FIELD: {KIND: VALUES}}`.
+    """Convert `{FIELD: {KIND: VALUES}}` to Ray Tune's search space.
 
     Kinds: uniform: [low, high]; loguniform: [low, high]; randint: [low, high), choice: [values]; grid: [values].
 
     Raises:
-        ConfigError: another kind, or values that it does not take.
+        ConfigError: an unknown kind, or values that are invalid for it.
     """
     return {field: _domain(field, given) for field, given in content.items()}
 
@@ -95,34 +95,34 @@ def _domain(field: str, given: Any) -> Any:
         )
     ((kind, values),) = given.items()
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"search space, {field}: {kind} wants a list, found {values!r}")
+        raise ConfigError(f"search space, {field}: {kind} requires a list, found {values!r}")
     if kind in lists:
         return lists[kind](values)
     try:
         low, high = values
-        if kind != "randint":  # YAML reads 1e-4 as a word
+        if kind != "randint":  # YAML reads 1e-4 as a string
             low, high = float(low), float(high)
         if not low < high or (kind == "loguniform" and low <= 0):
             raise ValueError("low must be less than high, and positive on a logarithmic scale")
         return ranges[kind](low, high)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"search space, {field}: {kind} wants [low, high], found {values!r}: {error}") from error
+        raise ConfigError(f"search space, {field}: {kind} requires [low, high], found {values!r}: {error}") from error
 
 
 def run_sweep(make: Callable[[Overrides], Run], sweep: Sweep, output: Path) -> list[Trial]:
-    """Train every trial and return them, best first, failed ones last.
+    """Train all trials and return them, best first, failed ones last.
 
     Args:
-        make: the run that overrides stand for; called in the trial's process.
-        output: trials' checkpoints lie below it, each in a ROOT named by its plan.
+        make: creates the run of some overrides; called in the trial's process.
+        output: folder of the trials' checkpoints, each in a ROOT named by its plan.
 
     Raises:
-        ConfigError: the searcher is not installed, or cannot do with several seeds or a grid.
+        ConfigError: the searcher is not installed, or does not support several seeds or a grid.
         Infeasible: a single CPU; see `devices.choose`.
-        ZsrError: what the first trial raised, where every one failed.
+        ZsrError: the error of the first trial, if all failed.
     """
     connect()
-    # trials stay in this directory, so that paths mean what they mean here; and no boxes around a job's own lines
+    # trials keep the working directory, so that relative paths stay valid; and no boxes around the job's own output
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_AIR_NEW_OUTPUT": "0"}
     devices = choose(sweep.device)
     together = min(devices.most, _spare_cpus())
@@ -154,21 +154,21 @@ def run_sweep(make: Callable[[Overrides], Run], sweep: Sweep, output: Path) -> l
         shutil.rmtree(folder, ignore_errors=True)
     if all(trial.score is None for trial in found):
         kind, _, said = found[0].error.partition(": ")
-        raise getattr(errors, kind, ZsrError)(f"no trial of {len(found)} ended well; the first: {said or kind}")
+        raise getattr(errors, kind, ZsrError)(f"all {len(found)} trials failed; the first with: {said or kind}")
     return sorted(found, key=lambda trial: FAILED if trial.score is None else trial.score, reverse=True)
 
 
 def _trial(config: dict[str, Any], make: Callable[[Overrides], Run], trials: Path) -> None:
-    """One trial. An error is a result, too; only a trial whose process is lost is tried again by Ray Tune."""
+    """Run one trial. An error is reported as its result; Ray Tune retries a trial only if its process is lost."""
     try:
         run = make(config)
         if not run.split.validation:
-            raise ConfigError("trials are chosen between on validation classes; give some")
+            raise ConfigError("trials are compared on validation classes; set validation_classes to at least 2")
         store = Store.at(trials / run.plan().digest[:12])
         made = train_model(replace(run, output=store))
         score, step = made.facts["validation_map_all"], made.facts["best_step"]
         tune.report({SCORE: float(score), "best_step": int(step), "checkpoint": str(made.directory), "error": ""})
-    except Exception as error:  # the other trials go on, and the table says what became of this one
+    except Exception as error:  # the other trials continue, and the table shows this error
         if not isinstance(error, ZsrError):
             logger.exception("trial %s", config)
         tune.report({SCORE: FAILED, "best_step": -1, "checkpoint": "", "error": f"{type(error).__name__}: {error}"})
@@ -185,7 +185,7 @@ def _trial_of(result: Any) -> Trial:
 def best_setting(trials: Sequence[Trial]) -> tuple[dict[str, Any], float]:
     """The overrides, without the seed, with the highest mean score over their seeds, and that score.
 
-    A setting of which a seed failed counts last.
+    A failed seed counts as a score of `FAILED`.
     """
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -203,32 +203,32 @@ def _setting(trial: Trial) -> dict[str, Any]:
 
 
 def space_of(sweep: Sweep) -> dict[str, Any]:
-    """The space with the seeds beside it."""
+    """The search space, with the seeds added."""
     return {**sweep.space, "seed": tune.grid_search(list(sweep.seeds)) if len(sweep.seeds) > 1 else sweep.seeds[0]}
 
 
 def searcher_of(sweep: Sweep) -> Searcher | SearchAlgorithm:
-    """What draws the settings. Raises ConfigError: see `run_sweep`."""
+    """The search algorithm that samples the settings. Raises ConfigError: see `run_sweep`."""
     if sweep.searcher == "random":
-        # constant: every seed of a setting gets the same draw
+        # constant: every seed of a setting gets the same sample
         return BasicVariantGenerator(constant_grid_search=True, random_state=sweep.seed)
     if len(sweep.seeds) > 1 or any(isinstance(given, dict) for given in sweep.space.values()):
-        raise ConfigError("optuna takes one seed and no grid; use --searcher random, or choice in place of grid")
+        raise ConfigError("optuna supports one seed and no grid; use --searcher random, or choice instead of grid")
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
     except ImportError:
-        raise ConfigError("--searcher optuna wants optuna; install zsr with the extra 'optuna'") from None
+        raise ConfigError("--searcher optuna requires optuna; install zsr with the extra 'optuna'") from None
     return OptunaSearch(sampler=optuna.samplers.TPESampler(seed=sweep.seed))
 
 
 def _spare_cpus() -> int:
-    """The CPUs that trials may take, on nodes that are up or can start: all but one, which reads their data.
+    """The number of CPUs for trials, on nodes that are up or can start: all but one, which loads their data.
 
     Raises:
         Infeasible: a single CPU.
     """
     cpus = capacity().cpus() - 1
     if cpus < 1:
-        raise Infeasible("a sweep requires two CPUs: one trains, one reads its data; add a node")
+        raise Infeasible("a sweep requires at least 2 CPUs: one per trial, and one to load data; add a node")
     return cpus

@@ -1,4 +1,4 @@
-"""Image towers that forget: activation checkpointing, block by block. The bits of a step are the same with it."""
+"""Activation checkpointing of image towers, per block. A step gives the same bits as without it."""
 
 import math
 from collections.abc import Callable
@@ -10,24 +10,24 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from zsr.errors import ConfigError
 
-FEWEST: Final = 4  # parts of a list that is worth it
+FEWEST: Final = 4  # blocks in a list for which checkpointing pays off
 
 
 def recomputed(tower: nn.Module) -> None:
-    """Let the tower's blocks keep nothing but their inputs.
+    """Keep only the inputs of the tower's blocks, and recompute activations in the backward pass. Works in place.
 
-    A list of blocks (transformers, EfficientNet) forgets a block at a time, a plain sequence of n layers (VGG) about
-    sqrt(n) layers at a time. Dropout is drawn again as it was.
+    A list of blocks (transformers, EfficientNet) is checkpointed per block, a plain sequence of n layers (VGG) in
+    segments of about sqrt(n) layers. Recomputed dropout masks are the same.
 
     Raises:
-        ConfigError: the tower is made of neither.
+        ConfigError: the tower has neither.
     """
-    if not _forget(tower):
+    if not _wrap_blocks(tower):
         raise ConfigError(f"{type(tower).__name__} has no blocks to recompute; leave --recompute out")
 
 
-def _forget(module: nn.Module) -> bool:
-    """Wrap the outermost lists below `module`; whether there were any."""
+def _wrap_blocks(module: nn.Module) -> bool:
+    """Wrap the outermost lists below `module`; return whether there are any."""
     if isinstance(module, nn.Sequential) and len(module) >= FEWEST:
         _wrap(module, _segments(module))
         return True
@@ -35,11 +35,11 @@ def _forget(module: nn.Module) -> bool:
         for block in module:
             _wrap(block, _alone(block.forward))
         return True
-    return any([_forget(child) for child in module.children()])
+    return any([_wrap_blocks(child) for child in module.children()])
 
 
 def _wrap(module: nn.Module, forward: Callable[..., object]) -> None:
-    module.forward = forward  # in place of a wrapping module, which would rename the parameters of checkpoints
+    module.forward = forward  # a wrapper module would rename the parameters in checkpoints
 
 
 def _alone(forward: Callable[..., object]) -> Callable[..., object]:

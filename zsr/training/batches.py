@@ -1,4 +1,4 @@
-"""What stands between rows and a model that is about to train: the scale of its features, and its batches."""
+"""Feature scaling and training batches."""
 
 from typing import Protocol, cast
 
@@ -17,24 +17,24 @@ from zsr.models.protocol import Embedder, Model, Scaling
 
 
 class Batches(Protocol):
-    """Where a training loop takes its batches from: rows in memory, or a stream of pictures."""
+    """Source of a training loop's batches: rows in memory, or a stream of images."""
 
     @property
     def waited(self) -> float:
-        """Seconds that callers of `batch` waited for data."""
+        """Seconds that calls of `batch` have waited for data."""
         ...
 
     def batch(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Batch:
-        """Rank `rank`'s `size` rows of the global batch of `step`; another one for each repetition."""
+        """The `size` rows of rank `rank` in the global batch of `step`; each repetition is a different batch."""
         ...
 
     def close(self) -> None:
-        """Stop what is read ahead."""
+        """Stop prefetching."""
         ...
 
 
 def begin(model: Model, query: Pool, photo: Pool, words: Tensor, seed: int, *, paired: bool | None = None) -> Sampler:
-    """Batches of rows that lie in memory; arguments and errors as for `draws_of`."""
+    """Batches of rows in memory; arguments and errors as for `draws_of`."""
     return Sampler(query, photo, draws_of(model, query, photo, words, seed, paired=paired), words)
 
 
@@ -50,7 +50,7 @@ def begin_stream(
     augment: bool,
     last_step: int,
 ) -> Stream:
-    """Batches of pictures that are decoded ahead of the steps; arguments and errors as for `draws_of` and `Stream`."""
+    """Batches of images that are decoded ahead of the steps; arguments and errors as for `draws_of` and `Stream`."""
     draws = draws_of(model, sides.sketch, sides.photo, words, seed, paired=paired)
     # `Engines.train_batch` asks for repetition 0, and for more where a phase repeats on fresh batches
     repetitions = max(phase.repeat if phase.fresh_batch else 1 for phase in model.phases)
@@ -58,12 +58,12 @@ def begin_stream(
 
 
 def draws_of(model: Model, query: Side, photo: Side, words: Tensor, seed: int, *, paired: bool | None = None) -> Draws:
-    """Tell a model its class vectors, and make the draws that it asks for.
+    """Pass the class embeddings to a model, and set up the sampling that it requires.
 
     Args:
-        words: (N, S) class vectors, row i for label i.
+        words: (N, S) class embeddings, row i for label i.
         seed: of the batches.
-        paired: draw a query's own photo; None does as the model's paper does, where any query names its photo.
+        paired: sample the photo that belongs to the query. None: as in the model's paper, if any query names its photo.
 
     Raises:
         ConfigError: see `Draws`.
@@ -74,13 +74,13 @@ def draws_of(model: Model, query: Side, photo: Side, words: Tensor, seed: int, *
         photo,
         seed,
         paired=model.paired and query.has_pairs if paired is None else paired,
-        triplets=model.eats == "triplets",
+        triplets=model.batch_kind == "triplets",
         negatives=model.negatives(words),
     )
 
 
 class Sums:
-    """Mean, deviation and range of the columns of a stream, in float64."""
+    """Running mean, std and range of each feature over blocks of rows, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -90,7 +90,7 @@ class Sums:
         self.most = np.zeros(0)
 
     def add(self, features: np.ndarray) -> None:
-        """Take in (N, F)."""
+        """Add a block of rows (N, F)."""
         if not len(features):
             return
         wide = features.astype(np.float64)
@@ -101,10 +101,10 @@ class Sums:
         self.count += len(features)
 
     def constants(self, scaling: Scaling, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Scale.fit` takes, (F,) float32 each: mean and population deviation, or least value and range.
+        """Arguments of `Scale.fit`, (F,) float32 each: mean and population std, or min and range.
 
         Raises:
-            ConfigError: no row came.
+            ConfigError: no row was added.
         """
         if self.count == 0:
             raise ConfigError(f"no {side} row of a training class has a feature; check the split and the features")
@@ -116,6 +116,6 @@ class Sums:
 
 
 def fit_scale(model: Embedder, side: str, sums: Sums) -> None:
-    """Fit the scale of one side as the model asks for it. Raises ConfigError if no row came."""
+    """Fit the feature scale of one side by the model's `scaling`. Raises ConfigError if `sums` has no row."""
     if model.scaling != "none":
         cast(Scale, model.scale[side]).fit(*sums.constants(model.scaling, side))

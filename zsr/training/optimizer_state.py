@@ -1,11 +1,11 @@
-"""Whole optimizer states in and out of a DeepSpeed engine, whatever its ZeRO stage and the number of ranks.
+"""Get and set unsharded optimizer states of a DeepSpeed engine, at any ZeRO stage and number of ranks.
 
     stage 0     the torch optimizer holds each parameter's state whole
-    stage 1, 2  it holds one flat piece a rank; a parameter lies across the pieces of neighbouring ranks
-    stage 3     it holds flat pieces of parameters that were each cut into equal parts, the last one padded
+    stage 1, 2  it holds one flat shard per rank; a parameter may span the shards of neighboring ranks
+    stage 3     it holds flat shards of parameters that were each split into equal parts, the last one padded
 
-What is saved is always whole, one tensor a parameter and field, so any stage and any world size can read it. It is
-ours, since DeepSpeed's own files are pickles that want the world size that wrote them.
+States are saved unsharded, one tensor per parameter and field, so any stage and any world size can read them.
+DeepSpeed's own checkpoint files are not used: they are pickles and require the world size that wrote them.
 """
 
 import math
@@ -20,12 +20,12 @@ Fields = Mapping[str, Tensor]
 
 
 class Piece(NamedTuple):
-    """Where a parameter's part on this rank lies.
+    """Location of this rank's part of a parameter.
 
     Attributes:
         flat: the optimizer's own flat tensor, key of its state.
-        at, size: the part's place in it.
-        start: the part's first element in the flattened parameter.
+        at, size: offset and size of the part in `flat`.
+        start: offset of the part in the flattened parameter.
     """
 
     flat: Tensor
@@ -40,13 +40,13 @@ def stage_of(engine: Any) -> int:
 
 
 def inner(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer that does the arithmetic."""
+    """The torch optimizer inside the engine."""
     found: torch.optim.Optimizer = engine.optimizer.optimizer if stage_of(engine) else engine.optimizer
     return found
 
 
 def whole_state(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """A parameter's optimizer state on the CPU: tensors of its shape, and numbers. Collective at stages 1 to 3."""
+    """A parameter's optimizer state on the CPU: tensors of its shape, and scalars. Collective at stages 1 to 3."""
     if stage_of(engine) == 0:
         held = inner(engine).state.get(parameter, {})
         return {name: torch.as_tensor(value).detach().cpu().clone() for name, value in held.items()}
@@ -61,7 +61,7 @@ def whole_state(engine: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
 
 
 def put_back(engine: Any, states: Iterable[tuple[nn.Parameter, Fields]]) -> None:
-    """Give the optimizer what `whole_state` returned for each of its parameters. Every rank keeps its own part."""
+    """Load the states that `whole_state` returned into the optimizer. Every rank keeps its own part."""
     state = inner(engine).state
     for parameter, fields in states:
         if stage_of(engine) == 0:
@@ -72,7 +72,7 @@ def put_back(engine: Any, states: Iterable[tuple[nn.Parameter, Fields]]) -> None
 
 
 def _fill(held: dict[str, Any], piece: Piece, fields: Fields) -> None:
-    """Copy one parameter's part into the flat state; a flat tensor's numbers are those of any of its parameters."""
+    """Copy one parameter's part into the flat state; scalars are equal for all parameters of a flat tensor."""
     for name, value in fields.items():
         if value.dim() == 0:
             held[name] = value.to(piece.flat.device, copy=True)
@@ -84,7 +84,7 @@ def _fill(held: dict[str, Any], piece: Piece, fields: Fields) -> None:
 
 
 def _flat(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """The flat tensor of the group that holds the parameter, on a rank that may hold no part of it."""
+    """The flat tensor of the parameter's group, also on a rank that holds no part of the parameter."""
     optimizer = engine.optimizer
     if stage_of(engine) == 3:
         flat: Tensor = optimizer.fp32_partitioned_groups_flat[_position(engine, parameter)[0]]
@@ -96,14 +96,14 @@ def _flat(engine: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def _position(engine: Any, parameter: nn.Parameter) -> tuple[int, int, int]:
-    """Stage 3: group, place and size of the parameter's part on this rank."""
+    """Stage 3: group, offset and size of the parameter's part on this rank."""
     optimizer = engine.optimizer
     group, at, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
     return int(group), int(at), int(count)
 
 
 def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:
-    """This rank's part of a parameter, if it has one."""
+    """This rank's part of a parameter, if it holds one."""
     if stage_of(engine) == 3:
         _, at, count = _position(engine, parameter)
         yield Piece(_flat(engine, parameter), at, count, count * dist.get_rank())
@@ -115,7 +115,7 @@ def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:
 
 
 def _gathered(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
-    """A field from the parts of all ranks, in the parameter's shape."""
+    """Gather a field from the parts of all ranks, in the parameter's shape."""
     shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty shape on the parameter itself
     flat = _flat(engine, parameter)
     whole = torch.zeros(math.prod(shape), dtype=flat.dtype, device=flat.device)
@@ -123,5 +123,5 @@ def _gathered(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
         part = whole[piece.start : piece.start + piece.size]
         part.copy_(inner(engine).state[piece.flat][name][piece.at : piece.at + len(part)])
     if dist.get_world_size() > 1:
-        dist.all_reduce(whole)  # every element has one owner, and the others bring 0
+        dist.all_reduce(whole)  # every element is held by one rank and 0 on the others
     return whole.reshape(shape)

@@ -1,18 +1,18 @@
-"""What a run will need, before it starts: parameters, and memory a GPU at each ZeRO stage. Nothing is computed or read.
+"""Estimate of the memory per GPU that training needs at each ZeRO stage, before anything is computed or read.
 
-Per trained parameter 4 bytes of weight, 4 of gradient and s of optimizer state, s = 8 for Adam, 12 with AMSGrad, 4 for
-SGD with momentum and 0 without; frozen parameters take 4 bytes whatever the stage. With P trained and F frozen ones and
-N workers (Rajbhandari et al., SC 2020, figure 1, with 32-bit weights; DeepSpeed keeps a 32-bit copy of the shard
-that its optimizer steps at stages 1 and 2):
+A trained parameter takes 4 bytes of weight, 4 of gradient and s of optimizer state, s = 8 for Adam, 12 with AMSGrad,
+4 for SGD with momentum and 0 without; a frozen parameter takes 4 bytes at any stage. With P trained and F frozen
+parameters and N workers (Rajbhandari et al., SC 2020, figure 1, with 32-bit weights; DeepSpeed keeps a 32-bit copy of
+the shard that its optimizer steps at stages 1 and 2):
 
     stage 0    4F + (4 + 4 + s) P
     stage 1    4F + (4 + 4) P + (4 + s) P / N
     stage 2    4F + 4 P + (4 + 4 + s) P / N
-    stage 3    4F + (4 + 4 + s) P / N        and whichever layer is computed, whole
+    stage 3    4F + (4 + 4 + s) P / N        plus the layer being computed, unsharded
 
-Activations come on top, a rule of thumb: 4 bytes for every number that a layer of the embedding network puts out, for
-every row of the batch, times the phases of the model, since each passes the batch again. Buffers of DeepSpeed and of
-the device's libraries are not in it.
+Activations are added by a rule of thumb: 4 bytes for every output element of every layer of the embedding network, per
+row of the batch, times the phases of the model, each of which does its own forward pass. Buffers of DeepSpeed and of
+CUDA libraries are not included.
 """
 
 from typing import Any
@@ -26,11 +26,11 @@ FLOAT = 4  # bytes
 
 
 def memory(model: Embedder, rows: int, workers: int) -> dict[str, int]:
-    """Bytes a GPU by the module's formulas: of weights, gradients and states at each stage, and of activations.
+    """Bytes per GPU by the formulas above: weights, gradients and optimizer states at each stage, and activations.
 
     Args:
         model: on torch's meta device.
-        rows: a worker and step.
+        rows: per worker and step.
         workers: N.
     """
     groups = dict(model.trained) if isinstance(model, Model) else {}
@@ -45,24 +45,24 @@ def memory(model: Embedder, rows: int, workers: int) -> dict[str, int]:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of optimizer state a parameter."""
+    """Bytes of optimizer state per parameter."""
     if optimizer.name == "sgd":
         return FLOAT if optimizer.momentum else 0
     return (3 if optimizer.amsgrad else 2) * FLOAT
 
 
 def activations(model: Embedder, rows: int) -> int:
-    """Bytes that `rows` sketches and as many photos (twice as many in triplets) leave behind for the backward pass."""
+    """Bytes kept for the backward pass of `rows` sketches and as many photos (twice as many in triplets)."""
     if not isinstance(model, Model):
         return 0
-    photos = 2 if model.eats == "triplets" else 1
+    photos = 2 if model.batch_kind == "triplets" else 1
     row = _numbers(model, "sketch") + photos * _numbers(model, "photo")
     return FLOAT * rows * row * len(model.phases)
 
 
 @torch.no_grad()
 def _numbers(model: Model, side: str) -> int:
-    """Numbers that all layers put out for one item of a side. Two items pass, on the meta device, with no data."""
+    """Output elements of all layers for one item of a side, counted with two items on the meta device (no data)."""
     counted = 0
 
     def count(_: nn.Module, __: Any, output: Any) -> None:

@@ -1,11 +1,11 @@
-"""A step on more rows than a tower, or a model, passes at a time. The result is that of the whole batch at once.
+"""Gradient accumulation: a step in micro-batches with the gradient of the whole batch.
 
-Terms that are means over rows (`Model.coupled` is False) are taken piece by piece: the gradient of the batch is the
-mean of the pieces', weighed by their rows. Terms that couple rows want all features at once, and features are small;
-what is large is the tower in front. So all pieces pass the tower without a graph first, the terms send their gradient
-back to the features of the whole batch, and then each piece passes the tower again to carry its share of that gradient
-on. This costs a second forward pass of the tower. Known as gradient caching. Without a tower that trains, a model of
-coupled terms takes the whole batch at once: there is nothing large to pass in pieces.
+Losses that are means over rows (`Model.coupled` is False) are accumulated per micro-batch: the gradient of the batch is
+the mean of the micro-batches' gradients, weighted by their rows. Batch-dependent losses need the features of all rows
+at once; features are small, and what is large is the image tower. So all micro-batches first pass the tower without a
+graph, the losses are backpropagated to the features of the whole batch, and each micro-batch then passes the tower
+again to backpropagate its part of that gradient (gradient caching). This costs a second forward pass of the tower.
+Without a trained tower, a model with batch-dependent losses takes the whole batch at once.
 """
 
 from dataclasses import fields
@@ -22,25 +22,27 @@ from zsr.models.protocol import Phase, Terms
 if TYPE_CHECKING:
     from zsr.training.engines import Engines
 
-FEATURES: Final = ("sketch", "photo", "negative")  # what a tower makes of a batch's pictures
+FEATURES: Final = ("sketch", "photo", "negative")  # fields of a batch that a tower computes
 
 
 def step(engines: "Engines", batch: Batch) -> Terms:
-    """One step of a model of one phase on raw `batch`, in pieces. The named terms of the whole batch, detached.
+    """One step of a single-phase model on raw `batch`, in micro-batches. Returns the whole batch's losses, detached.
 
     Raises:
-        ConfigError: coupled terms at ZeRO stage 3, whose passes may not each reach another part of the group.
+        ConfigError: batch-dependent losses at ZeRO stage 3, where passes that use different parameters are not
+            supported.
     """
     (phase,) = engines.model.phases
     if engines.model.coupled and engines.stage == 3:
         raise ConfigError(
-            f"{len(batch)} rows a worker, {engines.batch_size} at a time: {type(engines.model).__name__} couples rows, "
-            "and at ZeRO stage 3 takes no pieces; use --zero-stage 2, or a larger --batch-size"
+            f"{len(batch)} rows per worker, {engines.batch_size} at a time: {type(engines.model).__name__} has "
+            "batch-dependent losses, which cannot be accumulated at ZeRO stage 3; use --zero-stage 2, or a larger "
+            "--batch-size"
         )
-    return _cached(engines, phase, batch) if engines.model.coupled else _apart(engines, phase, batch)
+    return _cached(engines, phase, batch) if engines.model.coupled else _accumulated(engines, phase, batch)
 
 
-def _apart(engines: "Engines", phase: Phase, batch: Batch) -> Terms:
+def _accumulated(engines: "Engines", phase: Phase, batch: Batch) -> Terms:
     parts = split(batch, engines.batch_size)
     logged: Terms = {}
     for number, part in enumerate(parts):
@@ -71,22 +73,22 @@ def _cached(engines: "Engines", phase: Phase, batch: Batch) -> Terms:
 
 
 def _passed(engines: "Engines", part: Batch, seed: int, number: int) -> Batch:
-    """A piece through the tower, whose dropout is the same each time."""
+    """Pass a micro-batch through the tower, with the same dropout masks each time."""
     torch.manual_seed(seed_of(seed, number))
     with engines.autocast():
         return engines.model.scaled(part)
 
 
 def _add(engines: "Engines", phase: Phase, terms: Terms, share: float, *, last: bool) -> None:
-    """Add a share of the terms' gradient to the step, which is taken with the last one."""
+    """Accumulate a fraction of the losses' gradient; the optimizer steps after the last one."""
     engine = engines.engines[phase.moves]
     engine.set_gradient_accumulation_boundary(last)
     if engines.stage == 3:
-        # counts the backward passes of a step; DeepSpeed itself does so in its engine's forward, which is not ours, and
-        # uncounted passes would replace each other's gradients
+        # counts the backward passes of a step; DeepSpeed does so in its engine's forward, which is not called here, and
+        # passes that are not counted would overwrite each other's gradients
         engine.optimizer.clear_backward_seen_flag()
     engines.backward(phase, terms, share)
-    engine.step()  # before the last one it counts, and does no more
+    engine.step()  # before the boundary it only counts micro-batches
     engine.set_gradient_accumulation_boundary(True)
 
 
@@ -100,12 +102,12 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
-    """The batch in pieces of at most `size` rows, in order."""
+    """The batch in micro-batches of at most `size` rows, in order."""
     starts = range(0, len(batch), size)
     return [batch.map(**{name: value[at : at + size] for name, value in _tensors(batch).items()}) for at in starts]
 
 
 def joined(parts: list[Batch]) -> Batch:
-    """What `split` took apart, as one batch."""
+    """One batch of the micro-batches from `split`."""
     held = [_tensors(part) for part in parts]
     return parts[0].map(**{name: torch.cat([part[name] for part in held]) for name in held[0]})
