@@ -34,14 +34,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zsr import cluster
+from zsr import cluster, metrics
 from zsr.artifact import open_artifact
 from zsr.commands import features, prepare, semantics
 from zsr.data.sampling import Pool, Reservoir, Sampler, seed_of
 from zsr.data.semantics import class_vectors
 from zsr.data.shards import Block, Rows, collect
 from zsr.data.splits import draw as draw_classes
-from zsr.evaluation import metrics
 from zsr.models import build, configure
 from zsr.models.protocol import Inputs, Model
 from zsr.training.batches import Sums, begin, fit_scale

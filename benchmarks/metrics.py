@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from sklearn.metrics import average_precision_score
 
-from zsr.evaluation import metrics
+from zsr import metrics
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def compare(data: Data, sample: int) -> dict[str, float]:
     print(f"{'':34}{'wall s':>10}{'cpu s':>10}{'us/query':>10}")
     for name, seconds, cpu in (
         (f"scikit-learn loop (from {sample} queries)", base, base_cpu),
-        ("zsr.evaluation.metrics", wall, processor),
+        ("zsr.metrics", wall, processor),
     ):
         print(f"{name:34}{seconds:10.2f}{cpu:10.2f}{1e6 * seconds / len(data.query):10.0f}")
     print(f"ratio: {base / wall:.1f} times (wall), {base_cpu / processor:.1f} (cpu); peak memory {memory:.2f} GiB")

@@ -16,9 +16,9 @@ from torchmetrics.functional.retrieval import (
     retrieval_recall,
 )
 
+from zsr import metrics
 from zsr.errors import ConfigError
-from zsr.evaluation import metrics
-from zsr.evaluation.metrics import RankScores
+from zsr.metrics import RankScores
 from zsr.models.protocol import Metric
 
 SPLITS = Path(__file__).parents[3] / "shared" / "papers" / "splits.json"

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from zsr import metrics
 from zsr.errors import ConfigError, Leakage
-from zsr.evaluation import metrics
 from zsr.evaluation.protocol import (
     Items,
     Sampling,

@@ -4,7 +4,7 @@ import pytest
 
 from zsr.data.splits import published as splits
 from zsr.evaluation import imagenet, published
-from zsr.evaluation.metrics import rank_hits
+from zsr.metrics import rank_hits
 
 
 def test_the_21_classes_were_chosen_to_be_new_to_imagenet() -> None:

@@ -15,7 +15,6 @@ import pytest
 from PIL import ExifTags, Image
 
 from zsr.errors import ConfigError
-from zsr.evaluation.metrics import top
 from zsr.evaluation.protocol import (
     Evaluation,
     Sampling,
@@ -40,6 +39,7 @@ from zsr.evaluation.report import (
     write,
 )
 from zsr.evaluation.scatter import scatter
+from zsr.metrics import top
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

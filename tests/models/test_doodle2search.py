@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.models.helpers import CLASSES, INPUTS, batch, optimizers, step, triplets
-from zsr.evaluation.metrics import mean_average_precision
+from zsr.metrics import mean_average_precision
 from zsr.models import build
 from zsr.models.doodle2search import (
     RELEASED,

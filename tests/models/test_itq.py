@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from tests.models.helpers import INPUTS, batch, optimizers, sem_pcyc, step
 from zsr.errors import ConfigError
-from zsr.evaluation.metrics import mean_average_precision
+from zsr.metrics import mean_average_precision
 from zsr.models.itq import Centre, Coded, learn, pack, principal, rotation, transductive
 from zsr.models.protocol import Rows
 from zsr.models.sem_pcyc import SemPcyc

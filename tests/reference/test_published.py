@@ -11,7 +11,7 @@ import torch
 from tests.reference import formulas
 from zsr.data.sources.sketchy import Sketchy
 from zsr.data.splits import load
-from zsr.evaluation.metrics import chance, mean_average_precision
+from zsr.metrics import chance, mean_average_precision
 from zsr.models.itq import rotation, transductive
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.models.helpers import optimizers, step
 from zsr.batch import Batch
 from zsr.data.sampling import Pool, Sampler, seed_of
-from zsr.evaluation.metrics import mean_average_precision
+from zsr.metrics import mean_average_precision
 from zsr.models import build
 from zsr.models.protocol import Embedder, Inputs, Model
 from zsr.training.batches import Sums, begin, fit_scale

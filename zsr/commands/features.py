@@ -92,7 +92,6 @@ def plan(config: Config) -> Results:
 def work(config: Config) -> Results:
     from zsr.embedding.backbone import extract
     from zsr.embedding.finetune import finetune
-    from zsr.evaluation.metrics import mean_average_precision
     from zsr.models import backbones
 
     data = open_artifact(config.data, "data")
@@ -101,8 +100,7 @@ def work(config: Config) -> Results:
     weights: Path | Artifact = published
     if (split := config.finetune_on_seen) is not None:
         tuned = Store.at(config.output / "backbone")
-        score = mean_average_precision
-        weights = finetune(data, settings, published, split, config.finetune, tuned, score, config.devices)
+        weights = finetune(data, settings, published, split, config.finetune, tuned, config.devices)
     store = Store.at(config.output)
     features, tally = extract(
         data,

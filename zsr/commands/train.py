@@ -121,7 +121,6 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
 
 def prepare_run(config: Config, options: "ModelConfig") -> "Run":
     """Open the inputs and resolve the split. Raises what opening and resolving raise."""
-    from zsr.evaluation.metrics import mean_average_precision
     from zsr.training import trackers
     from zsr.training.engines import deepspeed_config
     from zsr.training.run import Run
@@ -137,7 +136,6 @@ def prepare_run(config: Config, options: "ModelConfig") -> "Run":
         options=options.model_dump(mode="json"),
         settings=TrainSettings(**{name: getattr(config, name) for name in TrainSettings.model_fields}),
         output=Store.at(config.output),
-        score=mean_average_precision,
         query=config.query_modality,
         deepspeed=deepspeed_config(config.zero_stage, config.precision),
         recompute=config.recompute,

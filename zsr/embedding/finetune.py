@@ -9,7 +9,6 @@ from zsr.embedding.encode import architecture_of
 from zsr.embedding.settings import BackboneSettings, Finetune
 from zsr.models import backbones, configure
 from zsr.models.protocol import Tower
-from zsr.training.loop import Score
 from zsr.training.run import Run, TowerStart, train_model
 
 
@@ -20,7 +19,6 @@ def finetune(
     split: str,
     how: Finetune,
     output: Store,
-    score: Score,
     device: DeviceSettings = AUTO,
 ) -> Artifact:
     """The checkpoint of model `classifier` behind this backbone, trained on the seen classes of a split.
@@ -50,7 +48,6 @@ def finetune(
             options=configure("classifier", {"lr": how.lr}).model_dump(mode="json"),
             settings=how.training,
             output=output,
-            score=score,
             device=device,
         )
     )

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from zsr import progress
+from zsr import metrics, progress
 from zsr.artifact import Artifact
 from zsr.data.shards import Source, collect
 from zsr.data.splits import Split
@@ -25,10 +25,10 @@ from zsr.devices import AUTO, DeviceSettings
 from zsr.embedding.encode import vectors_of
 from zsr.embedding.gallery import source_of
 from zsr.errors import ConfigError, Leakage
-from zsr.evaluation import imagenet, metrics, protocol
-from zsr.evaluation.metrics import Ints, Labels
+from zsr.evaluation import imagenet, protocol
 from zsr.evaluation.protocol import Evaluation, Sampling, Side
 from zsr.evaluation.settings import BackboneSaw, Protocol
+from zsr.metrics import Ints, Labels
 from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs
 from zsr.training.preprocessing import pictures_of

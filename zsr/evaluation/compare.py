@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from zsr import fault, progress
+from zsr import fault, metrics, progress
 from zsr.artifact import Artifact, Store
 from zsr.errors import ConfigError
-from zsr.evaluation import metrics, protocol, published, retrain
+from zsr.evaluation import protocol, published, retrain
 from zsr.evaluation.bench import Bench
 from zsr.evaluation.protocol import Search, evaluate_hits
 from zsr.evaluation.report import (

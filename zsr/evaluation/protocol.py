@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from zsr import metrics
 from zsr.errors import ConfigError, Leakage
-from zsr.evaluation import metrics
-from zsr.evaluation.metrics import Floats, Ints, Labels, RankScores
+from zsr.metrics import Floats, Ints, Labels, RankScores
 from zsr.models.protocol import Metric
 
 STRIP: Final = 10  # results shown for an example query

@@ -24,9 +24,9 @@ from zsr.artifact import write_atomically
 from zsr.data.decode import BadImage, Limits, upright
 from zsr.errors import ConfigError
 from zsr.evaluation import plots
-from zsr.evaluation.metrics import interval
 from zsr.evaluation.protocol import Evaluation
 from zsr.evaluation.scatter import Scatter
+from zsr.metrics import interval
 
 THUMBNAIL: Final = 88  # pixels; shown at 64 to 80
 

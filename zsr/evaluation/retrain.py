@@ -17,7 +17,6 @@ from zsr.data import splits
 from zsr.data.features import seal_features
 from zsr.data.splits import Split
 from zsr.errors import ConfigError
-from zsr.evaluation import metrics
 from zsr.evaluation.bench import Bench
 from zsr.executor import VECTORS, map_pieces
 from zsr.models.protocol import Inputs
@@ -81,7 +80,6 @@ def _run(
         options=dict(options),
         settings=settings,
         output=store,
-        score=metrics.mean_average_precision,
         query="text" if bench.query_kind == "text" else "sketch",
         device=bench.devices,
     )

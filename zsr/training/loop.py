@@ -15,8 +15,9 @@ from zsr.batch import Batch
 from zsr.data.sampling import seed_of
 from zsr.data.shards import Rows
 from zsr.errors import NonFiniteLoss
+from zsr.metrics import mean_average_precision
 from zsr.models.backbones import pictures_at_once
-from zsr.models.protocol import Embedder, Metric, Model, Terms
+from zsr.models.protocol import Embedder, Model, Terms
 from zsr.training.batches import Batches
 from zsr.training.checkpoint import Progress, Writer, last_progress, save_progress
 from zsr.training.config import TrainSettings
@@ -25,7 +26,6 @@ from zsr.training.metrics import Meter
 
 # query (Q, P, D) and gallery (G, P, D) multi-vectors, compared by their best pair of vectors, their labels (Q,) and
 # (G,), metric -> score, higher is better
-Score = Callable[[Tensor, Tensor, Tensor, Tensor, Metric], float]
 
 BLOCK: Final = 4096  # feature rows per embedding batch
 
@@ -41,11 +41,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Validation:
-    """Queries and photos of the validation classes, which choose the checkpoint, and their score function."""
+    """Queries and photos of the validation classes, which choose the checkpoint."""
 
     query: Rows
     photo: Rows
-    score: Score
 
     def of(self, model: Embedder, device: str) -> float:
         """The score of `model` in its current state, with photos as gallery."""
@@ -55,7 +54,7 @@ class Validation:
             blocks = torch.split(torch.from_numpy(rows.features), at_once)
             parts.append(torch.cat([model.encode(side, block.to(device)).cpu() for block in blocks]))
         labels = [torch.from_numpy(rows.labels) for rows in (self.query, self.photo)]
-        return self.score(parts[0], parts[1], labels[0], labels[1], model.metric)
+        return mean_average_precision(parts[0], parts[1], labels[0], labels[1], model.metric)
 
 
 def train(

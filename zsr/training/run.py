@@ -47,7 +47,7 @@ from zsr.training import checkpoint
 from zsr.training.batches import Batches, Sums, begin, begin_stream, fit_scale
 from zsr.training.config import TrainSettings
 from zsr.training.engines import deepspeed_config, init_distributed, leave_distributed, refuse
-from zsr.training.loop import Place, Score, Validation, train
+from zsr.training.loop import Place, Validation, train
 from zsr.training.memory import memory
 from zsr.training.metrics import Meter
 from zsr.training.preprocessing import pictures_of
@@ -91,7 +91,6 @@ class Run:
     options: dict[str, Any]
     settings: TrainSettings
     output: Store
-    score: Score
     query: Query = "sketch"
     chosen: Artifact | None = None
     deepspeed: dict[str, Any] = field(default_factory=deepspeed_config)
@@ -585,4 +584,4 @@ def _validation(run: Run) -> Validation | None:
     if not run.held_out:
         return None
     parts = [collect(run.data, run.source, modality, run.held_out) for modality in (run.query, "photo")]
-    return Validation(parts[0], parts[1], run.score)
+    return Validation(parts[0], parts[1])
