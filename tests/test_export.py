@@ -16,6 +16,7 @@ from safetensors.torch import save
 import zsr
 from tests.pipeline import job, ok
 from zsr.artifact import Artifact, Plan, Store, open_artifact
+from zsr.checkpoint import canonical_options, tensors
 from zsr.data.semantics.sentences import SentenceEncoder, encoder_digest, encoder_folder
 from zsr.data.sources.emoji import Emoji
 from zsr.embedding.encode import vectors_of
@@ -25,7 +26,6 @@ from zsr.exported import of_checkpoint
 from zsr.models import backbones, build, configure
 from zsr.models.protocol import Inputs, Tower
 from zsr.storage import filesystem, read_file
-from zsr.training.checkpoint import canonical_options, tensors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

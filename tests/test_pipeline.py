@@ -16,9 +16,9 @@ import pytest
 from tests import toy
 from tests.pipeline import features_only, job, ok
 from zsr.artifact import open_artifact
+from zsr.checkpoint import open_model
 from zsr.models import build
 from zsr.models.protocol import Inputs
-from zsr.training.checkpoint import open_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from zsr.artifact import open_artifact
+    from zsr.checkpoint import open_model
     from zsr.errors import ZsrError
     from zsr.exported import load
     from zsr.index.searching.searcher import Searcher
     from zsr.index.searching.sharded import ShardedSearcher
-    from zsr.training.checkpoint import open_model
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _FROM: Final = {
     "ZsrError": "zsr.errors",
     "load": "zsr.exported",
     "open_artifact": "zsr.artifact",
-    "open_model": "zsr.training.checkpoint",
+    "open_model": "zsr.checkpoint",
 }
 
 

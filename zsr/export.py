@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zsr.artifact import Artifact, canonical, open_artifact, sha256, write_atomically
+from zsr.checkpoint import open_model, summary, tensors
 from zsr.data.decode import COMPATIBLE, VERSION
 from zsr.embedding.encode import Featurizer, featurizer
 from zsr.embedding.settings import BackboneSettings
@@ -25,7 +26,6 @@ from zsr.errors import ConfigError, DamagedArtifact
 from zsr.models import backbones
 from zsr.models.protocol import Inputs
 from zsr.storage import files_below, is_file, read_file
-from zsr.training.checkpoint import describe, open_model, tensors
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
@@ -92,7 +92,7 @@ def export(
     _refuse_other(output, text)
     write_atomically(output / WEIGHTS, content)
     source = {} if data is None else dict(data.config["source"])
-    write_atomically(output / CARD, card(description, describe(model), source).encode())
+    write_atomically(output / CARD, card(description, summary(model), source).encode())
     write_atomically(output / CONFIG, text)
     return description
 

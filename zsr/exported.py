@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from zsr.artifact import Artifact, sha256
+from zsr.checkpoint import open_model, parse
 from zsr.data.decode import BadImage, Limits, Pictures, decode, square
 from zsr.data.semantics.sentences import SentenceEncoder, encoder_folder
 from zsr.embedding.encode import SIDES, Featurizer, ready, vectors_of
@@ -31,9 +32,8 @@ from zsr.export import (
 )
 from zsr.models import backbones, build
 from zsr.models.protocol import Embedder, Metric
+from zsr.preprocessing import pictures_of, resize_of
 from zsr.storage import local_path, located, read_file
-from zsr.training.checkpoint import open_model, parse
-from zsr.training.preprocessing import pictures_of, resize_of
 
 Picture = Image.Image | str | Path | np.ndarray
 

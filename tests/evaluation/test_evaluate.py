@@ -11,12 +11,12 @@ import pytest
 from tests import toy
 from tests.pipeline import features_only, job, ok
 from zsr.artifact import Artifact, Store, open_artifact
+from zsr.checkpoint import open_model
 from zsr.errors import ConfigError, Leakage
 from zsr.evaluation import retrain
 from zsr.evaluation.bench import Bench, Pool, Task, draw
 from zsr.evaluation.compare import by_split, named
 from zsr.evaluation.protocol import Evaluation
-from zsr.training.checkpoint import open_model
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

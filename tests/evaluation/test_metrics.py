@@ -187,8 +187,8 @@ def test_torch_on_a_device_counts_as_numpy_does(metric: Metric) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         here = metrics.rank_scores(query, gallery, *labels, metric, ks=(1, 20, 300))
         there = metrics.rank_scores(query, gallery, *labels, metric, ks=(1, 20, 300), device=device)
-        if metric == "cosine":  # unit vectors round, and another product rounds them another way
-            assert np.mean(np.abs(there.ap - here.ap) > 1e-9) < 0.2
+        if metric == "cosine":  # unit vectors round, another product rounds them another way, and so ties break
+            assert np.abs(there.ap - here.ap).max() < 0.01
         else:
             assert_equal(there, here)
         first = metrics.top(query, gallery, metric, 5, device=device)

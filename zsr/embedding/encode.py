@@ -13,13 +13,13 @@ from torch.nn import functional
 
 from zsr import progress
 from zsr.artifact import Artifact
+from zsr.checkpoint import open_model
 from zsr.data.decode import BadImage, Limits, Pictures, decode
 from zsr.embedding.settings import BackboneSettings
 from zsr.errors import ConfigError
 from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs, Tower
-from zsr.training.checkpoint import open_model
-from zsr.training.preprocessing import pictures_of, resize_of
+from zsr.preprocessing import pictures_of, resize_of
 
 BATCH: Final = 1024  # feature rows in one forward pass
 SIDES: Final = ("sketch", "photo")

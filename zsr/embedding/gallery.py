@@ -15,6 +15,7 @@ import torch
 
 from zsr import fault, progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
+from zsr.checkpoint import open_model
 from zsr.data.decode import COMPATIBLE, VERSION
 from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
@@ -26,8 +27,7 @@ from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint,
 from zsr.errors import ConfigError
 from zsr.executor import IMAGES, VECTORS
 from zsr.models.protocol import Inputs
-from zsr.training.checkpoint import open_model
-from zsr.training.preprocessing import pictures_of
+from zsr.preprocessing import pictures_of
 from zsr.worker import keep_freed_memory
 
 

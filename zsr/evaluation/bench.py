@@ -31,7 +31,7 @@ from zsr.evaluation.settings import BackboneSaw, Protocol
 from zsr.metrics import Ints, Labels
 from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs
-from zsr.training.preprocessing import pictures_of
+from zsr.preprocessing import pictures_of
 
 SEEN_SHARE: Final = 0.2  # of the unseen items, in SEM-PCYC's released code
 

@@ -13,6 +13,7 @@ import torch
 
 from zsr import fault, metrics, progress
 from zsr.artifact import Artifact, Store
+from zsr.checkpoint import open_model
 from zsr.errors import ConfigError
 from zsr.evaluation import protocol, published, retrain
 from zsr.evaluation.bench import Bench
@@ -36,7 +37,6 @@ from zsr.index.searching.searcher import Searcher
 from zsr.models import build, itq
 from zsr.models.protocol import Embedder, Inputs
 from zsr.models.protocol import Rows as FitRows
-from zsr.training.checkpoint import open_model
 
 FLOORS: Final = ("raw", "ridge")
 CODED_FROM: Final = 20_000  # seen items a modality that codes are learned from

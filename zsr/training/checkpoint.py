@@ -6,55 +6,18 @@ that it saw and the metric that compares its embeddings. During a run, its state
 plan.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from safetensors.torch import load, save
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 
 from zsr import fault
-from zsr.artifact import Artifact, Staging, canonical
+from zsr.artifact import Artifact, Staging
+from zsr.checkpoint import parse
 from zsr.errors import ConfigError, DamagedArtifact
-from zsr.models import build
-from zsr.models.protocol import Embedder, Inputs
-
-
-def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers on the CPU, contiguous and without shared storage, as safetensors requires."""
-    return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-
-
-def parse(data: bytes, where: str) -> dict[str, Tensor]:
-    """Read tensors from safetensors bytes. Raises DamagedArtifact if they cannot be read."""
-    try:
-        return load(data)
-    except Exception as error:  # SafetensorError has no public base class
-        raise DamagedArtifact(f"{where}: not safetensors: {error}") from error
-
-
-def open_model(checkpoint: Artifact, name: str = "model.safetensors") -> Embedder:
-    """Load the model of a checkpoint, in eval mode on the CPU.
-
-    Args:
-        name: the weights file; `steps/...` for those of one epoch.
-
-    Raises:
-        DamagedArtifact: bytes or tensors do not match the manifest or the model.
-        ConfigError: a model or option that is unknown to this version.
-    """
-    config = checkpoint.config
-    model = build(str(config["model"]), config["options"], Inputs.model_validate(config["inputs"]))
-    state = parse(checkpoint.read(name), f"{checkpoint.directory / name}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise DamagedArtifact(
-            f"{checkpoint.directory / name}: does not fit model {config['model']}: {error}"
-        ) from error
-    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -175,16 +138,3 @@ def seal(staging: Staging, keep: str, facts: Mapping[str, Any]) -> Artifact:
     score = dict(progress.history)[progress.best_step]
     run = {"history": [list(h) for h in progress.history], "best_step": progress.best_step, "steps": progress.step}
     return staging.seal(facts={"validation_map_all": score, **run, **facts})
-
-
-def describe(model: Embedder) -> str:
-    """One line with the size of a model."""
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{parameters:,} parameters, {trained:,} of them trained, {model.dim}-d embeddings"
-
-
-def canonical_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as plain JSON values, tuples as lists, so that a plan from flags equals one read from a manifest."""
-    plain: dict[str, Any] = json.loads(canonical(dict(options)))
-    return plain

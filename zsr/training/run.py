@@ -27,6 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsr import measure, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
+from zsr.checkpoint import canonical_options, summary, tensors
 from zsr.cluster import connect, environment, set_data_context, started_here
 from zsr.data.decode import VERSION
 from zsr.data.pictures import has_images
@@ -42,6 +43,7 @@ from zsr.models import MODELS, backbones, build
 from zsr.models.choices import Query
 from zsr.models.protocol import ClosedForm, Embedder, Inputs, Model, Tower
 from zsr.models.protocol import Rows as FitRows
+from zsr.preprocessing import pictures_of
 from zsr.storage import url_of
 from zsr.training import checkpoint
 from zsr.training.batches import Batches, Sums, begin, begin_stream, fit_scale
@@ -50,7 +52,6 @@ from zsr.training.engines import deepspeed_config, init_distributed, leave_distr
 from zsr.training.loop import Place, Validation, train
 from zsr.training.memory import memory
 from zsr.training.metrics import Meter
-from zsr.training.preprocessing import pictures_of
 from zsr.training.trackers import Tracking, follow
 
 logger = logging.getLogger("zsr")
@@ -167,8 +168,8 @@ class Run:
         """Everything that determines the checkpoint."""
         config: dict[str, Any] = {
             "model": self.model,
-            "options": checkpoint.canonical_options(self.options),
-            "inputs": checkpoint.canonical_options(self.inputs.model_dump()),
+            "options": canonical_options(self.options),
+            "inputs": canonical_options(self.inputs.model_dump()),
             # training in this process and in one worker gives the same bits
             "settings": self.settings.model_dump() | {"num_workers": self.settings.num_workers or 1},
             "deepspeed": self.deepspeed,
@@ -198,7 +199,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "plan": first.plan().digest,
         "then_refit": settings.refit,
-        "model": f"{run.model}: {checkpoint.describe(model)}",
+        "model": f"{run.model}: {summary(model)}",
         "bytes_of_parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
         "bytes_a_gpu": memory(model, settings.batch_size, settings.workers[1]),
         "classes": {k: len(v) for k, v in run.split.as_json().items() if isinstance(v, list)},
@@ -499,7 +500,7 @@ def _solve(run: Run, staging: Staging, place: Place) -> None:
     choice = model.fit(_fit_rows(run, place), words, score)
     if place.rank == 0:
         progress = checkpoint.Progress().after(1, None if score is None else score())
-        weights = checkpoint.tensors(model)
+        weights = tensors(model)
         staging.write("tried.json", canonical({"scores": dict(choice.scores), "options": dict(choice.options)}))
         checkpoint.save_progress(staging, progress, weights, {}, run.settings.keep_checkpoints)
 
