@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.counts import count
-from zsr import fault
+from zsr import faults
 from zsr.artifact import (
     SCHEMA_VERSION,
     Artifact,
@@ -363,7 +363,7 @@ def test_a_full_disk_leaves_nothing_readable_and_a_rerun_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZSR_FAULT", "artifact.write=enospc")
-    monkeypatch.setattr(fault, "_passed", type(fault._passed)())
+    monkeypatch.setattr(faults, "_passed", type(faults._passed)())
     with pytest.raises(DiskFull, match="no space left"):
         make(tmp_path)
     monkeypatch.delenv("ZSR_FAULT")
@@ -372,7 +372,7 @@ def test_a_full_disk_leaves_nothing_readable_and_a_rerun_succeeds(
     assert make(tmp_path).digest == make(tmp_path / "other").digest
 
 
-@pytest.mark.parametrize("point", [p for p in fault.POINTS if p.startswith("artifact.")])
+@pytest.mark.parametrize("point", [p for p in faults.POINTS if p.startswith("artifact.")])
 def test_a_kill_at_any_point_of_publishing_is_mended_by_a_rerun(tmp_path: Path, point: str) -> None:
     script = (
         "import sys; from pathlib import Path\n"

@@ -23,7 +23,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
-from zsr import measure, noise, progress, worker
+from zsr import noise, process, progress, telemetry
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH
 from zsr.storage import shared_environment
@@ -49,7 +49,7 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    worker.setup()
+    process.setup()
     os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # else an actor collects what is run and a thread sends it
     given = os.environ.get("RAY_ADDRESS", "")
     address = _start_local() if given in ("", "local") else _answering(given)
@@ -60,12 +60,12 @@ def connect() -> None:
         "RAY_ADDRESS": address,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Ray Train's own logging set-up would undo the levels of worker.setup
+        # Ray Train's own logging set-up would undo the levels of process.setup
         **{f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")},
         **shared_environment(),
         **{name: value for name, value in os.environ.items() if name in FOR_TESTS},
     }
-    runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
+    runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.process.setup"}
     try:
         ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises many kinds: another version of Ray or Python, a token refused or missing
@@ -151,7 +151,7 @@ def _loopback() -> Iterator[None]:
     several_nodes = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # of this process, where Ray has read its environment
     try:
-        with environment(worker.LOOPBACK):
+        with environment(process.LOOPBACK):
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = several_nodes
@@ -239,7 +239,7 @@ def _start_local() -> str:
     _leaving.enter_context(_loopback())
     _leaving.enter_context(_token(folder))
     head = {
-        "num_cpus": worker.local_cpus(),
+        "num_cpus": process.local_cpus(),
         "object_store_memory": 512 << 20,
         "include_dashboard": False,
         "node_ip_address": "127.0.0.1",
@@ -261,7 +261,7 @@ def set_data_context() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # our errors carry their exit code; a wrapper would lose it
-    worker.setup()  # again: importing ray.data sets its own log levels
+    process.setup()  # again: importing ray.data sets its own log levels
 
 
 def is_connected() -> bool:
@@ -321,11 +321,11 @@ def stream_by_ray(
     if isinstance(function, type):
         shared = given.pop("fn_constructor_kwargs", {})
         given["fn_constructor_kwargs"] = {"stage": what, "kind": function, "shared": shared}
-        counted: Callable[..., Any] = measure.Actor
+        counted: Callable[..., Any] = telemetry.Actor
     else:
         given["fn_kwargs"] = {"stage": what, "function": function, "shared": given.pop("fn_kwargs", {})}
-        counted = measure.task
-    items = measure.Items(sizes)
+        counted = telemetry.task
+    items = telemetry.Items(sizes)
     dataset = ray.data.from_items(items.numbered(pieces), override_num_blocks=len(pieces)).map(counted, **given)
     try:
         with progress.stage(what, sum(sizes), unit, poll=items.done) as shown:

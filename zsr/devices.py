@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from zsr import executor
 from zsr.autoscaler import NodeType, autoscaler_config, startable
 from zsr.errors import ConfigError, Infeasible
-from zsr.worker import local_cpus
+from zsr.process import local_cpus
 
 logger = logging.getLogger("zsr")
 

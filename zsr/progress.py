@@ -4,7 +4,7 @@
         ...
         advance(len(batch))  # wherever the rows are handled, in this process or in a Ray task that the stage waits for
 
-Tasks tell their counts through the cluster, see `measure.Items`.
+Tasks tell their counts through the cluster, see `telemetry.Items`.
 """
 
 import sys

@@ -27,7 +27,7 @@ from zsr.index.build import Job, build
 from zsr.index.plan import IndexConfig
 from zsr.index.search import Hits, Searcher
 from zsr.index.sharded import ShardedSearcher
-from zsr.worker import setup
+from zsr.process import setup
 
 SEGMENTS = 6
 BATCH = 2500  # more than hosts are asked about at once

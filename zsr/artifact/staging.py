@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact.bucket import Bucket
 from zsr.artifact.disk import check_hash, disk_errors, fsync_directory, hash_handle, write_atomically
 from zsr.artifact.format import (
@@ -99,7 +99,7 @@ class Staging:
         with disk_errors(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
-                fault.here("artifact.write")
+                faults.here("artifact.write")
                 yield temporary
                 with open(temporary, "rb+") as handle:
                     os.fsync(handle.fileno())
@@ -107,7 +107,7 @@ class Staging:
                 self._keep(temporary, final, self._name(name, scratch))
             finally:
                 temporary.unlink(missing_ok=True)
-            fault.here("artifact.receipt")
+            faults.here("artifact.receipt")
         self._note(self._receipt(name, scratch), canonical(entry.as_json()))
 
     def _keep(self, temporary: Path, final: Path, name: str) -> None:
@@ -216,7 +216,7 @@ class Staging:
                 "read; use fewer and larger shards (--rows-per-shard)"
             )
         digest = sha256(data)
-        fault.here("artifact.manifest")
+        faults.here("artifact.manifest")
         self._note(f"{self._folder}/sealed.json", canonical({"digest": digest}))
         if self.bucket is not None:
             self._copy_to_objects(self.bucket, entries, digest, data)
@@ -232,7 +232,7 @@ class Staging:
             return
         write_atomically(self.directory / "files" / MANIFEST, data)
         self._drop_unfinished(sealed.manifest)
-        fault.here("artifact.seal")
+        faults.here("artifact.seal")
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(self.directory / "files", target)
@@ -240,7 +240,7 @@ class Staging:
 
     def _copy_to_objects(self, bucket: Bucket, entries: list[FileEntry], digest: str, data: bytes) -> None:
         """Copy every file, also over one that is there, which mends a damaged one; the manifest comes last."""
-        fault.here("artifact.seal")
+        faults.here("artifact.seal")
         target = f"objects/{digest}"
         if entries:
             bucket.copy((self._name(entry.path, False), f"{target}/{entry.path}") for entry in entries)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import lock
 from zsr.artifact.bucket import Bucket, cache_directory
 from zsr.artifact.disk import disk_errors, fsync_directory, open_regular, write_atomically
@@ -225,7 +225,7 @@ class Store:
         if self.bucket is None:
             won = self._link_file(content, number)
         else:
-            fault.here("artifact.link")
+            faults.here("artifact.link")
             won = self.bucket.create(f"versions/{number}", content)
         if not won:
             raise AlreadyPublished(
@@ -237,7 +237,7 @@ class Store:
         folder = self.root / "versions"
         temporary = folder / f".{uuid.uuid4().hex}"
         write_atomically(temporary, canonical(content))
-        fault.here("artifact.link")
+        faults.here("artifact.link")
         try:
             with disk_errors(folder / str(number)):
                 os.link(temporary, folder / str(number))

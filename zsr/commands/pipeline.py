@@ -246,10 +246,10 @@ class Timeline:
 
     def _note(self, stage: str, began: float, cpu: float, code: int, digest: str | None) -> None:
         seconds, own = time.monotonic() - began, time.process_time() - cpu
-        from zsr import measure
+        from zsr import telemetry
 
-        measure.stage_took(stage, seconds)
-        spent = measure.spent()
+        telemetry.stage_took(stage, seconds)
+        spent = telemetry.spent()
         tasks = {what: round(value, 2) for what, value in sorted(spent.items())}
         lap = Lap(stage, round(seconds, 1), round(own + spent.total(), 1), tasks, code, digest)
         self.laps.append(lap)

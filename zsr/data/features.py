@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.data.listing import Listing
 from zsr.data.prepare import Prepare, stage_listing
@@ -108,7 +108,7 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     if len(widths) > 1:
         shown = ", ".join(f"{width} ({key!r})" for width, key in sorted(widths.items()))
         raise ConfigError(f"{name}: features of several widths, such as {shown}; each modality requires one width")
-    fault.here("features.shard")
+    faults.here("features.shard")
     dim = next(iter(widths), 0)
     matrix = np.stack(kept) if kept else np.zeros((0, 0), np.float32)
     facts = {"rows": len(ids), "quarantined": len(used) - len(ids), "dim": dim}

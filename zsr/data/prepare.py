@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.data.decode import reads
 from zsr.data.inspect import class_counts
@@ -116,7 +116,7 @@ def stage_listing(staging: Staging, rows: Listing, size: int) -> list[str]:
         names.append(name)
         if staging.finished(f"listing/{name}", scratch=True) is None:
             staging.write_table(f"listing/{name}", table, scratch=True)
-            fault.here("prepare.listing")
+            faults.here("prepare.listing")
     return names
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Staging, canonical
 from zsr.data.decode import BadImage, Limits, decode
 from zsr.data.listing import Bad
@@ -76,7 +76,7 @@ def write_slice(piece: dict[str, Any], source: Source, staging: Staging, bytes_p
         good, bad = _load_all(source, staged_items(staging, name), name, spool)
         if bad:
             staging.write(f"_quarantine/{name}.jsonl", b"".join(each.line() for each in bad))
-        fault.here("prepare.shard")
+        faults.here("prepare.shard")
         groups = _parted([row.bytes for row in good], ROW_GROUP)
         sizes = [sum(row.bytes for row in good[start:end]) for start, end in groups]
         files = [

@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.data.decode import VERSION
 from zsr.data.features import feature_table, seal_features
 from zsr.data.pictures import Decoded, has_images
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
 from zsr.devices import AUTO, Devices, DeviceSettings, choose, own_device
-from zsr.embedding.ahead import Decoders
 from zsr.embedding.encode import architecture_of, featurizer, tower_of
 from zsr.embedding.nvjpeg import DeviceDecoders
+from zsr.embedding.prefetch import Decoders
 from zsr.embedding.settings import BackboneSettings, Prices
 from zsr.embedding.shards import (
     MADE_FROM,
@@ -35,7 +35,7 @@ from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
 from zsr.executor import IMAGES
 from zsr.models import backbones
-from zsr.worker import keep_freed_memory
+from zsr.process import keep_freed_memory
 
 TEXT: Final = "modality=text/"
 BATCHES: Final = (4, 16, 32, 64)  # pictures in a forward pass that a plan tries
@@ -287,7 +287,7 @@ class ShardExtractor:
         matrix = np.concatenate(features) if features else empty
         if bad:
             self.staging.write(quarantine_name(name), b"".join(canonical(line) + b"\n" for line in bad))
-        fault.here("features.shard")
+        faults.here("features.shard")
         counts = {"rows": len(ids), "quarantined": len(bad), "dim": int(matrix.shape[1])}
         self.staging.write_table(name, feature_table(ids, matrix), facts={**counts, MADE_FROM: piece[MADE_FROM]})
         return len(ids)

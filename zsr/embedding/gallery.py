@@ -13,22 +13,22 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
 from zsr.data.decode import COMPATIBLE, VERSION
 from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.devices import AUTO, DeviceSettings, choose, own_device
-from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
+from zsr.embedding.prefetch import NOBODY, Decoders
 from zsr.embedding.settings import Classes, Prices
 from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint, forecast
 from zsr.errors import ConfigError
 from zsr.executor import IMAGES, VECTORS
 from zsr.models.protocol import Inputs
+from zsr.process import keep_freed_memory
 from zsr.training.checkpoint import open_model
 from zsr.training.source import pictures_of
-from zsr.worker import keep_freed_memory
 
 
 def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | None:
@@ -220,7 +220,7 @@ class ShardEmbedder:
         tables = [table for _, table in self.maker.made(name, clocks)]
         with clocks.stage("write"):
             table = pa.concat_tables(tables)
-            fault.here("embed.shard")
+            faults.here("embed.shard")
             self.staging.write_table(name, table, facts={"rows": len(table), MADE_FROM: piece[MADE_FROM]})
         source = self.maker.source if isinstance(self.maker.source, Artifact) else self.maker.data
         told = self.maker.decoders.as_json() if self.maker.decoders is not None else NOBODY

@@ -19,12 +19,12 @@ from torch.utils.dlpack import from_dlpack
 
 from zsr.data.decode import BadImage, Header, Limits, Pictures, Resize, check_header, turned
 from zsr.data.pictures import Decoded, pixels
-from zsr.embedding.ahead import BLOCK, NOBODY, Images
+from zsr.embedding.prefetch import BLOCK, NOBODY, Images
 from zsr.errors import ConfigError
 
 
 class DeviceDecoders:
-    """Decodes for one model, as `ahead.Decoders` does."""
+    """Decodes for one model, as `prefetch.Decoders` does."""
 
     def __init__(self, pictures: Pictures, device: str) -> None:
         """Raises ConfigError: the extra is not installed."""

@@ -22,11 +22,11 @@ from zsr import progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
 from zsr.cluster import connect
 from zsr.devices import AUTO, Devices, DeviceSettings, capacity, choose
-from zsr.embedding.ahead import PROBE
+from zsr.embedding.prefetch import PROBE
 from zsr.embedding.settings import Prices
 from zsr.errors import DamagedArtifact, Infeasible, StorageError
 from zsr.executor import map_pieces, runs_here
-from zsr.worker import ONE_ARENA
+from zsr.process import ONE_ARENA
 
 logger = logging.getLogger("zsr")
 
@@ -80,7 +80,7 @@ class Tally:
     Attributes:
         reused: shards taken from the last version. found: shards, or all of it, that a run before had finished.
         results: of each computed shard: rows, bytes that were read, seconds of each of STAGES, and the decoders of the
-            actor that computed it, see `ahead.Decoders`.
+            actor that computed it, see `prefetch.Decoders`.
         seconds: wall, start-up of the actors included. actors: how many. gpus: that each held.
     """
 

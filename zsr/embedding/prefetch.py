@@ -15,7 +15,7 @@ import ray
 
 from zsr.data.decode import Pictures
 from zsr.data.pictures import Decoded, decoded
-from zsr.worker import keep_freed_memory
+from zsr.process import keep_freed_memory
 
 PROBE: Final = 3.0  # seconds of decoding and computing in turn, after the first block: a GPU starts slowly
 AHEAD: Final = 2  # blocks for each of those CPUs: one is decoded, one lies ready
