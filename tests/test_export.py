@@ -316,7 +316,7 @@ def test_a_checkpoint_whose_queries_are_texts_says_so(searched: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--sketch", "nowhere.png"), "no image there"),
+        (("--sketch", "nowhere.png"), "no image found"),
         ((), "give one of"),
         (("--sketch", "a.png", "--photo", "b.jpg"), "give one of"),
     ],

@@ -72,9 +72,9 @@ def test_a_submitted_job_does_not_write_where_nothing_is_kept(tmp_path: Path, mo
     monkeypatch.chdir(here)
     refused = job("prepare", "--source", "folders", "--input", "in package", "--output", "runs/data")
     assert refused["exit_code"] == 2
-    assert "a submitted job runs in a folder that is removed with it; give an absolute path" in refused["error"]
+    assert "a submitted job runs in a folder that is deleted when the job ends; give an absolute" in refused["error"]
     passed = job("prepare", "--source", "folders", "--input", "in package", "--output", tmp_path / "data")
-    assert "removed with it" not in passed["error"]
+    assert "deleted when the job ends" not in passed["error"]
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
