@@ -394,7 +394,7 @@ def parquet(root: Path, table: pa.Table) -> Parquet:
 
 def test_columns_as_img2dataset_calls_them_are_explained(tmp_path: Path) -> None:
     source = parquet(tmp_path, pa.table({"key": ["a"], "jpg": [jpeg()], "txt": ["t"]}))
-    with pytest.raises(ConfigError, match=r"no column of \['image', 'text', 'feature'\].*--columns.image jpg"):
+    with pytest.raises(ConfigError, match=r"none of the columns \['image', 'text', 'feature'\].*--columns.image jpg"):
         list(source.items())
     source = Parquet(tmp_path, Columns(image="jpg", text="txt"))
     assert source.load(next(source.items())) == jpeg()
