@@ -131,8 +131,8 @@ def test_a_refused_command_line_is_one_sentence_on_the_terminal_and_in_the_json(
         (b"[1, 2]\n", "found list, expected a mapping"),
         (b"output: x\noptions:\n", "options: found nothing, expected a mapping of its flags"),
         (b"output: x\noptions: []\n", "options: found list [], expected a mapping of its flags"),
-        (b"output: x\nlabels: [no, cat]\n", "labels: found False, expected a word or number"),
-        (b"output: x\nlabels: {a: b}\n", "labels: found {'a': 'b'}, expected a word or number"),
+        (b"output: x\nlabels: [no, cat]\n", "labels: found False, expected a string or number"),
+        (b"output: x\nlabels: {a: b}\n", "labels: found {'a': 'b'}, expected a string or number"),
     ],
 )
 def test_a_file_of_another_shape_or_encoding_is_one_sentence(
