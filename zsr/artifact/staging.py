@@ -212,7 +212,7 @@ class Staging:
         data = canonical(manifest)
         if len(data) > MANIFEST_CAP:  # readers would reject it
             raise ConfigError(
-                f"{self.where}: {len(entries)} files make a manifest of {len(data)} bytes, at most {MANIFEST_CAP} are "
+                f"{self.where}: {len(entries)} files need a manifest of {len(data)} bytes, at most {MANIFEST_CAP} are "
                 "read; use fewer and larger shards (--rows-per-shard)"
             )
         digest = sha256(data)

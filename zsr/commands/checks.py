@@ -92,7 +92,7 @@ def same_versions(nodes: Sequence[Node]) -> Iterator[Check]:
         usual = counted.most_common(1)[0][0]
         odd = {name: v.get(package, "") or "none" for name, v in found.items() if v.get(package, "") != usual}
         listed = ", ".join(f"{version} on {name}" for name, version in odd.items())
-        fix = f"install version {usual or 'none'} of {package} there, or start these nodes from the image of the others"
+        fix = f"change {package} to {usual or 'none'} there, or start these nodes from the image of the others"
         yield Check(f"version of {package}", f"{usual or 'none'} on {counted[usual]} nodes, {listed}", fix)
     if not differing:
         known = [f"{p} {v}" for p, v in next(iter(found.values())).items() if v]

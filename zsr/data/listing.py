@@ -5,7 +5,7 @@ temporary file, which disappears with the process. A bucket is a range of the or
 sorted in memory, gives all rows in order, with equal ids next to each other. So memory holds one run or one bucket
 (1/256 of a modality), and the result depends neither on the size of a run nor on the listing order of the source.
 
-On disk (in TMPDIR) a row takes about the compressed size of its strings; docs/data.md has the figures.
+On disk (in TMPDIR) a row takes about the compressed size of its strings; docs/data.md has measurements.
 """
 
 import hashlib

@@ -84,14 +84,14 @@ class Split:
         training = tuple(label for label in pool if label not in validation)
         if len(training) < 2:
             raise ConfigError(
-                f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed. Of its "
-                f"{len(pool)} seen ones, --validation-classes may hold out {max(0, len(pool) - 2)} at most; with 0 the "
-                "last checkpoint counts"
+                f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are required. Of its "
+                f"{len(pool)} seen ones, --validation-classes may hold out at most {max(0, len(pool) - 2)}; with 0 the "
+                "last checkpoint is used"
             )
         return Split(self.unseen, tuple(sorted(validation)), self.source, tuple(sorted(training)))
 
     def as_json(self) -> dict[str, Any]:
-        """The split as it is written into plans and checkpoints."""
+        """The split as JSON, for plans and checkpoints."""
         return {
             "unseen": list(self.unseen),
             "validation": list(self.validation),

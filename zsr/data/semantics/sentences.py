@@ -89,7 +89,7 @@ class SentenceEncoder:
 
 def _inputs(settings: Settings) -> Any:
     if settings.prompt.count("{}") != 1:
-        raise ConfigError(f"--prompt {settings.prompt!r}: expected {{}} exactly once, in place of the class name")
+        raise ConfigError(f"--prompt {settings.prompt!r}: expected {{}} exactly once, for the class name")
     return {"sha256": encoder_digest(encoder_folder(settings.vectors.get("minilm"))), "prompt": settings.prompt}
 
 
