@@ -42,8 +42,8 @@ class Config(JobConfig):
         report: directory of the report and timeline.json; by default OUTPUT/report, required if OUTPUT is an object
             store.
         seeds: one training run per seed; gallery and index use the first.
-        features_from: the backbone of zsr features; the data source itself (parquet, wikipedia); or the image tower
-            --train.tower, fine-tuned end to end.
+        features_from: the backbone of zsr features; the data source itself (parquet, wikipedia); or the image tower of
+            zsr train, fine-tuned end to end.
         device: device of the stages whose section sets none: cuda requests GPUs, which the autoscaler starts if none is
             up; cpu requests none; auto is cuda if the cluster has GPUs or can start some.
     """
@@ -89,7 +89,7 @@ def _with_train(kind: type[BaseModel]) -> type[Any]:
         "evaluate": section("evaluate", evaluate.Config),
     }
     fields: dict[str, Any] = {stage: (kind, ... if _wants(kind) else kind()) for stage, kind in types.items()}
-    return create_model("Config", __base__=Config, __module__=__name__, **fields)
+    return create_model("Config", __base__=Config, __module__=__name__, __doc__=Config.__doc__, **fields)
 
 
 def _wants(kind: type[BaseModel]) -> bool:
