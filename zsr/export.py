@@ -156,7 +156,7 @@ def featurizer_of(features: Mapping[str, Any] | None, weights: Path | None) -> F
     if "saw" not in dict(features or {}):
         return featurizer(settings, backbones.weights_path(settings.backbone, weights), wanted)
     if weights is None:
-        raise ConfigError(f"backbone {settings.backbone} was fine-tuned; give its checkpoint {wanted} as --weights")
+        raise ConfigError(f"backbone {settings.backbone} was fine-tuned; give its checkpoint {wanted} as weights")
     tuned = open_artifact(weights, "checkpoint")
     if tuned.digest != wanted:
         raise DamagedArtifact(f"{weights}: checkpoint {tuned.digest[:12]}, expected {wanted[:12]}")
