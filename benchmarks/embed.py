@@ -16,7 +16,7 @@ each, and ours is compared with the mean of the stages before and after it:
             what Ray's own processes take of the CPUs.
     loader  a torch DataLoader with as many workers that decode, and the network in the main process on all threads,
             over some of the shards; once as everybody runs it, and once with our setting of the allocator
-            (`worker.keep_freed_memory`) and our folded batch norms. It writes nothing. Start-up apart: from its second
+            (`process.keep_freed_memory`) and our folded batch norms. It writes nothing. Start-up apart: from its second
             batch on.
 """
 
@@ -47,7 +47,7 @@ from zsr.embedding.encode import Featurizer, featurizer
 from zsr.embedding.settings import BackboneSettings, Prices
 from zsr.embedding.shards import compute, fingerprint
 from zsr.models import backbones
-from zsr.worker import keep_freed_memory
+from zsr.process import keep_freed_memory
 
 BATCH: Final = backbones.pictures_at_once("cpu")
 ROWS: Final = 250  # of a shard

@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.index_world import World, write
-from zsr import cluster, measure
+from zsr import cluster, telemetry
 from zsr.artifact import Store, open_artifact
 from zsr.clock import Clock
 from zsr.index import faiss_backend
@@ -238,10 +238,10 @@ def do_edit(bench: Bench) -> None:
     place = bench.root / f"index-{stage}-{bench.name}"
     shutil.rmtree(place, ignore_errors=True)
     store = Store.at(shutil.copytree(bench.store.root, place))
-    before, clock = dict(measure.spent()), Clock()
+    before, clock = dict(telemetry.spent()), Clock()
     done = edit.rebuild(store, gallery, workers=bench.workers)
     spent = clock.spent()
-    tasks = {what: seconds - before.get(what, 0.0) for what, seconds in measure.spent().items()}
+    tasks = {what: seconds - before.get(what, 0.0) for what, seconds in telemetry.spent().items()}
     total, full = spent["cpu"] + sum(tasks.values()), bench.kept("build")["cpu"]
     same = same_answers(Searcher.of(store.latest()), Vectors.of(gallery))
     cost = {"tasks": tasks, "full_build_cpu": full, "share": round(total / full, 4), "same_as_full_build": same}

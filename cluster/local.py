@@ -30,7 +30,7 @@ from zsr.cluster import session_folders
 from zsr.commands.base import JobConfig, explain, parse
 from zsr.errors import ConfigError
 from zsr.interrupt import WATCH
-from zsr.worker import LOOPBACK
+from zsr.process import LOOPBACK
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 NODE_TYPES: Final = ROOT / "ray-cluster.yaml"

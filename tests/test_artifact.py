@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.counts import count
-from zsr import fault
+from zsr import faults
 from zsr.artifact import (
     SCHEMA_VERSION,
     Artifact,
@@ -51,7 +51,7 @@ def test_a_published_artifact_opens_by_root_and_by_object(tmp_path: Path) -> Non
 
 def test_another_kind_is_refused(tmp_path: Path) -> None:
     make(tmp_path)
-    with pytest.raises(ConfigError, match="holds 'data' but 'index' was expected"):
+    with pytest.raises(ConfigError, match="holds 'data', expected 'index'"):
         open_artifact(tmp_path, "index")
 
 
@@ -152,7 +152,7 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     made = make(tmp_path)
     manifest = made.directory / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"rows":3', b'"rows":4'))
-    with pytest.raises(DamagedArtifact, match=r"no version can be read: version 1: .*filed under"):
+    with pytest.raises(DamagedArtifact, match=r"no version can be read: version 1: .*sha256 .*, expected"):
         open_artifact(tmp_path, "data")
 
 
@@ -181,7 +181,7 @@ def test_a_link_brings_no_other_content_in(tmp_path: Path) -> None:
     size = path.stat().st_size
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DamagedArtifact, match="link to nowhere"):
+    with pytest.raises(DamagedArtifact, match="dangling link"):
         made.read("modality=photo/part-00000.parquet")
     for content in (b"short", b"x" * size):
         (tmp_path / "elsewhere").write_bytes(content)
@@ -214,7 +214,7 @@ def test_an_earlier_version_is_read_with_a_warning_that_says_why(
     second = make(tmp_path, Plan("data", {"rows": 9}))
     (second.directory / "manifest.json").write_bytes(b"{}")
     assert open_artifact(tmp_path, "data").digest == first.digest
-    assert "version 1 is read, since version 2:" in caplog.text
+    assert "version 1 is read instead, since version 2:" in caplog.text
 
 
 def test_an_artifact_of_a_newer_zsr_asks_for_an_upgrade_and_is_not_passed_over(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_an_artifact_of_a_newer_zsr_asks_for_an_upgrade_and_is_not_passed_over(t
 
 def test_an_artifact_of_another_kind_is_not_published_over(tmp_path: Path) -> None:
     made, store = make(tmp_path), Store.at(tmp_path)
-    with pytest.raises(ConfigError, match=r"holds 'data', and 'index' would go there; give another output"):
+    with pytest.raises(ConfigError, match=r"holds 'data', so 'index' cannot be written there; give another output"):
         store.made(Plan("index", {}))
     with pytest.raises(ConfigError, match="give another output"):
         store.publish(_sealed(store, Plan("index", {})))
@@ -245,7 +245,7 @@ def test_what_was_made_from_a_version_is_published_right_after_it_or_not_at_all(
     base = store.publish(_sealed(store, Plan("data", {"who": "base"})))
     changes = [_sealed(store, Plan("data", {"who": who})) for who in "ab"]
     assert store.publish(changes[0], after=base) == base + 1
-    with pytest.raises(AlreadyPublished, match="version 2 was published while a change of version 1 was made"):
+    with pytest.raises(AlreadyPublished, match="version 2 was published while version 1 was being changed"):
         store.publish(changes[1], after=base)
     assert store.versions() == (1, 2)
 
@@ -262,7 +262,7 @@ def test_a_second_run_of_the_same_plan_waits_and_finds_it_made(tmp_path: Path) -
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second:
         assert second.stderr is not None
         told = second.stderr.readline()
-        assert f"another run is at work here (process {os.getpid()} on " in told
+        assert f"another run is working here (process {os.getpid()} on " in told
         made = make(tmp_path)
         output, _ = second.communicate(timeout=60)
     assert output.strip() == made.digest
@@ -363,7 +363,7 @@ def test_a_full_disk_leaves_nothing_readable_and_a_rerun_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ZSR_FAULT", "artifact.write=enospc")
-    monkeypatch.setattr(fault, "_passed", type(fault._passed)())
+    monkeypatch.setattr(faults, "_passed", type(faults._passed)())
     with pytest.raises(DiskFull, match="no space left"):
         make(tmp_path)
     monkeypatch.delenv("ZSR_FAULT")
@@ -372,7 +372,7 @@ def test_a_full_disk_leaves_nothing_readable_and_a_rerun_succeeds(
     assert make(tmp_path).digest == make(tmp_path / "other").digest
 
 
-@pytest.mark.parametrize("point", [p for p in fault.POINTS if p.startswith("artifact.")])
+@pytest.mark.parametrize("point", [p for p in faults.POINTS if p.startswith("artifact.")])
 def test_a_kill_at_any_point_of_publishing_is_mended_by_a_rerun(tmp_path: Path, point: str) -> None:
     script = (
         "import sys; from pathlib import Path\n"

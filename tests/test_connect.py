@@ -59,7 +59,7 @@ def refusal(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
         ("localhost:9", "nothing answers at localhost:9"),
         ("no-such-host.invalid:6379", "nothing answers at no-such-host.invalid:6379"),
         ("ray://127.0.0.1:9", "nothing answers at 127.0.0.1:9"),
-        ("http://127.0.0.1:8265", "http:// is no address of a Ray head"),
+        ("http://127.0.0.1:8265", "http:// is not an address of a Ray head"),
         ("somewhere", "Invalid address format"),
         ("127.0.0.1:99999", "nothing answers"),
     ],
@@ -70,7 +70,7 @@ def test_an_address_where_no_ray_is_is_told(address: str, why: str, monkeypatch:
 
 def test_a_server_that_is_no_ray_is_told(silent: int, web: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for port in (silent, web):
-        assert "no Ray head" in refusal(f"127.0.0.1:{port}", monkeypatch)
+        assert "is not a Ray head" in refusal(f"127.0.0.1:{port}", monkeypatch)
 
 
 def test_a_local_cluster_needs_no_token_no_short_folder_and_leaves_nothing(tmp_path: Path) -> None:

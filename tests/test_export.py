@@ -208,7 +208,7 @@ def test_the_card_says_where_the_weights_come_from(data: Path, on_features: Path
     card = (tmp_path / "out" / "README.md").read_text()
     digest = open_artifact(data, "data").digest
     for said in (made["checkpoint"], digest, "random:1:0", "0.2500 on validation classes", "trained on 1: animal_bird",
-                 "unseen: 1: drink", "lite0", "- temperature:", "## Licence"):  # fmt: skip
+                 "unseen classes: 1: drink", "lite0", "- temperature:", "## License"):  # fmt: skip
         assert said in card
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
@@ -316,7 +316,7 @@ def test_a_checkpoint_whose_queries_are_texts_says_so(searched: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--sketch", "nowhere.png"), "no image there"),
+        (("--sketch", "nowhere.png"), "no image found"),
         ((), "give one of"),
         (("--sketch", "a.png", "--photo", "b.jpg"), "give one of"),
     ],

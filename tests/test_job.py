@@ -72,9 +72,9 @@ def test_a_submitted_job_does_not_write_where_nothing_is_kept(tmp_path: Path, mo
     monkeypatch.chdir(here)
     refused = job("prepare", "--source", "folders", "--input", "in package", "--output", "runs/data")
     assert refused["exit_code"] == 2
-    assert "a submitted job runs in a folder that is removed with it; give an absolute path" in refused["error"]
+    assert "a submitted job runs in a folder that is deleted when the job ends; give an absolute" in refused["error"]
     passed = job("prepare", "--source", "folders", "--input", "in package", "--output", tmp_path / "data")
-    assert "removed with it" not in passed["error"]
+    assert "deleted when the job ends" not in passed["error"]
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +131,8 @@ def test_a_refused_command_line_is_one_sentence_on_the_terminal_and_in_the_json(
         (b"[1, 2]\n", "found list, expected a mapping"),
         (b"output: x\noptions:\n", "options: found nothing, expected a mapping of its flags"),
         (b"output: x\noptions: []\n", "options: found list [], expected a mapping of its flags"),
-        (b"output: x\nlabels: [no, cat]\n", "labels: found False, expected a word or number"),
-        (b"output: x\nlabels: {a: b}\n", "labels: found {'a': 'b'}, expected a word or number"),
+        (b"output: x\nlabels: [no, cat]\n", "labels: found False, expected a string or number"),
+        (b"output: x\nlabels: {a: b}\n", "labels: found {'a': 'b'}, expected a string or number"),
     ],
 )
 def test_a_file_of_another_shape_or_encoding_is_one_sentence(

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from zsr import noise, progress, worker
-from zsr.measure import Items
+from zsr import noise, process, progress
+from zsr.telemetry import Items
 
 
 class Terminal(io.StringIO):
@@ -198,9 +198,9 @@ def test_of_failed_threads_only_that_of_ray_s_cleaner_says_nothing(monkeypatch: 
 
     failed: list[str] = []
     monkeypatch.setattr(threading, "excepthook", lambda args: failed.append(args.thread.name))
-    worker.setup()
-    worker.setup()  # and not twice
-    for name in (worker.CLEANER, "another"):
+    process.setup()
+    process.setup()  # and not twice
+    for name in (process.CLEANER, "another"):
         thread = threading.Thread(target=lambda: 1 // 0, name=name)
         thread.start()
         thread.join()

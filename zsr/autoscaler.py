@@ -1,8 +1,9 @@
-"""What an autoscaler can start, read from its configuration.
+"""Node types that an autoscaler can start, read from its configuration.
 
-Ray tells what is up. What may be started stands in the autoscaler's configuration alone: Ray 2.60 has a key for it in
-its key-value store, which the open-source autoscaler never writes. So it is read where the autoscaler reads it: from
-the file that the head's monitor process was started with, or on Kubernetes from the RayCluster resource.
+Ray's API only lists nodes that are up. Node types are only in the autoscaler's configuration: Ray 2.60 has a key for
+them in its key-value store, which the open-source autoscaler never writes. So the configuration is read from the same
+place as by the autoscaler: from the file given to the head's monitor process, or on Kubernetes from the RayCluster
+resource.
 """
 
 import os
@@ -16,16 +17,16 @@ import yaml
 
 from zsr.errors import ConfigError
 
-ANSWER: Final = 60.0  # seconds that the head may take to read it
+ANSWER: Final = 60.0  # timeout in seconds for the head to read it
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of node that the autoscaler can start.
+    """A node type that the autoscaler can start.
 
     Attributes:
-        resources: what one node offers, by Ray's names.
-        most: nodes of this kind at once.
+        resources: resources of one node, by Ray's names.
+        most: max nodes of this type.
     """
 
     name: str
@@ -34,7 +35,7 @@ class NodeType:
 
 
 def startable(config: Mapping[str, Any]) -> tuple[tuple[NodeType, ...], int]:
-    """The node types of an autoscaler's configuration but the head's, and the most nodes of all types together."""
+    """The node types of an autoscaler's configuration except the head's, and the max nodes of all types together."""
     kinds = dict(config.get("available_node_types", {}))
     kinds.pop(config.get("head_node_type"), None)
     most = int(config.get("max_workers", sum(kind.get("max_workers", 0) for kind in kinds.values())))
@@ -50,12 +51,12 @@ def _read(gcs_address: str) -> Mapping[str, Any]:
         return kubernetes_config(os.environ["RAY_CLUSTER_NAME"])
     if gcs_address.rpartition(":")[0] == ray.util.get_node_ip_address():  # type: ignore[no-untyped-call]
         return monitor_config(gcs_address)  # this machine is the head
-    # a resource of the head alone
+    # a resource that only the head has
     task = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(monitor_config)
     try:
         found: Mapping[str, Any] = ray.get(task.remote(gcs_address), timeout=ANSWER)
     except ray.exceptions.RayError as error:
-        raise ConfigError(f"the head did not read it: {str(error).strip().splitlines()[-1]}") from error
+        raise ConfigError(f"the head could not read it: {str(error).strip().splitlines()[-1]}") from error
     return found
 
 
@@ -63,7 +64,7 @@ def autoscaler_config() -> Mapping[str, Any]:
     """The configuration of this cluster's autoscaler; empty if it has none.
 
     Raises:
-        ConfigError: there is one, and it cannot be read.
+        ConfigError: there is one, but it cannot be read.
     """
     import ray
 
@@ -71,14 +72,14 @@ def autoscaler_config() -> Mapping[str, Any]:
 
 
 def monitor_config(gcs_address: str, processes: Path = Path("/proc")) -> Mapping[str, Any]:
-    """The file that the monitor process of this cluster was started with, on the head; empty without an autoscaler."""
+    """The configuration file of this cluster's monitor process, on the head; empty without an autoscaler."""
     for process in processes.glob("[0-9]*/cmdline"):
         try:
             words = process.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or is another user's
             continue
         given = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
-        # by its port: the same address may be written as a name, or as loopback
+        # compare only ports: the host of the same address may be a name or loopback
         same = given.get("--gcs-address", "").rpartition(":")[2] == gcs_address.rpartition(":")[2]
         if same and "--autoscaling-config" in given:
             path = Path(given["--autoscaling-config"]).expanduser()
@@ -93,19 +94,19 @@ SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 def kubernetes_config(name: str, account: Path = SERVICE_ACCOUNT) -> Mapping[str, Any]:
-    """What the autoscaler of RayCluster `name` goes by; empty where the cluster has none.
+    """The configuration of the autoscaler of RayCluster `name`; empty if the cluster has none.
 
-    The pods' service account is allowed to read it, since the operator binds the autoscaler's role to it.
+    The pods' service account may read it, since the operator binds the autoscaler's role to that account.
 
     Raises:
         ConfigError: it cannot be read.
     """
-    from ray.autoscaler._private.kuberay import autoscaling_config, node_provider  # in a pod alone
+    from ray.autoscaler._private.kuberay import autoscaling_config, node_provider  # only needed in a pod
 
     try:
         namespace = (account / "namespace").read_text().strip()
         found = node_provider.KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
-    except OSError as error:  # requests' errors are of this kind, too
+    except OSError as error:  # includes the errors of requests
         raise ConfigError(f"RayCluster {name}: {error}") from error
     if not found["spec"].get("enableInTreeAutoscaling"):
         return {}

@@ -1,7 +1,7 @@
-"""The one place that connects to Ray and maps work over it.
+"""Connect to a Ray cluster, and map functions over work items. The only module that connects to Ray.
 
-A job attaches to the cluster that `ray job submit` put it on, or starts a small local one. `stream_by_ray` runs a
-function over work items (shards) through Ray Data, with its back-pressure and its retries after a lost worker or node.
+A job attaches to the cluster of `ray job submit`, or starts a small local one. `stream_by_ray` runs a function over
+work items (shards) by Ray Data, with its backpressure and its retries after a lost worker or node.
 """
 
 import atexit
@@ -23,21 +23,21 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray.cluster_utils import Cluster
 from ray.data import DataContext
 
-from zsr import measure, noise, progress, worker
+from zsr import noise, process, progress, telemetry
 from zsr.errors import ConfigError, ZsrError
 from zsr.interrupt import WATCH
 from zsr.storage import shared_environment
 
 logger = logging.getLogger("zsr")
 
-FOR_TESTS = ("ZSR_FAULT", "ZSR_FAKE_GPU", "ZSR_EXECUTOR")  # variables that tests set, for every process of a job
-ANSWER: Final = 5.0  # seconds in which a head must answer; Ray itself would try for over 13 minutes
-# bytes of a folder for Ray's sessions: Ray adds ray/session_TIME_PID/sockets/plasma_store, and a socket's path has 107
+FOR_TESTS = ("ZSR_FAULT", "ZSR_FAKE_GPU", "ZSR_EXECUTOR")  # variables set by tests, passed to every process of a job
+ANSWER: Final = 5.0  # timeout in seconds for an answer of the head; Ray itself would try for over 13 minutes
+# max bytes of the path of Ray's session folder: Ray appends the rest, and a socket's path is limited to 107 bytes
 SHORT: Final = 107 - len("/ray/session_2026-11-28_09-00-00_000000_4194304/sockets/plasma_store.1")
 
 
-_local: Cluster | None = None  # the cluster that this process started, if it did
-_leaving = ExitStack()  # undoes what `connect` did, besides the connection
+_local: Cluster | None = None  # the cluster started by this process, if any
+_leaving = ExitStack()  # undoes the side effects of `connect` other than the connection
 
 
 def connect() -> None:
@@ -49,26 +49,26 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
-    worker.setup()
-    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # else an actor collects what is run and a thread sends it
+    process.setup()
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # no actor and thread that collect and send usage statistics
     given = os.environ.get("RAY_ADDRESS", "")
     address = _start_local() if given in ("", "local") else _answering(given)
     root = str(Path(__file__).resolve().parents[1])
     environment = {
-        # without it, Ray Train's placement-group cleaner asks whichever cluster of the machine it finds first whether
-        # its controller lives, and removes the workers of a run when that one does not know it
+        # otherwise Ray Train's placement-group cleaner may ask another cluster of this machine whether its controller
+        # is alive, and remove the workers of a run that this cluster does not know
         "RAY_ADDRESS": address,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Ray Train's own logging set-up would undo the levels of worker.setup
+        # Ray Train's own logging set-up would undo the levels of process.setup
         **{f"RAY_TRAIN_ENABLE_{who}_STRUCTURED_LOGGING": "0" for who in ("CONTROLLER", "WORKER")},
         **shared_environment(),
         **{name: value for name, value in os.environ.items() if name in FOR_TESTS},
     }
-    runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.worker.setup"}
+    runtime = {"env_vars": environment, "worker_process_setup_hook": "zsr.process.setup"}
     try:
         ray.init(address=address, runtime_env=runtime, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises many kinds: another version of Ray or Python, a token refused or missing
+    except Exception as error:  # Ray raises many types: another version of Ray or Python, a missing or rejected token
         said = " ".join(str(error).split())
         if _local is not None:
             raise _not_started(said) from error
@@ -81,25 +81,26 @@ def connect() -> None:
 def _unusable(address: str, why: str) -> str:
     return (
         f"RAY_ADDRESS is {address!r}: {why}; set it to HOST:PORT of a running Ray cluster, or unset it "
-        "(`unset RAY_ADDRESS`) to run on this machine alone"
+        "(`unset RAY_ADDRESS`) to run only on this machine"
     )
 
 
 def _not_started(why: str) -> ZsrError:
-    return ZsrError(f"Ray did not start on this machine: {why}; a busy machine may take too long, so run it again")
+    return ZsrError(f"Ray did not start on this machine: {why}; a busy machine may be too slow: run the command again")
 
 
 def _answering(given: str) -> str:
-    """RAY_ADDRESS as Ray is to be given it, after a Ray cluster has answered there once.
+    """The address to pass to Ray for RAY_ADDRESS, after a Ray head has answered there.
 
-    A head that was started on loopback alone is reached there; Ray would put the machine's own address in its place.
+    For a head that listens only on loopback, the loopback address is kept, which Ray would replace with the machine's
+    own.
 
     Raises:
         ConfigError: nothing answers within seconds, or it is not a Ray head.
     """
     scheme, separator, rest = given.rpartition("://")
     if separator and scheme != "ray":
-        raise ConfigError(_unusable(given, f"{scheme}:// is no address of a Ray head"))
+        raise ConfigError(_unusable(given, f"{scheme}:// is not an address of a Ray head"))
     try:
         address = rest if separator else services.canonicalize_bootstrap_address_or_die(given)
         why = _unreachable(address) if separator else _refusal(address)
@@ -119,17 +120,17 @@ def _on_loopback(address: str) -> bool:
 
 
 def _refusal(address: str) -> str:
-    """Why no Ray head can be used at HOST:PORT; empty if one answers."""
+    """Why there is no usable Ray head at HOST:PORT; empty if one answers."""
     if why := _unreachable(address):
         return why
-    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):  # Ray has the certificates
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):  # not checked, since only Ray has the certificates
         return ""
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=ANSWER, wait_for_ready=True)
         except grpc.RpcError as error:
             if error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-                return f"what answers at {address} is no Ray head"
+                return f"the server at {address} is not a Ray head"
     return ""
 
 
@@ -147,11 +148,11 @@ def _unreachable(address: str) -> str:
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 for this machine's address, in this process and those that it starts."""
+    """Make Ray use 127.0.0.1 as this machine's address, in this process and its children."""
     several_nodes = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # of this process, where Ray has read its environment
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this process, in which Ray has already read the environment
     try:
-        with environment(worker.LOOPBACK):
+        with environment(process.LOOPBACK):
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = several_nodes
@@ -159,7 +160,7 @@ def _loopback() -> Iterator[None]:
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, and give them their old values afterwards."""
+    """Set environment variables, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -175,7 +176,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 def private_folder(parent: str | None = None) -> Iterator[str]:
     """A folder for a cluster's sessions that is removed when the cluster ends.
 
-    In a folder that clusters share, Ray takes whichever cluster was started last for the current one.
+    In a shared folder, Ray would take the most recently started cluster for the current one.
     """
     folder = tempfile.mkdtemp(prefix="zsr-", dir=parent)
 
@@ -191,10 +192,10 @@ def private_folder(parent: str | None = None) -> Iterator[str]:
 
 @contextmanager
 def session_folders() -> Iterator[tuple[str, str]]:
-    """Folders for Ray's sessions, whose sockets need a short path, and for objects that it spills, which need room.
+    """Folders for Ray's sessions, whose sockets need a short path, and for spilled objects, which need disk space.
 
     Raises:
-        ConfigError: neither RAY_TMPDIR, TMPDIR nor /tmp can be written.
+        ConfigError: none of RAY_TMPDIR, TMPDIR and /tmp is writable.
     """
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     with ExitStack() as stack:
@@ -205,14 +206,14 @@ def session_folders() -> Iterator[tuple[str, str]]:
             folder = spilled if short else stack.enter_context(private_folder("/tmp"))
         except OSError as error:
             raise ConfigError(
-                f"no folder for Ray's sessions: {error}; set RAY_TMPDIR or TMPDIR to a folder that can be written"
+                f"no folder for Ray's sessions: {error}; set RAY_TMPDIR or TMPDIR to a writable folder"
             ) from error
         yield folder, spilled
 
 
 @contextmanager
 def _token(folder: str) -> Iterator[None]:
-    """A token for a cluster of this process alone, where the environment asks for one and has none."""
+    """Create a token for this process's own cluster, if the environment requires token auth and has none."""
     loader = AuthenticationTokenLoader.instance()
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" or loader.has_token(ignore_auth_mode=True):
         yield
@@ -229,9 +230,9 @@ def _token(folder: str) -> Iterator[None]:
 
 
 def _start_local() -> str:
-    """Start a one-node cluster that ends with this process, however that ends; its address.
+    """Start a one-node cluster that always ends with this process; returns its address.
 
-    It listens on loopback alone: nobody has to have a token to run a job on a laptop, so no other machine may reach it.
+    It listens only on loopback: local jobs need no token, so no other machine may reach it.
     """
     global _local
     folder, spilled = _leaving.enter_context(session_folders())
@@ -239,7 +240,7 @@ def _start_local() -> str:
     _leaving.enter_context(_loopback())
     _leaving.enter_context(_token(folder))
     head = {
-        "num_cpus": worker.local_cpus(),
+        "num_cpus": process.local_cpus(),
         "object_store_memory": 512 << 20,
         "include_dashboard": False,
         "node_ip_address": "127.0.0.1",
@@ -247,21 +248,21 @@ def _start_local() -> str:
     }
     try:
         _local = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)
-    except Exception as error:  # Ray raises plain exceptions where its processes do not come up in time
+    except Exception as error:  # Ray raises plain Exception if its processes do not start in time
         raise _not_started(" ".join(str(error).split())) from error
-    WATCH.install()  # the node has put its own handler of SIGTERM there
-    atexit.register(disconnect)  # before the cluster goes: else this process tries to recover what that held
+    WATCH.install()  # Cluster has replaced the handler of SIGTERM
+    atexit.register(disconnect)  # before the cluster stops; otherwise this process would try to recover its objects
     return str(_local.address)
 
 
 def set_data_context() -> None:
-    """Deterministic order and no progress bars in job logs; for each process that runs a Ray Data stream."""
+    """Configure Ray Data for deterministic order, without progress bars; for each process that runs a stream."""
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # our errors carry their exit code; a wrapper would lose it
-    worker.setup()  # again: importing ray.data sets its own log levels
+    context.raise_original_map_exception = True  # a wrapper would hide the exit code of our errors
+    process.setup()  # again: importing ray.data sets its own log levels
 
 
 def is_connected() -> bool:
@@ -270,23 +271,23 @@ def is_connected() -> bool:
 
 
 def started_here() -> bool:
-    """Whether this process started the cluster that it is connected to: one node, which no autoscaler adds to."""
+    """Whether this process started the cluster that it is connected to: a single node without an autoscaler."""
     return _local is not None
 
 
 def resources() -> dict[str, float]:
-    """What the nodes of the cluster offer now, by name. Connects if need be."""
+    """The current resources of the cluster, by name. Connects to it if necessary."""
     connect()
     offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return offered
 
 
 def decoders(ranks: int) -> tuple[int, float]:
-    """How many actors each of `ranks` trainers may keep to read for it, and the CPUs that one asks Ray for.
+    """Number of data-loading actors per rank of `ranks` trainers, and the CPUs that each of them requests.
 
-    One CPU for each trainer and one for the job itself are left out. Where fewer than two are left for a rank, an actor
-    asks for a fraction: those that hold a CPU never give it back, and after the loss of a node all ranks must still
-    find a place for one, or the ranks that have theirs would wait for ever for the one that has not.
+    One CPU per trainer and one for the job itself are reserved. If fewer than two CPUs are left per rank, an actor
+    requests a fraction of one: actors never release their CPUs, and after the loss of a node every rank must still be
+    able to place an actor, or the other ranks would wait forever for the rank without one.
     """
     left = max(0.0, resources().get("CPU", 0.0) - 1 - ranks) / ranks
     return max(1, int(left)), 1.0 if left >= 2 else round(left / 4, 2)
@@ -311,21 +312,21 @@ def stream_by_ray(
     unit: str,
     options: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """`executor.stream_pieces` by Ray's workers: each work item is a Ray task, or a call of an actor.
+    """`executor.stream_pieces` on Ray's workers: each work item is a Ray task, or a call of an actor.
 
     Args:
-        sizes: how many `unit` each item has.
+        sizes: size of each item in `unit`.
     """
     connect()
     given = dict(options)
     if isinstance(function, type):
         shared = given.pop("fn_constructor_kwargs", {})
         given["fn_constructor_kwargs"] = {"stage": what, "kind": function, "shared": shared}
-        counted: Callable[..., Any] = measure.Actor
+        counted: Callable[..., Any] = telemetry.Actor
     else:
         given["fn_kwargs"] = {"stage": what, "function": function, "shared": given.pop("fn_kwargs", {})}
-        counted = measure.task
-    items = measure.Items(sizes)
+        counted = telemetry.task
+    items = telemetry.Items(sizes)
     dataset = ray.data.from_items(items.numbered(pieces), override_num_blocks=len(pieces)).map(counted, **given)
     try:
         with progress.stage(what, sum(sizes), unit, poll=items.done) as shown:

@@ -1,7 +1,7 @@
-"""What the workers of a stage run on, by flags and by what the cluster has or its autoscaler can start.
+"""Choose the device of a stage's workers, by flags and by what the cluster has or its autoscaler can start.
 
-A cluster whose GPU nodes are all down is a cluster with GPUs: nothing starts one of its nodes but work that requests a
-GPU. So what can be started counts like what is up, see `zsr.autoscaler`.
+Nodes that can be started count like nodes that are up, see `zsr.autoscaler`: a cluster whose GPU nodes are all down has
+GPUs, since only work that requests a GPU starts one of them.
 """
 
 import logging
@@ -18,27 +18,27 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from zsr import executor
 from zsr.autoscaler import NodeType, autoscaler_config, startable
 from zsr.errors import ConfigError, Infeasible
-from zsr.worker import local_cpus
+from zsr.process import local_cpus
 
 logger = logging.getLogger("zsr")
 
-FAKE: Final = "ZSR_FAKE_GPU"  # set by simulations of an autoscaler: GPUs that Ray counts and that do not exist
+FAKE: Final = "ZSR_FAKE_GPU"  # set in simulations of an autoscaler: Ray's GPUs do not exist
 
 
 def gpu_count(count: float) -> float:
-    """`count` if Ray can give so many GPUs to each worker: a whole number, or a fraction of one."""
+    """`count` if Ray can give that many GPUs to a worker; otherwise raises ValueError."""
     if count <= 0 or (count > 1 and count != int(count)):
         raise ValueError(f"{count:g} GPUs per worker; it must be a whole number, or a fraction of 1 such as 0.5")
     return count
 
 
 class DeviceSettings(BaseModel):
-    """Flags of every job that runs a model on workers.
+    """Flags of every command that runs a model on workers.
 
     Attributes:
-        device: cuda requests GPUs, which the autoscaler starts if none is up; cpu requests none; auto is cuda where the
-            cluster has GPUs or its autoscaler can start some, and else cpu.
-        gpus_per_worker: GPUs that each worker holds; with a fraction, such as 0.5, workers share one.
+        device: cuda requests GPUs, which the autoscaler starts if none is up; cpu requests none; auto is cuda if the
+            cluster has GPUs or its autoscaler can start some, otherwise cpu.
+        gpus_per_worker: GPUs per worker; with a fraction, such as 0.5, workers share a GPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +48,7 @@ class DeviceSettings(BaseModel):
 
     @property
     def devices(self) -> "DeviceSettings":
-        """These of a job's flags alone."""
+        """The device flags only, of a configuration that inherits them."""
         return DeviceSettings(device=self.device, gpus_per_worker=self.gpus_per_worker)
 
 
@@ -57,14 +57,14 @@ AUTO: Final = DeviceSettings()
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has and what it can have.
+    """Resources of a cluster, including nodes that its autoscaler can start.
 
     Attributes:
-        nodes: what each live node offers.
-        types: the node types that the autoscaler can start; none without an autoscaler.
-        most_nodes: of all types together.
-        unknown: why the autoscaler's configuration could not be read, if it could not.
-        cores: CPUs of this machine, where it is the whole cluster. Ray may count more of them than there are.
+        nodes: resources of each live node.
+        types: the node types that the autoscaler can start; empty without an autoscaler.
+        most_nodes: max nodes of all types together.
+        unknown: why the autoscaler's configuration could not be read; empty if it could.
+        cores: CPUs of this machine if it is the whole cluster; Ray may count more than there are.
     """
 
     nodes: tuple[Mapping[str, float], ...]
@@ -74,48 +74,48 @@ class Capacity:
     cores: int | None = None
 
     def up(self, name: str) -> float:
-        """How much of a resource the live nodes offer together."""
+        """Total of a resource over the live nodes."""
         return sum(node.get(name, 0) for node in self.nodes)
 
     def fit(self, workers: Callable[[Mapping[str, float]], int]) -> int:
-        """Workers at once on the nodes that are up or can start.
+        """Max concurrent workers on the nodes that are up or can be started.
 
         Args:
-            workers: what a node offers -> workers that fit there.
+            workers: function from a node's resources to the number of workers that fit there.
         """
         left, startable = self.most_nodes, 0
         for kind in sorted(self.types, key=lambda kind: -workers(kind.resources)):
             count = min(kind.most, left) if workers(kind.resources) else 0
             startable, left = startable + count * workers(kind.resources), left - count
-        # nodes that are up are of these types, or there are no types
+        # max, not sum: live nodes are of these types, or there are no types
         return max(startable, sum(map(workers, self.nodes)))
 
     def cpus(self) -> int:
-        """CPUs of the nodes that are up or can start."""
+        """Number of CPUs of the nodes that are up or can be started."""
         return self.fit(lambda node: int(node.get("CPU", 0)))
 
     def cpu_workers(self) -> int:
-        """Workers of a CPU each, on nodes without GPUs where there are any."""
+        """Max workers with one CPU each, on nodes without GPUs if there are any."""
         plain = self.fit(lambda node: 0 if node.get("GPU") else int(node.get("CPU", 0)))
-        # one is left for the driver, and for tasks that read
+        # one CPU is reserved for the driver and for data loading
         return max(1, (plain or self.cpus()) - 1)
 
     def gpus(self) -> str:
-        """The GPUs that are up and that can start, in words."""
+        """The GPUs that are up and that can be started, in words."""
         up = f"{self.up('GPU'):g} GPU{'s are' if self.up('GPU') != 1 else ' is'} up"
         kinds = [kind.name for kind in self.types if kind.resources.get("GPU") and kind.most]
         if kinds:
             most = self.fit(lambda node: int(node.get("GPU", 0)))
             return f"{up}, node type{'s' if len(kinds) > 1 else ''} {' and '.join(kinds)} can start {most}"
         if self.unknown:
-            return f"{up}, and what the autoscaler can start is not known: {self.unknown}"
+            return f"{up}, and what the autoscaler can start is unknown: {self.unknown}"
         if self.types:
-            return f"{up}, and no node type has any"
+            return f"{up}, and no node type has GPUs"
         return up if self.up("GPU") else "the cluster has no GPU"
 
 
 def gpu_workers(node: Mapping[str, float], gpus: float, cpus: float) -> int:
-    """Workers that fit on a node, each with `gpus` GPUs (a fraction of one GPU, or whole ones) and `cpus` CPUs."""
+    """Number of workers that fit on a node, each with `gpus` GPUs (a whole number, or a fraction of 1) and `cpus`."""
     there = int(node.get("GPU", 0))
     count = there * math.floor(1 / gpus + 1e-6) if gpus < 1 else there // int(gpus)
     return min(count, int(node.get("CPU", 0) / cpus)) if cpus else count
@@ -123,13 +123,13 @@ def gpu_workers(node: Mapping[str, float], gpus: float, cpus: float) -> int:
 
 @dataclass(frozen=True)
 class Devices:
-    """What the workers of a stage run on.
+    """Device of the workers of a stage.
 
     Attributes:
-        gpus: that each worker requests; 0 on CPUs.
-        most: workers at once, on the nodes that are up or can start. At least 1.
-        why: in words.
-        cores: CPUs of this machine, where it is the whole cluster and workers run on CPUs.
+        gpus: GPUs that each worker requests; 0 on CPUs.
+        most: max concurrent workers on the nodes that are up or can be started, at least 1.
+        why: reason of the choice, for messages.
+        cores: CPUs of this machine if it is the whole cluster and workers run on CPUs.
     """
 
     gpus: float
@@ -139,11 +139,11 @@ class Devices:
 
     @property
     def name(self) -> Literal["cpu", "cuda"]:
-        """As torch calls it."""
+        """The device in torch's terms."""
         return "cuda" if self.gpus else "cpu"
 
     def say(self, workers: int) -> None:
-        """One line on what was chosen, for `workers` workers."""
+        """Log the chosen device for `workers` workers."""
         each = f", {self.gpus:g} GPU{'s' if self.gpus > 1 else ''} per worker" if self.gpus else ""
         count = f"{workers} worker{'s' if workers != 1 else ''}"
         limit = f" (up to {self.most} fit)" if workers != self.most and self.cores is None else ""
@@ -151,26 +151,26 @@ class Devices:
 
 
 def choose(settings: DeviceSettings = AUTO, cpus: float = 1) -> Devices:
-    """What workers run on in this cluster. Connects if need be.
+    """Choose the device of workers in this cluster. Connects to it if necessary.
 
     Args:
-        cpus: that a worker with a GPU requests beside it.
+        cpus: CPUs that a worker with a GPU requests too.
 
     Raises:
-        Infeasible: GPUs are requested, and neither a node nor a node type has enough of them for a worker.
+        Infeasible: GPUs are requested, but neither a node nor a node type has enough of them for a worker.
     """
     return chosen(settings, capacity(), cpus)
 
 
 def chosen(settings: DeviceSettings, have: Capacity, cpus: float = 1) -> Devices:
-    """`choose` for a cluster that is described."""
+    """`choose` for a cluster with the capacity `have`."""
     each = settings.gpus_per_worker
     most = have.fit(lambda node: gpu_workers(node, each, cpus))
-    # several GPUs per worker are no default: somebody requests GPUs
+    # more than one GPU per worker is not the default, so GPUs were requested
     if not most and not have.unknown and (settings.device == "cuda" or (settings.device == "auto" and each > 1)):
         flag = "--device cuda" if settings.device == "cuda" else f"--gpus-per-worker {each:g}"
         raise Infeasible(
-            f"{flag} requires {each:g} GPU{'s' if each > 1 else ''} per worker on one node, and {have.gpus()}; "
+            f"{flag} requires {each:g} GPU{'s' if each > 1 else ''} per worker on one node, but {have.gpus()}; "
             "add nodes or a node type with GPUs, or use --device cpu"
         )
     if settings.device == "cuda" or (settings.device == "auto" and most):
@@ -181,10 +181,10 @@ def chosen(settings: DeviceSettings, have: Capacity, cpus: float = 1) -> Devices
 
 
 def own_device() -> Literal["cpu", "cuda"]:
-    """The device that Ray gave to the task or actor which calls this.
+    """The device that Ray assigned to the calling task or actor.
 
     Raises:
-        ConfigError: a GPU that torch cannot use.
+        ConfigError: a GPU was assigned, but torch cannot use it.
     """
     if executor.in_this_process() or FAKE in os.environ:
         return "cpu"
@@ -195,17 +195,17 @@ def own_device() -> Literal["cpu", "cuda"]:
         return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"node {socket.gethostname()} offers a GPU, and torch {torch.__version__} finds no CUDA device there; "
-            "install a driver and the CUDA build of torch on it, see zsr doctor, or use --device cpu"
+            f"node {socket.gethostname()} offers a GPU, but torch {torch.__version__} finds no CUDA device there; "
+            "install a driver and the CUDA build of torch on it (see zsr doctor), or use --device cpu"
         )
     return "cuda"
 
 
 def here(settings: DeviceSettings) -> Devices:
-    """What this process runs on: what Ray gave to a task or actor, or what there is on this machine.
+    """The device of this process: assigned by Ray to a task or actor, otherwise that of this machine.
 
     Raises:
-        Infeasible: a GPU is requested, and there is none that torch can use.
+        Infeasible: a GPU is requested, but torch cannot use any.
         ConfigError: see `own_device`.
     """
     import ray
@@ -220,11 +220,11 @@ def here(settings: DeviceSettings) -> Devices:
     return Devices(1.0, 1, "in this process")
 
 
-# ---- what there is ---------------------------------------------------------------------------------------------------
+# ---- capacity --------------------------------------------------------------------------------------------------------
 
 
 def capacity() -> Capacity:
-    """What this cluster has and can have. Connects, unless this machine alone would be the cluster and has no GPU."""
+    """The capacity of this cluster. Connects to it, unless it would be this machine only, without a GPU."""
     if executor.is_this_machine() and not _has_gpu():
         cores = os.cpu_count() or 1
         return Capacity(({"CPU": float(local_cpus())},), cores=cores)
@@ -245,7 +245,7 @@ def capacity() -> Capacity:
 
 
 def _has_gpu() -> bool:
-    """Whether this machine seems to have a GPU; Ray, once started, says how many torch may use."""
+    """Whether this machine seems to have a GPU; after its start, Ray has the exact number."""
     import torch
 
     return FAKE in os.environ or Path("/dev/nvidia0").exists() or torch.cuda.is_available()

@@ -1,9 +1,9 @@
-"""Run a function once per work item: through Ray Data, or in this process where a worker would take longer to start.
+"""Run a function once per work item: by Ray Data, or in this process if a worker would take longer to start.
 
-A worker takes seconds to start and to import torch. Work that is done sooner than that runs in the process that asks
-for it, by the same function on the same arguments, with one thread as in a worker, so that the results have the same
-bits. The environment variable ZSR_EXECUTOR overrides the choice: `ray` sends everything to workers, `local` nothing
-that needs no GPU, for a debugger or a machine on which Ray does not start.
+A worker takes seconds to start and to import torch. Smaller work runs in the calling process, by the same function on
+the same arguments, with one thread as in a worker, so that the results have the same bits. The environment variable
+ZSR_EXECUTOR overrides the choice: `ray` runs everything in workers, `local` everything that needs no GPU in this
+process, for a debugger or a machine on which Ray does not start.
 """
 
 import copy
@@ -19,22 +19,22 @@ from zsr import progress
 from zsr.errors import ConfigError
 
 VARIABLE: Final = "ZSR_EXECUTOR"
-# rows that one CPU handles in about the time that a worker takes to start
-IMAGES: Final = 256  # decoded, or passed through a network
-QUERIES: Final = 1_024  # searched
-VECTORS: Final = 20_000  # read, copied or passed through a small model
+# rows that one CPU processes in about the time that a worker takes to start
+IMAGES: Final = 256  # for decoding, or a forward pass of a network
+QUERIES: Final = 1_024  # for searching
+VECTORS: Final = 20_000  # for reading, copying or a forward pass of a small model
 
 _here = False
 
 
 def in_this_process() -> bool:
-    """Whether a work item is being handled in this process, which has no GPU of Ray's then."""
+    """Whether a work item is being processed in this process, without a GPU assigned by Ray."""
     return _here
 
 
 def is_this_machine() -> bool:
-    """Whether no cluster is given, so that this machine alone does the work."""
-    cluster = sys.modules.get("zsr.cluster")  # loads Ray, which takes seconds
+    """Whether no cluster is given, so that only this machine does the work."""
+    cluster = sys.modules.get("zsr.cluster")  # not imported here: it loads Ray, which takes seconds
     if cluster is not None and cluster.is_connected():
         return bool(cluster.started_here())
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")
@@ -44,7 +44,7 @@ def runs_here(small: bool, gpus: float = 0) -> bool:
     """Whether work runs in this process.
 
     Args:
-        small: whether one CPU does it sooner than a worker starts.
+        small: whether one CPU finishes it before a worker would have started.
         gpus: GPUs that each worker requires.
 
     Raises:
@@ -59,7 +59,7 @@ def runs_here(small: bool, gpus: float = 0) -> bool:
 def map_pieces(
     what: str, function: Callable[..., Any], pieces: Sequence[dict[str, Any]], **options: Any
 ) -> list[dict[str, Any]]:
-    """All of `stream_pieces`, for results that are small."""
+    """The results of `stream_pieces` as a list, for small results."""
     return list(stream_pieces(what, function, pieces, **options))
 
 
@@ -73,21 +73,21 @@ def stream_pieces(
     unit: str | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Run `function` once for every work item and yield its results in the order of `pieces`.
+    """Run `function` once per work item and yield its results in the order of `pieces`.
 
     Args:
-        what: a word for the progress lines and the metrics.
-        function: work item -> result, both small mappings of JSON-like values, or a class whose objects are such
-            functions: each worker makes one. It writes its output itself. What all items share goes into `fn_kwargs`
-            or `fn_constructor_kwargs`.
+        what: name of the stage, for progress lines and metrics.
+        function: work item -> result, both small mappings of JSON-like values; or a class with such instances, of which
+            each worker creates one. It writes its output itself. Arguments shared by all items are passed as
+            `fn_kwargs` or `fn_constructor_kwargs`.
         small: see `runs_here`.
-        rows: rows of each item, for progress; `function` calls `progress.advance` as it goes through them. Left out,
+        rows: rows of each item, for progress; `function` calls `progress.advance` while it processes them. By default
             finished items are counted.
-        unit: what is counted; left out, rows, or shards where `rows` is left out.
-        options: for Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
+        unit: unit of the counts; by default rows, or shards without `rows`.
+        options: arguments of Ray Data's `map`, such as fn_kwargs, compute, num_cpus or memory.
 
     Raises:
-        Whatever `function` raises: a failing item stops the job, since bad rows were quarantined inside it.
+        The errors of `function`: a failing item stops the job, since bad rows are quarantined within items.
     """
     if not pieces:
         return
@@ -96,7 +96,7 @@ def stream_pieces(
         shared = options.get("fn_constructor_kwargs" if isinstance(function, type) else "fn_kwargs", {})
         yield from _here_in_turn(what, function, pieces, shared, sizes, unit or default, counts_rows=rows is not None)
     else:
-        from zsr.cluster import stream_by_ray  # loads Ray, which takes seconds
+        from zsr.cluster import stream_by_ray  # imported here: it loads Ray, which takes seconds
 
         yield from stream_by_ray(what, function, pieces, sizes, unit or default, options)
 
@@ -111,7 +111,7 @@ def _here_in_turn(
     *,
     counts_rows: bool,
 ) -> Iterator[dict[str, Any]]:
-    """`stream_pieces` in this process. Arguments are copied, as on their way to a worker."""
+    """`stream_pieces` in this process. Arguments are copied, as they would be when sent to a worker."""
     shared = copy.deepcopy(dict(shared))
     done = 0
 
@@ -124,7 +124,7 @@ def _here_in_turn(
             call = function(**shared) if isinstance(function, type) else lambda piece: function(piece, **shared)
         passed = 0
         for piece, size in zip(pieces, sizes, strict=True):
-            # around each call alone: between two of them the caller runs
+            # only around each call: the caller runs between two of them
             with _as_worker(), progress.counting(count if counts_rows else progress.ignore):
                 result = dict(call(dict(piece)))
             passed += size
@@ -135,7 +135,7 @@ def _here_in_turn(
 
 @contextmanager
 def _as_worker() -> Iterator[None]:
-    """One thread, as Ray gives a worker of one CPU: sums over several threads have other bits."""
+    """Limit this process to one thread, as in a worker with one CPU: sums over several threads have other bits."""
     global _here
     outer, _here = _here, True
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
@@ -144,5 +144,5 @@ def _as_worker() -> Iterator[None]:
             yield
     finally:
         _here = outer
-        if threads is not None:  # a worker may set it for its own process
+        if threads is not None:  # the called function may have changed it, as for a worker process
             sys.modules["torch"].set_num_threads(threads)

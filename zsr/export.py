@@ -1,11 +1,11 @@
-"""A checkpoint as one safetensors file, its configuration and a model card, to be used where there is no Ray.
+"""Export a checkpoint as one safetensors file, its configuration and a model card, for use without Ray.
 
-    DIR/model.safetensors    weights under the model's own names; `backbone/SIDE/...` where the backbone is included
-    DIR/config.json          `Description`: what to build, what made its features, where it comes from
+    DIR/model.safetensors    weights under the model's own names; `backbone/SIDE/...` if the backbone is included
+    DIR/config.json          `Description`: model, backbone of its features, provenance
     DIR/README.md            the model card
 
-config.json is written last and holds the SHA-256 of the weights: a directory without it, or with other weights, is no
-export. `zsr.load(DIR)` reads it back, see `zsr.exported`.
+config.json is written last and holds the SHA-256 of the weights: a directory without it, or with other weights, is not
+an export. `zsr.load(DIR)` reads it, see `zsr.exported`.
 """
 
 import json
@@ -30,18 +30,18 @@ from zsr.storage import files_below, is_file, read_file
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
 CARD: Final = "README.md"
-BACKBONE: Final = "backbone/"  # before the names of its tensors, then SIDE/
-LARGEST: Final = 64 << 20  # bytes of a config.json that are read
+BACKBONE: Final = "backbone/"  # prefix of the names of the backbone's tensors, followed by SIDE/
+LARGEST: Final = 64 << 20  # max bytes of a config.json
 
 
 class Description(BaseModel):
-    """What config.json holds.
+    """Content of config.json.
 
     Attributes:
-        model, options, inputs: what `zsr.models.build` makes the model of.
-        features: configuration of the FEATURES that it was trained on; None where it eats pictures itself.
-        backbones: architecture of the included backbone by side; empty where it is not in the file.
-        settings, split, facts, parents: of the checkpoint: how it was trained, on what, and how it scored.
+        model, options, inputs: arguments of `zsr.models.build`.
+        features: configuration of the FEATURES that it was trained on; None if it has an image tower.
+        backbones: architecture of the included backbone by modality; empty if it is not included.
+        settings, split, facts, parents: metadata of the checkpoint: training settings, data and scores.
         checkpoint: its digest.
         weights: SHA-256 of model.safetensors.
     """
@@ -74,16 +74,18 @@ def export(
 
     Args:
         data: the DATA that it was trained on, for its name and attribution in the card.
-        include_backbone: put the backbone that made its features into the file; else `zsr.load` takes it from where
-            it lies.
-        weights: of that backbone, see `featurizer_of`.
+        include_backbone: include the backbone that computed its features; otherwise `zsr.load` reads it from its
+            package or from a file.
+        weights: weights of that backbone, see `featurizer_of`.
 
     Raises:
-        ConfigError: `output` holds something else; the data are not the checkpoint's; or see `featurizer_of`.
+        ConfigError: `output` holds something else; the checkpoint was trained on other data; or see `featurizer_of`.
         DamagedArtifact: the checkpoint does not verify, or the backbone has another digest.
     """
     if data is not None and data.digest != checkpoint.parents["data"]:
-        raise ConfigError(f"--data {data.digest[:12]}: trained on data {checkpoint.parents['data'][:12]}; give those")
+        raise ConfigError(
+            f"--data {data.digest[:12]}: the checkpoint is of {checkpoint.parents['data'][:12]}; give that DATA"
+        )
     model = open_model(checkpoint)
     found = featurizer_of(checkpoint.config["features"], weights) if include_backbone else None
     content = save({**tensors(model), **_backbone_tensors(found)})
@@ -100,11 +102,11 @@ def export(
 def description_of(
     checkpoint: Artifact, weights: str, included: Mapping[str, dict[str, Any]] | None = None
 ) -> Description:
-    """What an export of `checkpoint` says of itself.
+    """The Description of an export of `checkpoint`.
 
     Args:
-        weights: digest of the file or artifact that holds them.
-        included: architectures of the backbones that the export holds, by side.
+        weights: digest of the file or artifact with the weights.
+        included: architectures of the included backbones, by modality.
     """
     return Description(
         **{name: checkpoint.config[name] for name in ("model", "options", "inputs", "features", "settings", "split")},
@@ -117,17 +119,17 @@ def description_of(
 
 
 def read_description(directory: Path) -> Description:
-    """The configuration of an export.
+    """Read the configuration of an export.
 
     Raises:
         ConfigError: there is none.
-        DamagedArtifact: it is not what `export` writes.
+        DamagedArtifact: it is not in the format of `export`.
     """
     path = directory / CONFIG
     try:
         data = read_file(path, LARGEST + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{directory}: no {CONFIG}; expected a directory that zsr export has written") from None
+        raise ConfigError(f"{directory}: no {CONFIG}; expected a directory written by zsr export") from None
     if len(data) > LARGEST:
         raise DamagedArtifact(f"{path}: more than {LARGEST} bytes; export again")
     try:
@@ -138,15 +140,15 @@ def read_description(directory: Path) -> Description:
 
 
 def featurizer_of(features: Mapping[str, Any] | None, weights: Path | None) -> Featurizer:
-    """What made FEATURES of configuration `features`, with weights that must have the digest it names.
+    """The Featurizer of FEATURES with the configuration `features`, whose weights must have the digest in it.
 
     Args:
-        weights: a file or directory; of a fine-tuned backbone the ROOT of its checkpoint, OUTPUT/backbone of
-            zsr features; None takes what the backbone's package brings.
+        weights: a file or directory; for a fine-tuned backbone the ROOT of its checkpoint, OUTPUT/backbone of
+            zsr features; None for the weights of the backbone's package.
 
     Raises:
-        ConfigError: the checkpoint eats pictures itself, its features were imported or made by another version's
-            decoding, or no weights are known.
+        ConfigError: the checkpoint has an image tower, its features were imported or computed with an incompatible
+            image decoder, or no weights are given.
         DamagedArtifact: the weights have another digest.
     """
     settings = settings_of(features)
@@ -162,13 +164,15 @@ def featurizer_of(features: Mapping[str, Any] | None, weights: Path | None) -> F
 
 
 def settings_of(features: Mapping[str, Any] | None) -> BackboneSettings:
-    """The settings in the configuration of FEATURES. Raises ConfigError where none of our backbones made them."""
+    """The settings in the configuration of FEATURES. Raises ConfigError if no backbone known here computed them."""
     if features is None:
-        raise ConfigError("this checkpoint has an image tower of its own and needs no other backbone")
+        raise ConfigError("this checkpoint has its own image tower and needs no backbone")
     if features["backbone"] == "imported":
-        raise ConfigError("the features of this checkpoint were imported: what made them is not known here")
+        raise ConfigError("the features of this checkpoint were imported, so its backbone is unknown")
     if features["decode"] not in COMPATIBLE:
-        raise ConfigError(f"its pictures were decoded by version {features['decode']}, this is {VERSION}; train again")
+        raise ConfigError(
+            f"its images were decoded by decoder version {features['decode']}, but this is {VERSION}; train again"
+        )
     return BackboneSettings(**{k: features[k] for k in BackboneSettings.model_fields if k != "texts"})
 
 
@@ -178,7 +182,7 @@ def _backbone_tensors(found: Featurizer | None) -> dict[str, Tensor]:
 
 
 def _distinct(found: Featurizer) -> dict[str, backbones.Backbone]:
-    """One backbone a side, or one for `both`."""
+    """One backbone per modality, or one for `both`."""
     shared = found.backbones["sketch"] is found.backbones["photo"]
     return {"both": found.backbones["photo"]} if shared else dict(found.backbones)
 
@@ -188,9 +192,9 @@ def _architectures(found: Featurizer) -> dict[str, dict[str, Any]]:
 
 
 def _refuse_other(output: Path, text: bytes) -> None:
-    """Raise ConfigError where `output` holds anything but an earlier attempt at the very same export."""
+    """Raise ConfigError if `output` holds anything other than an earlier attempt at the same export."""
     if is_file(output):
-        raise ConfigError(f"--output {output}: is a file; expected a directory to make")
+        raise ConfigError(f"--output {output}: is a file; expected a directory to create")
     there = {path.relative_to(output).parts[0] for path in files_below(output) if path.name[0] != "."}
     same = CONFIG in there and read_file(output / CONFIG) == text
     if CONFIG in there and not same:
@@ -204,7 +208,7 @@ def card(description: Description, size: str, source: Mapping[str, Any]) -> str:
 
     Args:
         size: one line on parameters and width.
-        source: of the data: its name and attribution, if known.
+        source: source of the data, with its name and attribution, if known.
     """
     return "\n\n".join((*_what(description, size), *_where_from(description, source))) + "\n"
 
@@ -227,13 +231,13 @@ def _what(description: Description, size: str) -> tuple[str, ...]:
 
 def _backbone_line(description: Description) -> str:
     if description.inputs.tower is not None:
-        return f"Pictures go through its own image tower, {description.inputs.tower.architecture['name']}."
+        return f"Images are encoded by its own image tower, {description.inputs.tower.architecture['name']}."
     features = description.features or {}
     if features.get("backbone") == "imported":
-        return "It eats features that were imported: use `model.embed_features`."
-    where = "in the file" if description.backbones else "not in the file; zsr.load wants its weights"
+        return "Its input is imported features: use `model.embed_features`."
+    where = "in the file" if description.backbones else "not in the file; zsr.load requires its weights"
     return (
-        f"Pictures go through the backbone {features['backbone']} (layer {features['layer']}, {features['size']} "
+        f"Images are encoded by the backbone {features['backbone']} (layer {features['layer']}, {features['size']} "
         f"pixels, sha256 `{features['weights']}`), which is {where}."
     )
 
@@ -241,19 +245,19 @@ def _backbone_line(description: Description) -> str:
 def _where_from(description: Description, source: Mapping[str, Any]) -> tuple[str, ...]:
     facts, split = description.facts, description.split
     score, trained = facts["validation_map_all"], description.inputs.classes
-    chosen = "no class was held out: the last step" if score is None else f"mAP@all {score:.4f} on validation classes"
+    chosen = "last step (no validation classes)" if score is None else f"mAP@all {score:.4f} on validation classes"
     attribution = f" {source['attribution']}" if source.get("attribution") else ""
     return (
         "## Training",
         f"- data {source.get('name', '')} `{description.parents['data']}`, split {split['source']}\n"
-        f"- chosen by: {chosen}, step {facts['best_step']} of {facts['steps']}; unseen classes took no part\n"
+        f"- chosen by: {chosen}, step {facts['best_step']} of {facts['steps']}; unseen classes were not used\n"
         f"- classes seen: {len(facts['saw'])}; trained on {len(trained)}: {', '.join(trained)}\n"
-        f"- classes held out as unseen: {len(split['unseen'])}: {', '.join(split['unseen'])}",
+        f"- unseen classes: {len(split['unseen'])}: {', '.join(split['unseen'])}",
         "## Options",
         "\n".join(f"- {name}: {json.dumps(value)}" for name, value in sorted(description.options.items())),
         "## Settings",
         "\n".join(f"- {name}: {json.dumps(value)}" for name, value in sorted(description.settings.items())),
-        "## Licence",
-        "The code of zsr is Apache-2.0. What these weights may be used for depends on the data and on the weights that "
-        f"training began with; zsr grants nothing there.{attribution}",
+        "## License",
+        "The code of zsr is Apache-2.0. The license of these weights depends on the training data and on the initial "
+        f"weights; zsr grants no rights to those.{attribution}",
     )

@@ -1,4 +1,4 @@
-"""An exported checkpoint in use: pictures, texts or features in, embeddings out. No Ray, no DeepSpeed.
+"""Use exported checkpoints: embed images, texts or features, without Ray or DeepSpeed.
 
 model = zsr.load("export")
 model.embed_sketch(["drawing.png"]) @ model.embed_photo(photos).T
@@ -37,16 +37,16 @@ from zsr.storage import local_path, located, read_file
 
 Picture = Image.Image | str | Path | np.ndarray
 
-BLOCK: Final = 32  # pictures or texts in one forward pass of what makes features; zsr features' own default
-TOWER_BLOCK: Final = 64  # pictures in one forward pass of an image tower, as zsr embed takes
+BLOCK: Final = 32  # images or texts per forward pass of a backbone or sentence encoder, the default of zsr features
+TOWER_BLOCK: Final = 64  # images per forward pass of an image tower, as in zsr embed
 
 
 class Exported:
-    """A model with all that turns pictures and texts into what it eats. Made by `load`.
+    """A model with the preprocessing of images and texts into its inputs. Returned by `load`.
 
     Attributes:
-        description: what the export says of itself.
-        metric: how its embeddings are compared. Under `cosine` they have unit length, so that a product ranks them.
+        description: configuration of the export.
+        metric: how to compare its embeddings. For `cosine` they have unit length, so that the inner product ranks them.
         dim: width D of an embedding.
     """
 
@@ -65,47 +65,47 @@ class Exported:
         self._included, self._weights = included, None if weights is None else local_path(weights)
 
     def embed_sketch(self, images: Sequence[Picture] | np.ndarray) -> np.ndarray:
-        """Embeddings (N, D) float32 of N sketches, dark strokes on white; (N, P, D) of models with P parts an item.
+        """Embed N sketches (dark strokes on white): (N, D) float32, or (N, P, D) for models with P vectors per item.
 
         Args:
-            images: paths, PIL images or arrays (H, W, 3) or (H, W) uint8; or one array (N, H, W, 3) uint8. A path
-                goes through the decoding of zsr features and zsr embed, and gives what they give. So does a PIL image
-                of any mode: it is turned as its Exif says, gray of more than 8 bits is scaled, and transparency becomes
-                white. Of a large JPEG it has slightly other pixels, since a path is read at a reduced scale.
+            images: paths, PIL images or arrays (H, W, 3) or (H, W) uint8; or one array (N, H, W, 3) uint8. Paths are
+                decoded as in zsr features and zsr embed, with the same results. PIL images of any mode are too: rotated
+                by their Exif orientation, gray of more than 8 bits scaled, transparency on white. For a large JPEG
+                their pixels differ slightly, since a path is decoded at a reduced scale.
 
         Raises:
-            ConfigError: the model's queries are texts; it learned from imported features; or a picture is none.
-            DamagedArtifact: the backbone's weights are not those that made the features.
+            ConfigError: the model's queries are texts; it was trained on imported features; or an image is invalid.
+            DamagedArtifact: the backbone's weights are not those that computed the features.
         """
         return self._embed_pictures("sketch", images)
 
     def embed_photo(self, images: Sequence[Picture] | np.ndarray) -> np.ndarray:
-        """Embeddings (N, D) or (N, P, D) float32 of N photos. Arguments and errors as of `embed_sketch`."""
+        """Embed N photos: (N, D) or (N, P, D) float32. Arguments and errors as for `embed_sketch`."""
         return self._embed_pictures("photo", images)
 
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings (N, D) or (N, P, D) float32 of N texts by the sentence encoder that made the features.
+        """Embed N texts with the sentence encoder of the training features: (N, D) or (N, P, D) float32.
 
         Raises:
-            ConfigError: the model's queries are no texts, or its features were imported.
-            DamagedArtifact: the encoder here is another than the one that made the features.
+            ConfigError: the model's queries are not texts, or its features were imported.
+            DamagedArtifact: the installed encoder differs from the one that computed the features.
         """
         self._require("text")
         if isinstance(texts, str):
-            raise ConfigError("embed_text wants a sequence of texts, found one text; put it into a list")
+            raise ConfigError("embed_text requires a sequence of texts, found one text; put it into a list")
         blocks = [self._encoder(texts[start : start + BLOCK]) for start in range(0, len(texts), BLOCK)]
         return self._embed("text", np.concatenate(blocks).astype(np.float16) if blocks else np.zeros((0, 0)))
 
     def embed_features(self, modality: str, features: np.ndarray) -> np.ndarray:
-        """Embeddings (N, D) or (N, P, D) float32 of ready features (N, F) of `sketch`, `text` or `photo`.
+        """Embed precomputed features (N, F) of `sketch`, `text` or `photo`: (N, D) or (N, P, D) float32.
 
         Raises:
-            ConfigError: not a modality of this model, not its width, or it has an image tower.
+            ConfigError: the model does not have this modality, expects another width, or has an image tower.
         """
         self._require(modality)
         inputs = self.description.inputs
         if inputs.tower is not None:
-            raise ConfigError("this model has an image tower: it embeds pictures, not features")
+            raise ConfigError("this model has an image tower: it embeds images, not features")
         width = inputs.photo_dim if modality == "photo" else inputs.sketch_dim
         if features.ndim != 2 or features.shape[1] != width:
             raise ConfigError(f"{modality} features have shape {features.shape}, expected (N, {width})")
@@ -114,7 +114,7 @@ class Exported:
     def _embed_pictures(self, modality: str, images: Sequence[Picture] | np.ndarray) -> np.ndarray:
         self._require(modality)
         if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim != 4):
-            raise ConfigError("found one picture, expected a sequence of pictures or an array (N, H, W, 3)")
+            raise ConfigError("found one image, expected a sequence of images or an array (N, H, W, 3)")
         tower = self.description.inputs.tower
         if tower is not None:
             blocks = [self._embed(modality, p) for p in _blocks(images, modality, pictures_of(tower), TOWER_BLOCK)]
@@ -138,7 +138,7 @@ class Exported:
 
     @cached_property
     def _featurizer(self) -> Featurizer:
-        """Loaded when the first picture comes: who has features, or texts alone, needs no backbone."""
+        """The backbone, loaded for the first image: features and texts do not need it."""
         found = self._included or featurizer_of(self.description.features, self._weights)
         return found.ready(self.device)
 
@@ -146,12 +146,12 @@ class Exported:
     def _encoder(self) -> SentenceEncoder:
         sha256 = (self.description.features or {}).get("texts")
         if sha256 is None:
-            raise ConfigError("the text features of this checkpoint were imported: what made them is not known here")
+            raise ConfigError("the text features of this checkpoint were imported, so their encoder is unknown")
         return SentenceEncoder(encoder_folder(None), sha256, self.device)
 
 
 def of_checkpoint(checkpoint: Artifact, weights: str | Path | None = None, device: str = "cpu") -> Exported:
-    """A checkpoint in use as its export would be. Arguments as of `load`.
+    """Open a checkpoint as if it were exported. Arguments as for `load`.
 
     Raises:
         DamagedArtifact: it does not verify.
@@ -161,17 +161,17 @@ def of_checkpoint(checkpoint: Artifact, weights: str | Path | None = None, devic
 
 
 def load(path: str | Path, *, weights: str | Path | None = None, device: str = "cpu") -> Exported:
-    """Open what zsr export has written.
+    """Open a directory written by zsr export.
 
     Args:
-        weights: of the backbone that made its features, where the export does not include it: a file or directory, of a
-            fine-tuned backbone the ROOT of its checkpoint; None takes what the backbone's package brings. Read when
-            the first picture comes.
-        device: `cpu`, `cuda`, or what else torch knows.
+        weights: weights of the backbone that computed its features, if the export does not include it: a file or
+            directory, or for a fine-tuned backbone the ROOT of its checkpoint; None for the weights of the backbone's
+            package. Read for the first image.
+        device: `cpu`, `cuda`, or any other torch device.
 
     Raises:
-        ConfigError: not an export, or of a model or option that this version does not know.
-        DamagedArtifact: the configuration or the weights are not what was written.
+        ConfigError: not an export, or this version does not know its model or one of its options.
+        DamagedArtifact: the configuration or the weights were changed.
     """
     directory: Path = located(Path(path))
     description = read_description(directory)
@@ -189,7 +189,7 @@ def load(path: str | Path, *, weights: str | Path | None = None, device: str = "
 
 
 def _included(description: Description, state: Mapping[str, Tensor], directory: Path) -> Featurizer:
-    """The backbone that lies in the export itself."""
+    """The backbone included in the export."""
     made = {}
     for side, architecture in description.backbones.items():
         made[side] = backbones.build(architecture)
@@ -213,7 +213,7 @@ def _fill(module: torch.nn.Module, state: Mapping[str, Tensor], directory: Path)
 def _blocks(
     images: Sequence[Picture] | np.ndarray, modality: str, pictures: Pictures, size: int
 ) -> Iterator[np.ndarray]:
-    """Pixels (at most `size`, H, W, 3) uint8 of consecutive pictures."""
+    """Pixels (at most `size`, H, W, 3) uint8 of consecutive images."""
     for start in range(0, len(images), size):
         part = images[start : start + size]
         pixels = [_pixels(picture, pictures, start + i) for i, picture in enumerate(part)]
@@ -231,4 +231,4 @@ def _pixels(picture: Picture, pictures: Pictures, number: int) -> np.ndarray:
         return square(picture, pictures.resize)
     except (OSError, BadImage) as error:
         shown = f" ({picture})" if isinstance(picture, str | Path) else ""
-        raise ConfigError(f"picture {number}{shown}: {error}") from error
+        raise ConfigError(f"image {number}{shown}: {error}") from error

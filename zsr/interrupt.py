@@ -1,9 +1,9 @@
-"""End a command within seconds of SIGINT, SIGTERM or SIGHUP, with one line and one exit code, whatever it is doing.
+"""End a command within seconds of SIGINT, SIGTERM or SIGHUP, with one line and one exit code, at any time.
 
-A handler of Python's runs between two instructions of the main thread: not while faiss trains, and Ray and Ray Train
-replace it by their own. The interpreter's C handler also writes to a wakeup descriptor, which a thread reads here. The
-thread unwinds nothing, since everything that a job keeps is safe from a kill at any moment. It kills what this process
-has started, removes what would outlive it, says how to continue, and exits.
+Python signal handlers run between two instructions of the main thread, so not while faiss trains, and Ray and Ray Train
+replace them with their own. The interpreter's C handler also writes to a wakeup descriptor, which a thread reads here.
+The thread does not unwind the stack, since all persistent state is safe against a kill at any time. It kills child
+processes, removes what would outlive this process, prints how to continue, and exits.
 """
 
 import ctypes
@@ -21,33 +21,33 @@ from typing import Final, NoReturn
 import psutil
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; Kubernetes and Slurm; a closed terminal
-KILLING: Final = 1.5  # seconds in which children must be gone
-LIMIT: Final = 2.5  # seconds from the signal to the exit, if something hangs on the way
+KILLING: Final = 1.5  # max seconds to kill all children
+LIMIT: Final = 2.5  # max seconds from the signal to the exit, even if something hangs
 _SUBREAPER: Final = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 _SHOW_CURSOR: Final = "\x1b[?25h\n"  # a progress bar hides it
 
 
 class Watch:
-    """The signals of this process, and what is to be done when one comes.
+    """Signal handling of this process.
 
     Attributes:
-        advice: how to continue; by default it names the staging area, if there is one.
-        staging: where finished pieces are kept.
+        advice: how to continue; by default the message names the staging area, if there is one.
+        staging: path or URL of the staging area, which holds finished pieces.
     """
 
     def __init__(self) -> None:
         self.advice = ""
         self.staging = ""
         self._cleanups: list[Callable[[], object]] = []
-        self._lock = threading.Lock()  # held by whoever prints the JSON line
+        self._lock = threading.Lock()  # held while the JSON line is printed
         self._stopping = False
         self._finished = False
         self._caught: tuple[signal.Signals, ...] = ()
 
     def start(self) -> None:
-        """Watch the signals from now on. One that the parent process ignores, as nohup does, stays ignored.
+        """Start handling signals. Signals that the parent process ignores, as with nohup, stay ignored.
 
-        Safe to call again. Does nothing outside of the main thread, where Python handles no signals.
+        Safe to call again. Does nothing outside of the main thread, in which Python cannot handle signals.
         """
         if self._caught or threading.current_thread() is not threading.main_thread():
             return
@@ -60,16 +60,16 @@ class Watch:
         os.register_at_fork(after_in_child=self._forked)
 
     def install(self) -> None:
-        """Have the main thread wait for the end when a signal comes; again after Ray has put its own handler there."""
+        """Make the main thread wait for the exit on a signal; call again after Ray has installed its own handlers."""
         for number in self._caught:
             signal.signal(number, _wait)
 
     def at_end(self, cleanup: Callable[[], object]) -> None:
-        """Call `cleanup` after the children have been killed: for what outlives the process."""
+        """Register a function to call after the children are killed, to remove what would outlive the process."""
         self._cleanups.append(cleanup)
 
     def finish(self, line: str) -> None:
-        """Print a command's last line. Signals are ignored from here on; after one, this never returns."""
+        """Print a command's last line. Signals are ignored from here on; if one has come already, never returns."""
         for number in self._caught:
             signal.signal(number, signal.SIG_IGN)
         with self._lock:
@@ -80,7 +80,7 @@ class Watch:
         _wait()
 
     def hold(self) -> None:
-        """Never return once a signal has come: what the main thread sees from there on are results of the kill."""
+        """Never return if a signal has come: errors in the main thread are then consequences of killed children."""
         if self._stopping:
             _wait()
 
@@ -117,7 +117,7 @@ class Watch:
             os._exit(code)
 
         null = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):  # from here on only `leave` has something to say
+        for descriptor in (1, 2):  # from here on only `leave` prints
             os.dup2(null, descriptor)
         limit = threading.Timer(LIMIT, leave)
         limit.daemon = True
@@ -130,7 +130,7 @@ class Watch:
         leave()
 
     def _forked(self) -> None:
-        """A fork shares the pipe: its signals would end its parent."""
+        """Reset signal handling in a fork: it shares the pipe, so that its signals would end its parent."""
         if signal.set_wakeup_fd(-1) == -1:
             return
         for number in self._caught:
@@ -138,11 +138,11 @@ class Watch:
 
 
 def say(text: str) -> None:
-    """Print `text` at once. A reader of stdout that has left before the end, such as `head`, is no error."""
+    """Print `text` and flush. A closed stdout, such as that of `| head`, is not an error."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's flush at exit
 
 
 def _wait(*_: object) -> NoReturn:
@@ -151,7 +151,7 @@ def _wait(*_: object) -> NoReturn:
 
 
 def _kill_children() -> None:
-    """Kill everything below this process. Orphans become its own, and are found in the next look."""
+    """Kill all descendants of this process. As a subreaper it adopts orphans, which the next iteration finds."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     deadline = time.monotonic() + KILLING
@@ -171,10 +171,10 @@ WATCH: Final = Watch()
 
 
 def watch_command() -> None:
-    """Watch the signals of this process if it runs `python -m`; for the __init__ of a package of commands.
+    """Start signal handling if this process runs `python -m`; for the __init__ of a package of commands.
 
-    That is before the command's own imports, which take seconds. While `python -m` looks for a module, and only then,
-    the first argument is "-m": whoever else imports the package keeps its signals.
+    This is before the command's own imports, which take seconds. The first argument is "-m" only while `python -m`
+    looks for the module: other importers of the package keep their signal handling.
     """
     if sys.argv[:1] == ["-m"]:
         WATCH.start()

@@ -1,10 +1,10 @@
-"""Show how far a stage is: a bar on a terminal, elsewhere a line every 30 s; at its end one line with rows and rate.
+"""Show the progress of a stage: a bar on a terminal, otherwise a line every 30 s; at its end a line with rows and rate.
 
     with stage("tune", total=1000, unit="queries"):
         ...
-        advance(len(batch))  # wherever the rows are handled, in this process or in a Ray task that the stage waits for
+        advance(len(batch))  # where the rows are processed, in this process or in a Ray task of the stage
 
-Tasks tell their counts through the cluster, see `measure.Items`.
+Tasks report their counts through the cluster, see `telemetry.Items`.
 """
 
 import sys
@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Final, TypeVar
 
-QUIET: Final = 30.0  # seconds between two lines where there is no terminal
-LOOK: Final = 5.0  # seconds between two looks at the counts there; the rate needs more than those that are printed
-REFRESH: Final = 1.0  # seconds between two looks on a terminal, and between two reports of a task
-WINDOW: Final = 60.0  # seconds that the rate is an average of, so that the start-up of workers soon no longer counts
+QUIET: Final = 30.0  # seconds between two lines without a terminal
+LOOK: Final = 5.0  # seconds between two readings of the counts without a terminal, more often than lines for the rate
+REFRESH: Final = 1.0  # seconds between two readings on a terminal, and between two reports of a task
+WINDOW: Final = 60.0  # seconds over which the rate is averaged, so that worker start-up is soon excluded
 
 T = TypeVar("T")
 
-_sink: Callable[[int], None] | None = None  # takes what `advance` counts: the stage of this process, or a task's report
+_sink: Callable[[int], None] | None = None  # receives the counts of `advance`: the running stage, or a task's report
 
 
 def advance(count: int = 1) -> None:
@@ -32,23 +32,23 @@ def advance(count: int = 1) -> None:
 
 
 def counted(parts: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
-    """Pass parts of some work through, each with its number of rows, which are counted when it comes."""
+    """Yield (number of rows, part) pairs unchanged, and count the rows of each as done."""
     for count, part in parts:
         advance(count)
         yield count, part
 
 
 def say(line: str) -> None:
-    """One line for the person who watches; above the bar where there is one."""
+    """Print a line to stderr, above the progress bar if there is one."""
     print(line, file=sys.stderr, flush=True)
 
 
 def found_finished(what: str, found: int, total: int, unit: str = "shards", *, reused: int = 0) -> None:
-    """Say what a run need not do again. Says nothing if nothing was found.
+    """Print how much of a stage is finished already; prints nothing if nothing is.
 
     Args:
         found: items that an earlier, interrupted run finished.
-        reused: items that were taken over from the last version.
+        reused: items reused from the last version.
     """
     if not found and not reused:
         return
@@ -58,19 +58,19 @@ def found_finished(what: str, found: int, total: int, unit: str = "shards", *, r
 
 
 def up_to_date(what: str, where: object, versions: Sequence[int]) -> None:
-    """Say that an equal run already made what was asked for, the last of `versions`."""
+    """Print that an identical run already wrote the result, as the last of `versions`."""
     say(f"{what}: nothing to do: version {versions[-1]} of {where} is up to date")
 
 
 class Stage:
-    """One stage as it is shown.
+    """Progress display of one stage.
 
     Attributes:
         what: its name.
-        total: rows in all; None where that is unknown.
-        unit: what is counted; empty where nothing is, and time alone is shown.
+        total: total number of rows; None if unknown.
+        unit: unit of the counts; empty to show only the time.
         done: rows done.
-        note: what else is worth knowing now, such as a loss.
+        note: additional text, such as the current loss.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Stage:
         self.done += count
 
     def look(self) -> None:
-        """Bring the display up to date."""
+        """Update the display."""
         if self._poll is not None:
             self.done = max(self.done, self._poll())
         now = time.monotonic()
@@ -110,7 +110,7 @@ class Stage:
         return (done - before) / (now - since) if now > since else 0.0
 
     def sentence(self) -> str:
-        """How far the stage is, how fast, and how long it still takes."""
+        """Progress, rate and remaining time, as text."""
         rate, total = self.rate, self.total
         of = "" if total is None else f" of {total:,}"
         said = [f"{self.done:,}{of} {self.unit}"] if self.unit else []
@@ -133,7 +133,7 @@ class Stage:
 
     @contextmanager
     def shown(self) -> Iterator["Stage"]:
-        """Refresh the display while the body runs; the line at the end is said where the body succeeds."""
+        """Refresh the display while the body runs; print the final line if it succeeds."""
         with self._screen():
             thread = threading.Thread(target=self._watch, name="zsr-progress", daemon=True)
             thread.start()
@@ -146,17 +146,17 @@ class Stage:
 
     def _watch(self) -> None:
         while not self._over.wait(REFRESH if self.terminal else LOOK):
-            # a display is not worth a stage: the store of the counts may be away for some time, as after a lost head
+            # a display error must not fail the stage: the counts may be unavailable for a while, as after a lost head
             with suppress(Exception):
                 self.look()
 
     @contextmanager
     def _screen(self) -> Iterator[None]:
-        """A bar on a terminal; it leaves nothing behind, the line at the end does."""
+        """Show a bar on a terminal, which is removed at the end."""
         if not self.terminal:
             yield
             return
-        from rich.console import Console  # imported here: only a terminal needs it
+        from rich.console import Console  # imported here: only needed on a terminal
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
         columns = (
@@ -165,7 +165,7 @@ class Stage:
             TaskProgressColumn(),
             TextColumn("{task.fields[said]}"),
         )
-        # stdout stays as it is: a job's JSON line may go to a file
+        # stdout is not redirected: the command's JSON line may go to a file
         bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, transient=True)
         with bar:
             bar.add_task(self.what, total=self.total, completed=self.done, said="")
@@ -180,13 +180,13 @@ class Stage:
 def stage(
     what: str, total: int | None = None, unit: str = "rows", *, done: int = 0, poll: Callable[[], int] | None = None
 ) -> Iterator[Stage]:
-    """Show a stage while the body runs. Within another stage it shows nothing.
+    """Show a stage while the body runs. A stage within another stage is not shown.
 
     Args:
         what, total, unit: see `Stage`.
-        done: rows that were done before.
-        poll: how many are done, for rows that other processes handle; called from another thread. What this process
-            counts by `advance` is then no part of the stage.
+        done: rows done before.
+        poll: returns the number of rows done, for rows processed by other processes; called from another thread. Counts
+            of `advance` in this process are then ignored.
     """
     shown = Stage(what, total, unit, done, poll)
     with shown.shown() if _sink is None else nullcontext(), counting(shown.advance if poll is None else ignore):
@@ -194,12 +194,12 @@ def stage(
 
 
 def ignore(count: int) -> None:
-    """Take what `advance` counts, and drop it."""
+    """Do nothing; a sink that discards counts."""
 
 
 @contextmanager
 def counting(sink: Callable[[int], None]) -> Iterator[None]:
-    """Give `sink` what `advance` counts while the body runs."""
+    """Send the counts of `advance` to `sink` while the body runs."""
     global _sink
     outer, _sink = _sink, sink
     try:
@@ -209,7 +209,7 @@ def counting(sink: Callable[[int], None]) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """A time span for a person.
+    """Format a duration.
 
     >>> duration(3.21), duration(200), duration(7500)
     ('3.2 s', '3 min 20 s', '2 h 5 min')

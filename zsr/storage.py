@@ -1,10 +1,10 @@
-"""Where bytes lie: local folders, and object stores through fsspec (`s3://bucket/prefix`, with the extra `s3`).
+"""Access to local folders, and to object stores through fsspec (`s3://bucket/prefix`, with the extra `s3`).
 
-Every path that a user gives, for input or output, goes through here: `~`, `file:` and paths relative to the folder in
-which the command was called are resolved once, where the command reads its flags (`located`), and a URL stays a URL.
+Every path that a user gives, for input or output, is resolved here: `~`, `file:` and paths relative to the current
+directory once, when the command parses its flags (`located`); URLs are kept.
 
-Credentials, region and endpoint are those that the storage's own client finds (for S3: the AWS_* variables, its
-configuration files, or the role of the machine); none is ever a flag or part of an artifact.
+Credentials, region and endpoint are found by the client of the storage (for S3: the AWS_* variables, its configuration
+files, or the role of the machine); they are never flags or part of an artifact.
 """
 
 import os
@@ -21,7 +21,7 @@ from zsr.errors import ConfigError, StorageError
 
 CLIENTS: Final = frozenset({"aiobotocore", "botocore", "aiohttp", "fsspec", "s3fs"})
 
-# where an object store and the cache are; nothing secret, so it may stand in a task's environment for all to see
+# location of object store and cache; no secrets, since the environment of tasks is visible
 SHARED: Final = (
     "AWS_CONFIG_FILE",
     "AWS_DEFAULT_REGION",
@@ -36,9 +36,9 @@ SHARED: Final = (
 
 
 def url_of(place: str | Path) -> str | None:
-    """The URL that `place` is, without a slash at its end; None for a path, and file:// is one.
+    """`place` as a URL without a trailing slash; None for a path, which includes file:// URLs.
 
-    `Path("s3://bucket/x")` is spelt s3:/bucket/x: the slash that it lost is put back.
+    `Path("s3://bucket/x")` becomes s3:/bucket/x: the lost slash is restored.
     """
     text = str(place)
     scheme = re.match(r"^([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", text)
@@ -51,7 +51,7 @@ def local_path(place: str | Path) -> Path:
     """`place`, a path, `~/path` or file: URL, as an absolute path.
 
     Raises:
-        ConfigError: a home directory that nobody has.
+        ConfigError: the home directory of an unknown user.
     """
     text = str(place)
     if text[:5].lower() == "file:":
@@ -63,15 +63,15 @@ def local_path(place: str | Path) -> Path:
 
 
 def _path_of(rest: str) -> str:
-    """The path of a file: URL, of which `rest` follows the colon. `Path` has made one slash of two or three, so that
-    `localhost` is told by its name alone.
+    """The path of a file: URL, given what follows the colon. `Path` may have merged slashes, so the host `localhost` is
+    recognized only by its name.
     """
     path = unquote(rest)
     return re.sub(r"^/{2,}", "/", re.sub(r"^/{1,2}localhost(?=/)", "", path))
 
 
 def located(value: Any) -> Any:
-    """`value` of a flag with every path in it resolved: absolute, or a URL. Other values stay as they are."""
+    """The value of a flag with every path in it made absolute; URLs and other values are unchanged."""
     if isinstance(value, Path):
         return value if url_of(value) else local_path(value)
     if isinstance(value, tuple):
@@ -85,10 +85,10 @@ def located(value: Any) -> Any:
 
 
 def read_file(place: str | Path, cap: int | None = None) -> bytes:
-    """The bytes of a file: settings, a list, an image; at most `cap` of them.
+    """Read a file, at most `cap` bytes.
 
     Raises:
-        OSError: as `open` does, for a path and for a URL alike. StorageError: the store cannot be reached.
+        OSError: as `open` does, for both paths and URLs. StorageError: the store cannot be reached.
         ConfigError: see `local_path` and `filesystem`.
     """
     url = url_of(place)
@@ -102,7 +102,7 @@ def read_file(place: str | Path, cap: int | None = None) -> bytes:
 
 
 def read_text(place: str | Path, what: str) -> str:
-    """The text of a file of settings, UTF-8 with or without a byte order mark.
+    """Read a text file in UTF-8, with or without a byte order mark.
 
     Args:
         what: the flag or variable that names the file, for messages.
@@ -123,7 +123,7 @@ def read_text(place: str | Path, what: str) -> str:
 
 
 def is_file(place: str | Path) -> bool:
-    """Whether a file, and no folder, is at `place`. Raises StorageError, ConfigError as `read_file`."""
+    """Whether `place` is a file, not a folder. Raises StorageError, ConfigError as `read_file`."""
     url = url_of(place)
     if url is None:
         return local_path(place).is_file()
@@ -147,40 +147,40 @@ def files_below(place: str | Path) -> list[Path]:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path in it, without a slash at the end.
+    """The fsspec file system of `url` and the path in it, without a trailing slash.
 
-    Listings are not cached: another process writes while this one reads, and a cache would grow with what is listed.
+    Listings are not cached: other processes write at the same time, and a cache would grow with every listing.
 
     Raises:
         ConfigError: an unknown scheme, or its client is not installed.
     """
-    import fsspec  # here: a run on local paths does without it
+    import fsspec  # imported here: not needed for local paths
 
     try:
         found, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError, OSError) as error:  # some clients look for libraries when they are made
+    except (ImportError, ValueError, OSError) as error:  # some clients load libraries when they are constructed
         said = str(error).partition("\n")[0][:300]
         raise ConfigError(
-            f"{url}: {said}; a path, file:// and s3:// are known here (for s3:// install the extra: "
-            "pip install 'zsr[s3]'), others where their client is installed"
+            f"{url}: {said}; supported are paths, file:// and s3:// (for s3:// install the extra: "
+            "pip install 'zsr[s3]'), and others if their fsspec client is installed"
         ) from error
     return found, str(path).rstrip("/")
 
 
 @contextmanager
 def remote_errors(url: str) -> Iterator[None]:
-    """Turn what a store's client raises into StorageError; FileNotFoundError and FileExistsError pass."""
+    """Turn errors of a store's client into StorageError, except FileNotFoundError and FileExistsError."""
     try:
         yield
     except (FileNotFoundError, FileExistsError, StorageError):
         raise
     except Exception as error:
-        # botocore's own errors are no OSErrors: no credentials, no such endpoint
+        # some errors of botocore are not OSErrors, such as missing credentials or an unknown endpoint
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENTS:
             raise
         raise StorageError(f"{url}: {type(error).__name__}: {error}; check credentials and endpoint") from error
 
 
 def shared_environment() -> dict[str, str]:
-    """What tasks on other nodes need to find the same object store and cache, as this process has it."""
+    """Environment variables of this process that tasks on other nodes need to find the object store and the cache."""
     return {name: os.environ[name] for name in SHARED if name in os.environ}

@@ -22,7 +22,7 @@ from typing import Any, Final
 import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
-from zsr.worker import LOOPBACK
+from zsr.process import LOOPBACK
 
 OBJECTS: Final = 100 << 20  # bytes of a node's object store
 

@@ -68,14 +68,14 @@ def test_cpus_are_those_of_nodes_without_gpus_but_one() -> None:
 
 
 def test_cuda_without_a_gpu_anywhere_is_refused_in_one_sentence() -> None:
-    refused = "--device cuda requires 1 GPU per worker on one node, and "
+    refused = "--device cuda requires 1 GPU per worker on one node, but "
     with pytest.raises(Infeasible, match=f"{refused}the cluster has no GPU"):
         chosen(DeviceSettings(device="cuda"), Capacity((CPU,)))
-    with pytest.raises(Infeasible, match=f"{refused}0 GPUs are up, and no node type has any"):
+    with pytest.raises(Infeasible, match=f"{refused}0 GPUs are up, and no node type has GPUs"):
         chosen(DeviceSettings(device="cuda"), Capacity((CPU,), SHIPPED[:1], 8))
     for device, flag in (("cuda", "--device cuda"), ("auto", "--gpus-per-worker 2")):
         settings = DeviceSettings.model_validate({"device": device, "gpus_per_worker": 2})
-        with pytest.raises(Infeasible, match=f"{flag} requires 2 GPUs per worker on one node, and 0 GPUs are up, node"):
+        with pytest.raises(Infeasible, match=f"{flag} requires 2 GPUs per worker on one node, but 0 GPUs are up, node"):
             chosen(settings, Capacity((HEAD,), SHIPPED, 64))
 
 
@@ -221,6 +221,6 @@ def test_cuda_is_refused_on_a_cluster_without_gpus(tmp_path: Path, pictures: Pat
     made = job("features", "--data", pictures, "--output", tmp_path / "features", "--device", "cuda")
     assert made["exit_code"] == 2
     assert made["error"] == (
-        "--device cuda requires 1 GPU per worker on one node, and the cluster has no GPU; add nodes or a node type "
+        "--device cuda requires 1 GPU per worker on one node, but the cluster has no GPU; add nodes or a node type "
         "with GPUs, or use --device cpu"
     )

@@ -42,7 +42,7 @@ def test_the_doctor_finds_a_node_with_another_version(tmp_path: Path, local: Loc
     assert all(
         word in table
         for word in (
-            "versions alike",
+            "same versions",
             "extras on all nodes",
             "s3",
             "all-reduce over 3 nodes, gloo",
@@ -88,7 +88,7 @@ def test_the_odd_node_is_named_with_what_to_install() -> None:
 
 @pytest.mark.parametrize(
     ("seen", "offered", "word"),
-    [(1, 1, ""), (0, 1, "torch has no CUDA"), (2, 1, "--num-gpus")],  # faiss runs on CPUs
+    [(1, 1, ""), (0, 1, "torch cannot use CUDA"), (2, 1, "--num-gpus")],  # faiss runs on CPUs
 )
 def test_gpus_that_are_not_seen_are_told(seen: int, offered: int, word: str) -> None:
     (check,) = gpus([node("a", "2.13.0", seen, offered)])

@@ -17,7 +17,7 @@ from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.local import Config, node_labels
-from zsr import measure
+from zsr import telemetry
 
 ROOT = Path(__file__).parents[2]
 
@@ -299,4 +299,4 @@ def test_a_node_without_an_s3_client_is_told(tmp_path: Path, shared: bool) -> No
 def test_the_dashboard_shows_exactly_the_metrics_that_are_counted() -> None:
     dashboard = json.loads((ROOT / "cluster" / "grafana.json").read_text())
     shown = set(re.findall(r"\bray_zsr_\w+", json.dumps([panel["targets"] for panel in dashboard["panels"]])))
-    assert shown == set(measure.exported())
+    assert shown == set(telemetry.exported())

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.local import ROOT, LocalCluster
-from zsr.worker import LOOPBACK
+from zsr.process import LOOPBACK
 
 PATHS = (
     "/api/jobs/",

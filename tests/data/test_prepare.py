@@ -225,7 +225,7 @@ def test_a_phones_folder_passes_with_a_warning_and_a_row_of_each_kind(
     assert found["not_read"] == {".mp4": 1}
     said = [record.getMessage() for record in caplog.records if record.name == "zsr"]
     assert "not read: 1 files (.mp4 1)" in said
-    (line,) = [each for each in said if each.startswith("2 of 54 rows bad {'unsupported': 1, 'wrong_type': 1}")]
+    (line,) = [each for each in said if each.startswith("2 of 54 rows are bad {'unsupported': 1, 'wrong_type': 1}")]
     assert "photo/class_0/bad_0.jpg: not an image" in line
     assert "photo/class_0/scan.psd: a Photoshop document: export it as PNG" in line
 
@@ -271,7 +271,7 @@ def test_too_many_bad_rows_stop_with_their_kinds(tmp_path: Path, ray_cluster: No
     raw = pictures(tmp_path / "raw")
     found = job("prepare", "--source", "folders", "--input", raw, "--output", tmp_path / "data", "--max-bad-rows", 1)
     assert found["exit_code"] == 3
-    assert "2 of 62 rows bad {'wrong_type': 2}; --max-bad-rows 1 allows 1. For example: " in found["error"]
+    assert "2 of 62 rows are bad {'wrong_type': 2}; --max-bad-rows 1 allows 1. For example: " in found["error"]
     assert "photo/class_0/bad_" in found["error"]
 
 

@@ -37,7 +37,7 @@ def test_a_draw_depends_on_its_seed_alone() -> None:
 
 
 def test_a_class_in_two_roles_is_a_leak() -> None:
-    with pytest.raises(Leakage, match=r"\['b'\] stand in both unseen and training"):
+    with pytest.raises(Leakage, match=r"\['b'\] are in both unseen and training"):
         Split(unseen=("a", "b"), training=("b", "c"))
 
 

@@ -137,7 +137,10 @@ def test_pictures_of_other_classes_are_never_looked_at(tmp_path: Path, whole: li
 def test_a_picture_that_does_not_decode_names_shard_and_row(tmp_path: Path) -> None:
     broken = picture_data.write(tmp_path, image=lambda label, _: b"\x89PNG\r\n\x1a\n broken")
     feed = make(broken, survey(broken, ("sketch", "photo"), SEEN, 6, 0))
-    with closing(feed), pytest.raises(DamagedArtifact, match=r"part-0000\d.parquet: row \d+ decoded when"):
+    with (
+        closing(feed),
+        pytest.raises(DamagedArtifact, match=r"part-0000\d.parquet: row \d+ was decoded by zsr prepare"),
+    ):
         feed.batch(1, 8)
 
 
@@ -145,7 +148,7 @@ def test_rows_without_a_picture_are_left_out(tmp_path: Path) -> None:
     gaps = picture_data.write(tmp_path, image=lambda _, number: png(number) if number % 3 else None)
     assert len(survey(gaps, ("sketch", "photo"), SEEN, 6, 0).photo.ids) == 80
     bare = picture_data.write(tmp_path / "bare", image=lambda _, number: None)
-    with pytest.raises(ConfigError, match=r"no sketch of the classes .* has a picture"):
+    with pytest.raises(ConfigError, match=r"no sketch of the classes .* has an image"):
         survey(bare, ("sketch", "photo"), SEEN, 6, 0)
 
 

@@ -50,7 +50,7 @@ def test_a_tower_is_refused(data: Path, tmp_path: Path) -> None:
 def test_features_are_refused(data: Path, tmp_path: Path) -> None:
     found = job("features", "--data", data, "--output", tmp_path / "out", "--size", 32)
     assert found["exit_code"] == 2
-    assert "have no images to make features of" in found["error"]
+    assert "has no images to compute features of" in found["error"]
 
 
 def test_a_shard_without_images_is_an_empty_part_of_a_stream(tmp_path: Path) -> None:

@@ -110,7 +110,11 @@ def test_senses_are_the_first_or_the_named_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("label", "senses", "message"),
-    [("quagga", {}, "no noun 'quagga'"), ("dog", {"dog": "dog.n.07"}, "dog.n.07"), ("dog", {"dog": "?"}, "no synset")],
+    [
+        ("quagga", {}, "no noun 'quagga'"),
+        ("dog", {"dog": "dog.n.07"}, "dog.n.07"),
+        ("dog", {"dog": "?"}, "not a synset"),
+    ],
 )
 def test_a_class_without_a_synset_is_an_error(tmp_path: Path, label: str, senses: dict[str, str], message: str) -> None:
     write_wordnet(tmp_path / "wordnet")

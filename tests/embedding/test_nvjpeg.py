@@ -12,9 +12,9 @@ from tests.pipeline import ok
 from zsr.artifact import open_artifact
 from zsr.data.decode import Pictures, Resize
 from zsr.data.pictures import decoded
-from zsr.embedding.ahead import Images
 from zsr.embedding.backbone import Extractor
 from zsr.embedding.nvjpeg import DeviceDecoders
+from zsr.embedding.prefetch import Images
 from zsr.embedding.settings import BackboneSettings
 from zsr.embedding.shards import Clocks
 from zsr.models import backbones

@@ -20,7 +20,7 @@ import yaml
 
 from cluster.local import ROOT, LocalCluster, local_cluster
 from tests import toy
-from zsr import measure
+from zsr import telemetry
 
 WAIT = 400  # seconds for any one thing to happen
 
@@ -100,7 +100,7 @@ def unseen_metrics(cluster: LocalCluster) -> list[str]:
     for target in targets:
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
             text += answer.read().decode()
-    return [name for name in measure.exported() if f"\n{name}{{" not in text]
+    return [name for name in telemetry.exported() if f"\n{name}{{" not in text]
 
 
 def run(cluster: LocalCluster, folder: Path) -> int:

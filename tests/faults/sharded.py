@@ -27,7 +27,7 @@ from zsr.index.building.plan import IndexConfig
 from zsr.index.maintaining import edit
 from zsr.index.searching.searcher import Hits, Searcher
 from zsr.index.searching.sharded import ShardedSearcher
-from zsr.worker import setup
+from zsr.process import setup
 
 SEGMENTS = 6
 BATCH = 2500  # more than hosts are asked about at once

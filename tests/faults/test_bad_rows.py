@@ -124,5 +124,5 @@ def test_rows_in_are_rows_used_and_rows_quarantined_in_every_run(raw: Path, tmp_
 def test_too_many_of_them_end_the_run_with_their_counts(raw: Path, tmp_path: Path) -> None:
     results = prepare(raw, tmp_path, "1%")
     assert results["exit_code"] == 3
-    assert f"{ROWS // 20} of {ROWS} rows bad {dict(sorted(expected().items()))}" in results["error"]
+    assert f"{ROWS // 20} of {ROWS} rows are bad {dict(sorted(expected().items()))}" in results["error"]
     assert not (tmp_path / "versions").exists()

@@ -113,7 +113,7 @@ def test_labels_are_found_under_any_spelling_and_unknown_ones_refused(
     plain = searcher.search(small.sketches, 5, labels=["class-3"])
     for spelling in ("class-3", "Class 3", "CLASS_3", ["Class3", "class 3"]):
         assert searcher.search(small.sketches, 5, labels=spelling).ids.tolist() == plain.ids.tolist()
-    with pytest.raises(ConfigError, match=r"class 'klass-3' is not among the 7 known ones; near it are .*'class-3'"):
+    with pytest.raises(ConfigError, match=r"class 'klass-3' is not among the 7 known ones; did you mean .*'class-3'"):
         searcher.search(small.sketches, 5, labels=["class-1", "klass-3"])
 
 

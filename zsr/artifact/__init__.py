@@ -1,16 +1,16 @@
-"""Artifacts: content-addressed directories that are either whole and verified, or do not exist.
+"""Artifacts: content-addressed directories that are either complete and verified, or do not exist.
 
     ROOT/staging/PLAN/{files,scratch,receipts}/    work in progress, keyed by the digest of the plan
     ROOT/objects/DIGEST/{files..., manifest.json}  immutable; DIGEST is the SHA-256 of manifest.json
     ROOT/versions/N                                a small file that names a digest, created by put-if-absent
 
 A writer stages pieces (each fsynced, renamed and given a receipt with its SHA-256), seals them under a manifest that is
-written last, moves them into `objects/`, and publishes a version in one step that fails if the version exists. A killed
-writer finds its finished pieces by their receipts. A reader checks size and hash before any parser sees a byte. Equal
-work gives equal digests: a manifest holds no path, address, time or host.
+written last, moves them into `objects/`, and publishes a version in one atomic step that fails if the version exists. A
+restarted writer finds its finished pieces by their receipts. A reader checks size and hash before parsing. Equal work
+gives equal digests: a manifest holds no path, address, time or host.
 
 Roots are directories on a local or shared POSIX file system (a version is an `os.link`), or prefixes of an object store
-(a conditional put; see `bucket`). `store` is the only file that creates a version.
+(a conditional put; see `bucket`). Only `store` creates versions.
 """
 
 from zsr.artifact.disk import disk_errors, mapped, write_atomically

@@ -1,11 +1,11 @@
-"""Artifacts in an object store: the same layout under a prefix, and a verified local cache to read through.
+"""Artifacts in an object store: the same layout under a prefix, and a verified local read cache.
 
-    s3://bucket/prefix/{staging,objects,versions}/...     as in a folder; copying a ROOT either way is enough
-    CACHE/HASH-OF-URL/objects/DIGEST/FILE                 what this machine has fetched, hashed before it is parsed
+    s3://bucket/prefix/{staging,objects,versions}/...     as in a folder; a ROOT can be copied either way
+    CACHE/HASH-OF-URL/objects/DIGEST/FILE                 downloaded files, hashed before they are parsed
 
-CACHE is $ZSR_CACHE or ~/.cache/zsr, and holds at most $ZSR_CACHE_BYTES (50 GiB): what was used longest ago goes first,
-but nothing that was used in the last ten minutes. An object store renames nothing, so a sealed artifact is copied from
-staging on the server's side, its manifest last; an upload is there whole or not at all. A version is a conditional put.
+CACHE is $ZSR_CACHE or ~/.cache/zsr, and holds at most $ZSR_CACHE_BYTES (50 GiB): the least recently used files are
+evicted first, but none that was used in the last ten minutes. Object stores cannot rename, so a sealed artifact is
+copied from staging on the server side, its manifest last; an upload is atomic. A version is a conditional put.
 """
 
 import hashlib
@@ -25,30 +25,30 @@ from zsr.artifact.format import FileEntry, canonical
 from zsr.errors import ConfigError, DamagedArtifact, StorageError
 from zsr.storage import filesystem, remote_errors
 
-CONDITIONAL: Final = ("s3", "s3a")  # schemes whose client passes `If-None-Match: *` on; others only look first
+CONDITIONAL: Final = ("s3", "s3a")  # schemes whose client sends `If-None-Match: *`; others only check beforehand
 PROBE: Final = "versions/.conditional-put"
 CACHE_BYTES: Final = 50 << 30
-IN_USE: Final = 600  # seconds: a file fetched so recently is about to be opened
+IN_USE: Final = 600  # seconds during which a downloaded file is not evicted, since it is about to be opened
 
-_honoured: set[str] = set()  # stores that were asked
-_room: dict[Path, int] = {}  # bytes that a cache had left when it was last looked through
+_honoured: set[str] = set()  # stores that were checked for conditional put
+_room: dict[Path, int] = {}  # free bytes of each cache, as of its last scan
 
 
 def cache_directory(url: str) -> Path:
-    """Where this machine keeps what it has fetched from `url`."""
+    """Directory of this machine's downloads from `url`."""
     base = os.environ.get("ZSR_CACHE") or "~/.cache/zsr"
     return Path(base).expanduser().absolute() / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The prefix `url` of an object store, mirrored in part at `mirror`. Names are relative to both."""
+    """The prefix `url` of an object store, partly mirrored in the directory `mirror`. Names are relative to both."""
 
     url: str
     mirror: Path
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "mirror": self.mirror}  # connections stay behind
+        return {"url": self.url, "mirror": self.mirror}  # connections are not pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -69,23 +69,23 @@ class Bucket:
             with self._at(name) as (store, path):
                 data: bytes = store.cat_file(path, start=0, end=cap)
         except StorageError as error:
-            if _code(error) in ("InvalidRange", "416"):  # an empty file has no first byte to ask for
+            if _code(error) in ("InvalidRange", "416"):  # a byte range of an empty file is invalid
                 return b""
             raise
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """Put `data` at `name`, whole or not at all."""
+        """Put `data` at `name`, atomically."""
         with self._at(name) as (store, path):
             store.pipe_file(path, data)
 
     def upload(self, source: Path, name: str) -> None:
-        """Put the file `source` at `name`, whole or not at all."""
+        """Put the file `source` at `name`, atomically."""
         with self._at(name) as (store, path):
             store.put_file(str(source), path)
 
     def copy(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Copy names to names, on the server's side and several at once."""
+        """Copy names to names, on the server side and in parallel."""
         sources, targets = zip(*pairs, strict=True)
         with self._at("") as (store, base):
             store.copy([base + name for name in sources], [base + name for name in targets], on_error="raise")
@@ -99,12 +99,12 @@ class Bucket:
         try:
             with self._at(folder) as (store, path):
                 found = store.find(path, detail=True)
-        except FileNotFoundError as error:  # an empty prefix is no error, so the bucket is missing
+        except FileNotFoundError as error:  # an empty prefix does not raise, so the bucket is missing
             raise StorageError(f"{self.url}: {error}; create the bucket first") from error
         return {name[len(path) + 1 :]: int(about["size"]) for name, about in found.items() if len(name) > len(path)}
 
     def remove(self, name: str) -> None:
-        """Remove the file `name`, or everything below the folder `name`, here and in the mirror."""
+        """Remove the file `name`, or everything below the folder `name`, in the store and in the mirror."""
         with self._at(name) as (store, path):
             if store.exists(path):
                 store.rm(path, recursive=True)
@@ -115,9 +115,9 @@ class Bucket:
             place.unlink(missing_ok=True)
 
     def create(self, name: str, content: dict[str, str]) -> bool:
-        """Put `content` at `name` unless something is there, in one request; whether it was this call that did.
+        """Put `content` at `name` if there is nothing, in one request; returns whether this call created it.
 
-        The file names its writer, so that a request which was answered too late, and sent again, is not taken for lost.
+        The content includes a writer id, so that a request that succeeded but was retried is recognized as our own.
         """
         self.require_conditional_put()
         data = canonical({**content, "writer": uuid.uuid4().hex})
@@ -133,15 +133,15 @@ class Bucket:
                 return False
             except StorageError as error:
                 code = _code(error)
-                if code in ("PreconditionFailed", "412"):  # of stores that do not say which condition
+                if code in ("PreconditionFailed", "412"):  # from stores whose error does not name the failed condition
                     return False
                 if code not in ("ConditionalRequestConflict", "409"):
                     raise
-                time.sleep(wait)  # another request on this name is under way: ask again how it ended
-        raise StorageError(f"{self.url}/{name}: in conflict with other writers for seconds; run the same command again")
+                time.sleep(wait)  # another request for this name is in progress: retry to learn its outcome
+        raise StorageError(f"{self.url}/{name}: conflict with other writers for seconds; run the same command again")
 
     def require_conditional_put(self) -> None:
-        """Refuse a store that would let two publishers take one version; asked once a process.
+        """Reject a store in which two publishers could create the same version; checked once per process.
 
         Raises:
             StorageError: its client does not send the condition, or the store ignores it.
@@ -156,20 +156,20 @@ class Bucket:
                 _honoured.add(self.url)
                 return
         raise StorageError(
-            f"{self.url}: no conditional put (If-None-Match: *), nor links, so two publishers could take one "
-            "version; use a store of S3's kind that has it, or a shared POSIX directory"
+            f"{self.url}: no conditional put (If-None-Match: *), so two publishers could create the same version; use "
+            "an S3-compatible store that has it, or a shared POSIX directory"
         )
 
     def fetch(self, name: str, entry: FileEntry) -> Path:
-        """The file `name` in the mirror: from there if it has the right size, or fetched and hashed.
+        """Path of the file `name` in the mirror; downloaded and hashed unless it is there with the right size.
 
         Raises:
-            DamagedArtifact: missing, or of another size or hash than `entry` says.
+            DamagedArtifact: missing, or its size or hash differs from `entry`.
         """
         target = self.mirror / name
         try:
             if target.lstat().st_size == entry.bytes:
-                os.utime(target, ns=(time.time_ns(), target.lstat().st_mtime_ns))  # used now, changed never
+                os.utime(target, ns=(time.time_ns(), target.lstat().st_mtime_ns))  # atime for LRU eviction; keep mtime
                 return target
         except FileNotFoundError:
             pass
@@ -193,7 +193,7 @@ class Bucket:
                 if size == entry.bytes:
                     store.get_file(path, str(target))
         except FileNotFoundError:
-            raise DamagedArtifact(f"{where}: missing, the manifest lists it; {advice}") from None
+            raise DamagedArtifact(f"{where}: missing, but the manifest lists it; {advice}") from None
         if size != entry.bytes:
             raise DamagedArtifact(f"{where}: {size} bytes, but the manifest says {entry.bytes}; {advice}")
         with open(target, "rb") as handle:
@@ -203,7 +203,7 @@ class Bucket:
 
 
 def _code(error: BaseException) -> str:
-    """The store's own code in what its client raised, "" if there is none."""
+    """The store's error code in an exception of its client, "" if there is none."""
     seen: BaseException | None = error
     while seen is not None:
         response = getattr(seen, "response", None)
@@ -214,7 +214,7 @@ def _code(error: BaseException) -> str:
 
 
 def cache_limit() -> int:
-    """Bytes that the cache may hold. Raises ConfigError unless $ZSR_CACHE_BYTES is a number."""
+    """Max bytes of the cache. Raises ConfigError unless $ZSR_CACHE_BYTES is a number."""
     text = os.environ.get("ZSR_CACHE_BYTES", str(CACHE_BYTES))
     if not text.isdigit():
         raise ConfigError(f"ZSR_CACHE_BYTES={text!r}: expected a number of bytes")
@@ -222,7 +222,7 @@ def cache_limit() -> int:
 
 
 def _make_room(cache: Path, wanted: int) -> None:
-    """Remove what was used longest ago until `wanted` bytes more fit; looks only when this process knows of no room."""
+    """Evict least recently used files until `wanted` more bytes fit; scans the cache only if it may be full."""
     _room[cache] = _room.get(cache, 0) - wanted
     if _room[cache] >= 0:
         return

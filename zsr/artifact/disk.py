@@ -1,4 +1,4 @@
-"""Files on a POSIX disk: opened without following links, written whole or not at all, hashed and compared."""
+"""Files on a POSIX disk: open regular files only, write atomically, and compare sizes and hashes."""
 
 import errno
 import hashlib
@@ -36,22 +36,22 @@ def check_hash(path: Path, found: str, entry: FileEntry) -> None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[Any]:
-    """Open a regular file, whatever links lead to it; a device, pipe or directory is never opened.
+    """Open a regular file, also through links; a device, pipe or directory is never opened.
 
-    Snapshots (`cp -al`, rsnapshot) and content stores (DVC, git-annex) lay an artifact out as hard or symbolic links,
-    and a reused shard is a hard link itself. A link cannot bring other content in, since every byte is compared with
-    the SHA-256 of the manifest before it is parsed.
+    Links are allowed: snapshots (`cp -al`, rsnapshot) and content stores (DVC, git-annex) consist of hard or symbolic
+    links, and a reused shard is a hard link. They cannot inject content, since every byte is compared with the SHA-256
+    of the manifest before it is parsed.
 
     Raises:
-        DamagedArtifact: missing, a dangling link, or no regular file.
-        StorageError: not readable, for example for its permissions.
+        DamagedArtifact: missing, a dangling link, or not a regular file.
+        StorageError: not readable, for example because of its permissions.
     """
     try:
-        _regular(path, os.stat(path))  # before it is opened: opening a device may already do something
+        _regular(path, os.stat(path))  # before opening: opening a device may have side effects
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
-            raise DamagedArtifact(f"{path}: missing, or a link to nowhere ({error.strerror}); restore it") from error
+            raise DamagedArtifact(f"{path}: missing, or a dangling link ({error.strerror}); restore it") from error
         raise StorageError(f"{path}: {error.strerror}") from error
     with os.fdopen(descriptor, "rb") as handle:
         _regular(path, os.fstat(handle.fileno()))
@@ -64,9 +64,9 @@ def _regular(path: Path, info: os.stat_result) -> None:
 
 
 def mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
-    """A verified file as (n,) `dtype`, mapped read-only.
+    """A verified file as (n,) `dtype`, memory-mapped read-only.
 
-    memmap would hold a file descriptor each, of which a process often has 1,024: fewer than an index has shards.
+    np.memmap would hold one file descriptor per file, but the usual limit of 1,024 is below the shards of an index.
     """
     with pa.memory_map(str(path)) as file:
         return np.frombuffer(file.read_buffer(), dtype)
@@ -90,21 +90,21 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path, size: int | None = None) -> Iterator[None]:
-    """Turn an OSError of a write into StorageError or DiskFull, naming the path and the bytes wanted."""
+    """Turn an OSError of a write into StorageError or DiskFull, with the path and the number of bytes to write."""
     try:
         yield
     except OSError as error:
         what = f"{path}" + ("" if size is None else f" ({size} bytes)")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(f"{what}: no space left; free some and run the same command again") from error
+            raise DiskFull(f"{what}: no space left; free some space and run the same command again") from error
         raise StorageError(f"{what}: {error}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync and rename into place, or put at a URL in one request: a reader sees the whole file or none.
+    """Write, fsync and rename, or put at a URL in one request: readers see the whole file or none.
 
     Raises:
-        StorageError, DiskFull: it cannot be written; nothing of it is left.
+        StorageError, DiskFull: it cannot be written; no partial file is left.
     """
     if url := url_of(path):
         store, name = filesystem(url)

@@ -1,4 +1,4 @@
-"""What an artifact is made of: canonical JSON, digests, names that stay inside a root, entries and plans."""
+"""Format of artifacts: canonical JSON, digests, safe file names, file entries and plans."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def canonical(value: object) -> bytes:
     """`value` as JSON with sorted keys and no spaces: equal values give equal bytes.
 
     Raises:
-        ConfigError: the value holds a NaN, an infinity or something that JSON cannot say.
+        ConfigError: the value holds a NaN, an infinity or something that JSON cannot represent.
     """
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -41,11 +41,11 @@ def sha256(data: bytes) -> str:
 
 
 def safe_name(name: str) -> PurePosixPath:
-    """The relative path that `name` spells, if it stays inside whatever root it is joined to.
+    """`name` as a relative path that stays inside the root it is joined to.
 
     Raises:
         DamagedArtifact: absolute, a drive, `..`, a backslash, a control character, a look-alike of `.` or `/`, or a
-            part longer than 240 bytes.
+            component longer than 240 bytes.
     """
     bad = (
         not name
@@ -65,7 +65,7 @@ def safe_name(name: str) -> PurePosixPath:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of an artifact: relative path, size in bytes, hexadecimal SHA-256, and facts its writer recorded."""
+    """One file of an artifact: relative path, size in bytes, hexadecimal SHA-256, and metadata (`facts`)."""
 
     path: str
     bytes: int
@@ -78,10 +78,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is about to be made: its kind, the configuration that shapes it, and the digests of its inputs.
+    """Specification of an artifact to write: its kind, its configuration, and the digests of its inputs.
 
-    `guard` holds what tells one input from another without shaping the content, such as modification times of raw
-    files: it separates staging areas, but does not enter the manifest.
+    `guard` distinguishes inputs without determining the content, such as by modification times of raw files: it
+    separates staging areas, but does not enter the manifest.
     """
 
     kind: str
@@ -96,10 +96,10 @@ class Plan:
 
 
 def refuse_extension_types(schema: pa.Schema, where: str) -> None:
-    """Raise DamagedArtifact if a column has an Arrow extension type: some deserialise by running code."""
+    """Raise DamagedArtifact if a column has an Arrow extension type: some execute code when they are deserialized."""
     for column in schema:
         metadata = column.metadata or {}
         if isinstance(column.type, pa.BaseExtensionType) or any(b"extension" in key for key in metadata):
             raise DamagedArtifact(
-                f"{where}: column {column.name!r} has the extension type {column.type}; plain Arrow types only are read"
+                f"{where}: column {column.name!r} has the extension type {column.type}; only plain Arrow types are read"
             )

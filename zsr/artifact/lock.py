@@ -1,9 +1,9 @@
-"""One process at a time works on the staging area of a plan; another one waits, and then finds it finished.
+"""Lock of the staging area of a plan: one process works on it; others wait, and then find it finished.
 
-The lock is an advisory one on a file beside the staging area, which the operating system releases however its process
-ends. It covers processes of one machine, and of several machines where a shared file system passes locks on (NFS 4,
-Lustre, CephFS). Where it does not, and between machines that work on one bucket, equal plans write equal bytes, and
-`Store.publish` refuses what became incomplete because another run finished first.
+It is an advisory lock on a file next to the staging area, which the operating system releases when the process ends. It
+works between processes of one machine, and of several machines on a shared file system with locks (NFS 4, Lustre,
+CephFS). Without such locks, and between machines that write to the same bucket, equal plans write equal bytes, and
+`Store.publish` rejects work that became incomplete because another run finished first.
 """
 
 import errno
@@ -23,29 +23,29 @@ logger = logging.getLogger("zsr")
 
 WITHOUT_LOCKS: Final = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 POLL: Final = 0.2  # seconds
-SUFFIX: Final = ".lock"  # of the file beside a staging area
+SUFFIX: Final = ".lock"  # suffix of the file next to a staging area
 
-_held: dict[Path, int] = {}  # open descriptors, by the file that is locked
+_held: dict[Path, int] = {}  # open descriptors, by locked file
 
 
 def acquire(path: Path) -> None:
-    """Hold `path` until `release`, or the end of this process; waits for a process that holds it, and says so.
+    """Lock `path` until `release` or the end of this process; waits, with a warning, while another process holds it.
 
-    A process that holds it already goes on at once.
+    Returns at once if this process holds it already.
 
     Raises:
-        StorageError, DiskFull: the file cannot be made.
+        StorageError, DiskFull: the file cannot be created.
     """
     told = False
     while path not in _held and not try_acquire(path):
         if not told:
-            logger.warning("another run is at work here (%s); waiting for it to end", _owner(path))
+            logger.warning("another run is working here (%s); waiting for it to end", _owner(path))
             told = True
         time.sleep(POLL)
 
 
 def try_acquire(path: Path) -> bool:
-    """Hold `path` if no other process does; whether this one holds it now."""
+    """Lock `path` unless another process holds it; returns whether this process holds it now."""
     if path in _held:
         return True
     try:
@@ -66,18 +66,18 @@ def try_acquire(path: Path) -> bool:
 
 
 def release(path: Path) -> None:
-    """Let others have `path`, and remove it. Nothing happens if this process does not hold it."""
+    """Remove the lock file `path` and release the lock. Does nothing if this process does not hold it."""
     descriptor = _held.pop(path, None)
     if descriptor is not None:
-        path.unlink(missing_ok=True)  # while it is held: see `_locked`
+        path.unlink(missing_ok=True)  # while the lock is held: see `_locked`
         os.close(descriptor)
 
 
 def release_all() -> None:
-    """Let go of what a failed job holds, and of folders that it made for nothing else."""
+    """Release all locks of a failed job, and remove folders that hold nothing else."""
     for path in list(_held):
         release(path)
-        with suppress(OSError):  # not empty: the next run goes on there
+        with suppress(OSError):  # not empty: the next run resumes there
             path.parent.rmdir()
             path.parent.parent.rmdir()
 
@@ -87,7 +87,7 @@ def _locked(descriptor: int, path: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno in WITHOUT_LOCKS
-    try:  # who had it before may have removed the file, and a third process may hold a new one of this name
+    try:  # the previous owner may have removed the file, and a third process may have locked a new one at this path
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False

@@ -1,4 +1,4 @@
-"""An artifact, opened for reading: every byte is checked against its manifest before a parser sees it."""
+"""Artifacts opened for reading: every byte is checked against the manifest before it is parsed."""
 
 import os
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from zsr.errors import DamagedArtifact
 
 @dataclass(frozen=True)
 class Artifact:
-    """A sealed artifact, opened: its manifest was read under a size cap and its digest checked.
+    """A sealed artifact opened for reading; its manifest was read under a size cap and its digest checked.
 
-    `plan` is the digest of the plan that made it, known to its writer and to its version file only. In an object store,
-    at `url`, `root` is the local mirror that files are fetched into.
+    `plan` is the digest of the plan that wrote it, known only to its writer and in its version file. For an object
+    store, at `url`, `root` is the local mirror into which files are downloaded.
     """
 
     root: Path
@@ -35,12 +35,12 @@ class Artifact:
 
     @property
     def place(self) -> str:
-        """The ROOT that it lies in, a path or a URL."""
+        """Its ROOT, a path or a URL."""
         return self.url or str(self.root)
 
     @property
     def bucket(self) -> Bucket | None:
-        """The store that it lies in; None for a folder."""
+        """Its object store; None for a folder."""
         return Bucket(self.url, self.root) if self.url else None
 
     @property
@@ -100,10 +100,11 @@ class Artifact:
         return data
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """`name` as an Arrow table, parsed from the very bytes that were verified.
+        """`name` as an Arrow table, parsed from the same bytes that were verified.
 
         Raises:
-            DamagedArtifact: wrong size or hash, not parquet, or a schema with an extension type (which may run code).
+            DamagedArtifact: wrong size or hash, not parquet, or a schema with an extension type (which may execute
+                code).
         """
         data = self.read(name)
         try:
@@ -112,23 +113,23 @@ class Artifact:
             return parquet.read(columns=columns)
         except DamagedArtifact:
             raise
-        except Exception as error:  # a registered extension type parses its metadata here, and may raise anything
+        except Exception as error:  # registered extension types parse their metadata here, and may raise anything
             raise DamagedArtifact(f"{self.directory / name}: not readable as parquet: {error}") from error
 
     def local(self, name: str) -> Path:
-        """Path of `name` for a parser that wants a path (faiss mmap); hashed once a process and unchanged inode."""
+        """Path of `name` for a parser that requires one (faiss mmap); hashed once per process and unchanged inode."""
         entry = self.entry(name)
         try:
             return self._checked(entry)
         except DamagedArtifact:
             if not self.url:
                 raise
-            # what is damaged is the copy here, unless the store refuses to give a better one
+            # the local copy may be damaged: download it again
             (self.directory / safe_name(name)).unlink(missing_ok=True)
             return self._checked(entry)
 
     def _here(self, entry: FileEntry) -> Path:
-        """Where the file lies on this machine, fetched there if need be; `safe_name` keeps it inside the root."""
+        """Path of the file on this machine, downloaded if necessary; `safe_name` keeps it inside the root."""
         name = str(safe_name(entry.path))
         if self.bucket is None:
             return self.directory / name
@@ -138,8 +139,8 @@ class Artifact:
         path = self._here(entry)
         with open_regular(path) as handle:
             info = os.fstat(handle.fileno())
-            # ctime changes with every write through any name of the file, and no program can set it back; in the mirror
-            # of a bucket it changes with each fetch, and nobody else has a name of those files
+            # ctime changes with every write through any link to the file, and no program can reset it; in the mirror of
+            # a bucket it changes with each use (utime), and those files have no other links
             changed = info.st_ctime_ns if self.bucket is None else info.st_mtime_ns
             inode = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, changed, entry.sha256)
             if inode not in _verified:
@@ -149,7 +150,7 @@ class Artifact:
         return path
 
     def complete(self) -> bool:
-        """Whether every file is there in its size: a cheap look, which does not replace `verify`."""
+        """Whether every file exists with its size: a cheap check that does not replace `verify`."""
         try:
             if self.bucket is not None:
                 sizes = self.bucket.sizes(f"objects/{self.digest}")
@@ -159,7 +160,7 @@ class Artifact:
             return False
 
     def verify(self) -> None:
-        """Hash every file. Raises DamagedArtifact for the first that is not as the manifest says."""
+        """Hash every file. Raises DamagedArtifact for the first that differs from the manifest."""
         for entry in self.files:
             self.local(entry.path)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact.bucket import Bucket
 from zsr.artifact.disk import check_hash, disk_errors, fsync_directory, hash_handle, write_atomically
 from zsr.artifact.format import (
@@ -30,14 +30,14 @@ from zsr.artifact.format import (
 from zsr.artifact.opened import Artifact
 from zsr.errors import ConfigError, DamagedArtifact, StorageError
 
-RECEIPT_CAP: Final = 16 << 20  # bytes; facts may count many classes
+RECEIPT_CAP: Final = 16 << 20  # max bytes; the metadata may hold counts of many classes
 
 
 @dataclass(frozen=True)
 class Staging:
-    """The unfinished artifact of one plan. Many processes may write pieces at once; equal plans write equal bytes.
+    """The unfinished artifact of one plan. Many processes may write pieces in parallel; equal plans write equal bytes.
 
-    In an object store, at `url`, pieces are written below `root` on this machine and uploaded when they are whole.
+    For an object store, at `url`, pieces are written below `root` on this machine and uploaded when complete.
     """
 
     root: Path
@@ -46,7 +46,7 @@ class Staging:
 
     @property
     def bucket(self) -> Bucket | None:
-        """The store that it lies in; None for a folder."""
+        """Its object store; None for a folder."""
         return Bucket(self.url, self.root) if self.url else None
 
     @property
@@ -55,7 +55,7 @@ class Staging:
 
     @property
     def where(self) -> str:
-        """The place for messages: a path, or a URL."""
+        """Its path or URL, for messages."""
         return f"{self.url or self.root}/{self._folder}"
 
     @property
@@ -69,15 +69,15 @@ class Staging:
         return f"{self._folder}/receipts/{'scratch' if scratch else 'files'}/{safe_name(name)}.json"
 
     def path(self, name: str, *, scratch: bool = False) -> Path:
-        """Where the piece `name` lies on this machine; a finished one is fetched from an object store."""
+        """Path of the piece `name` on this machine; a finished one is downloaded from the object store."""
         if self.bucket is not None and (entry := self.finished(name, scratch=scratch)):
             return self.bucket.fetch(self._name(name, scratch), entry)
         return self.root / self._name(name, scratch)
 
     def finished(self, name: str, *, scratch: bool = False) -> FileEntry | None:
-        """The receipt of piece `name`, or None if it is not there or not of the size that its receipt says."""
+        """The receipt of piece `name`, or None if the piece is missing or its size differs from the receipt."""
         try:
-            if self.bucket is not None:  # an upload is whole before its receipt is written
+            if self.bucket is not None:  # an upload is complete before its receipt is written
                 return FileEntry(**json.loads(self.bucket.read(self._receipt(name, scratch), RECEIPT_CAP)))
             entry = FileEntry(**json.loads((self.root / self._receipt(name, scratch)).read_bytes()))
             size = (self.root / self._name(name, scratch)).stat().st_size
@@ -87,19 +87,19 @@ class Staging:
 
     @contextmanager
     def piece(self, name: str, *, scratch: bool = False, facts: dict[str, Any] | None = None) -> Iterator[Path]:
-        """A temporary path to write piece `name` to; on leaving it is fsynced, renamed and given its receipt.
+        """A temporary path to write piece `name` to; on exit it is fsynced, renamed and given its receipt.
 
-        `facts` is read on leaving, so the writer may fill it while it writes. Scratch pieces never enter the artifact.
+        `facts` is read on exit, so the writer may fill it while it writes. Scratch pieces never enter the artifact.
 
         Raises:
-            DiskFull, StorageError: nothing of the piece is left behind.
+            DiskFull, StorageError: the piece is removed.
         """
         final = self.root / self._name(name, scratch)
         temporary = final.with_name(f".{final.name[:200]}.{uuid.uuid4().hex}")
         with disk_errors(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
-                fault.here("artifact.write")
+                faults.here("artifact.write")
                 yield temporary
                 with open(temporary, "rb+") as handle:
                     os.fsync(handle.fileno())
@@ -107,12 +107,12 @@ class Staging:
                 self._keep(temporary, final, self._name(name, scratch))
             finally:
                 temporary.unlink(missing_ok=True)
-            fault.here("artifact.receipt")
+            faults.here("artifact.receipt")
         self._note(self._receipt(name, scratch), canonical(entry.as_json()))
 
     def _keep(self, temporary: Path, final: Path, name: str) -> None:
         if self.bucket is not None:
-            final.unlink(missing_ok=True)  # fetched before, and perhaps of another run
+            final.unlink(missing_ok=True)  # an earlier download, perhaps of another run's piece
             self.bucket.upload(temporary, name)
             return
         os.replace(temporary, final)
@@ -133,7 +133,7 @@ class Staging:
     def write_table(
         self, name: str, table: pa.Table, *, scratch: bool = False, facts: dict[str, Any] | None = None
     ) -> FileEntry:
-        """Stage `table` as parquet: zstd, page checksums, byte-identical for an equal table."""
+        """Stage `table` as parquet (zstd, page checksums), byte-identical for equal tables."""
         refuse_extension_types(table.schema, name)
         with self.piece(name, scratch=scratch, facts=facts) as path:
             pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=16384)
@@ -159,7 +159,7 @@ class Staging:
         return data
 
     def drop(self, name: str, *, scratch: bool = False) -> None:
-        """Forget a piece: its receipt first, so that a kill in between leaves no receipt without a file."""
+        """Remove a piece: its receipt first, so that a kill in between leaves no receipt without a file."""
         for what in (self._receipt(name, scratch), self._name(name, scratch)):
             if self.bucket is not None:
                 self.bucket.remove(what)
@@ -181,11 +181,11 @@ class Staging:
         return tuple(sorted(name[: -len(".json")] for name in found))
 
     def all_finished(self, names: Iterable[str]) -> list[FileEntry]:
-        """The receipts of pieces that must all be there.
+        """The receipts of pieces that must all be finished.
 
         Raises:
-            StorageError: one is missing or not of the size that its receipt says, as a stale view of a shared file
-                system may show it. Nothing may be sealed without it.
+            StorageError: one is missing or differs in size from its receipt, for example in a stale view of a shared
+                file system. Nothing may be sealed without it.
         """
         entries = [(name, self.finished(name)) for name in names]
         if missing := [name for name, entry in entries if entry is None]:
@@ -196,7 +196,7 @@ class Staging:
         """Put every finished, non-scratch piece under a manifest and move it to `objects/`. Not yet published.
 
         Args:
-            facts: what readers need to know (dimensions, counts, metric). JSON values only.
+            facts: metadata for readers (dimensions, counts, metric). JSON values only.
             rows: counts such as in, used, quarantined.
         """
         entries = self.all_finished(self._received(scratch=False))
@@ -210,13 +210,13 @@ class Staging:
             "files": [entry.as_json() for entry in entries],
         }
         data = canonical(manifest)
-        if len(data) > MANIFEST_CAP:  # no reader would open it
+        if len(data) > MANIFEST_CAP:  # readers would reject it
             raise ConfigError(
-                f"{self.where}: {len(entries)} files make a manifest of {len(data)} bytes, at most {MANIFEST_CAP} are "
+                f"{self.where}: {len(entries)} files need a manifest of {len(data)} bytes, at most {MANIFEST_CAP} are "
                 "read; use fewer and larger shards (--rows-per-shard)"
             )
         digest = sha256(data)
-        fault.here("artifact.manifest")
+        faults.here("artifact.manifest")
         self._note(f"{self._folder}/sealed.json", canonical({"digest": digest}))
         if self.bucket is not None:
             self._copy_to_objects(self.bucket, entries, digest, data)
@@ -227,27 +227,27 @@ class Staging:
     def _move_to_objects(self, sealed: Artifact, data: bytes) -> None:
         target = sealed.directory
         if target.exists() and not _sound(sealed):
-            os.rename(target, self.directory / f"damaged-{uuid.uuid4().hex}")  # goes with the staging area
+            os.rename(target, self.directory / f"damaged-{uuid.uuid4().hex}")  # removed with the staging area
         if target.exists():
             return
         write_atomically(self.directory / "files" / MANIFEST, data)
         self._drop_unfinished(sealed.manifest)
-        fault.here("artifact.seal")
+        faults.here("artifact.seal")
         with disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(self.directory / "files", target)
             fsync_directory(target.parent)
 
     def _copy_to_objects(self, bucket: Bucket, entries: list[FileEntry], digest: str, data: bytes) -> None:
-        """Copy every file, also over one that is there, which mends a damaged one; the manifest comes last."""
-        fault.here("artifact.seal")
+        """Copy every file, overwriting existing ones, which may be damaged; the manifest last."""
+        faults.here("artifact.seal")
         target = f"objects/{digest}"
         if entries:
             bucket.copy((self._name(entry.path, False), f"{target}/{entry.path}") for entry in entries)
         bucket.write(f"{target}/{MANIFEST}", data)
 
     def _drop_unfinished(self, manifest: Mapping[str, Any]) -> None:
-        """Remove what a killed writer left beside the listed files: an object holds what its manifest lists."""
+        """Remove unlisted files of killed writers: an object holds only the files of its manifest."""
         listed = {entry["path"] for entry in manifest["files"]} | {MANIFEST}
         base = self.directory / "files"
         for path in [p for p in base.rglob("*") if p.is_file() and str(p.relative_to(base)) not in listed]:

@@ -1,4 +1,4 @@
-"""A ROOT and its versions: the only file that creates one, and does so by put-if-absent."""
+"""Stores (ROOTs) and their versions. Versions are created only here, by put-if-absent."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import lock
 from zsr.artifact.bucket import Bucket, cache_directory
 from zsr.artifact.disk import disk_errors, fsync_directory, open_regular, write_atomically
@@ -25,15 +25,15 @@ from zsr.storage import local_path, url_of
 
 logger = logging.getLogger("zsr")
 
-POINTER_CAP = 4096  # bytes of a version's file
+POINTER_CAP = 4096  # max bytes of a version file
 
 
 @dataclass(frozen=True)
 class Store:
-    """A ROOT, directory or prefix of an object store, that holds the versions of one artifact.
+    """A ROOT, a directory or prefix of an object store, that holds the versions of one artifact.
 
     Attributes:
-        root: the directory, or what this machine mirrors of the store at `url`.
+        root: the directory, or this machine's mirror of the store at `url`.
     """
 
     root: Path
@@ -50,7 +50,7 @@ class Store:
 
     @property
     def place(self) -> Path:
-        """The ROOT as a path or URL below which files that are no artifacts are written."""
+        """The ROOT as a path or URL, for files that are not artifacts."""
         return Path(self.url) if self.url else self.root
 
     @property
@@ -59,7 +59,7 @@ class Store:
         return Bucket(self.url, self.root) if self.url else None
 
     def staging(self, plan: Plan) -> Staging:
-        """Where `plan` is worked on; finished pieces of a killed run are found there."""
+        """The staging area of `plan`, with the finished pieces of a killed run."""
         staging = Staging(self.root, plan, self.url)
         WATCH.staging = staging.where
         return staging
@@ -67,18 +67,18 @@ class Store:
     def made(
         self, plan: Plan, check: Callable[[Artifact], None] | None = None, after: int | None = None
     ) -> Artifact | None:
-        """The artifact that this very plan already made, published now if a kill came after sealing.
+        """The artifact already written by the same plan; it is published now if a kill came between sealing and that.
 
-        If there is none, this process is the one that may make it, until it publishes or discards it: another run of
-        the same plan waits here until then, and finds it made.
+        If there is none, this process gets the lock of the plan until it publishes or discards: another run of the same
+        plan waits here until then, and finds it finished.
 
         Args:
-            check: called before such a late publication, where sealing alone does not make an artifact fit to publish;
-                what it raises is passed on, and nothing is published.
+            check: called before such a late publication, for artifacts that must pass a check to be published; its
+                errors are passed on, and nothing is published.
             after: see `publish`.
 
         Raises:
-            StorageError: an object store without conditional put, which is found out before anything is made.
+            StorageError: an object store without conditional put, detected before any work is done.
             AlreadyPublished: see `publish`.
             ConfigError: a newer zsr has published here, or the artifacts here are of another kind.
         """
@@ -94,18 +94,20 @@ class Store:
         return artifact
 
     def _require_kind(self, kind: str) -> None:
-        """Raise ConfigError where the newest version is of another kind: a mistyped path must not bury an artifact."""
+        """Raise ConfigError if the newest version is of another kind: a mistyped path must not hide an artifact."""
         numbers = self.versions()
         current = self._at_version(numbers[-1]) if numbers else None
         if current is not None and current.kind != kind:
-            raise ConfigError(f"{self} holds {current.kind!r}, and {kind!r} would go there; give another output")
+            raise ConfigError(
+                f"{self} holds {current.kind!r}, so {kind!r} cannot be written there; give another output"
+            )
 
     def _published_by(self, plan: Plan, after: int | None) -> Artifact | None:
         for number in reversed(self.versions()):
             artifact = self._at_version(number)
             if artifact is not None and artifact.plan == plan.digest and artifact.complete():
                 if number != self.versions()[-1]:
-                    self.publish(artifact, after)  # who asks for this plan again wants the next job to read it
+                    self.publish(artifact, after)  # the newest version must be that of the last run
                 return artifact
         return None
 
@@ -121,29 +123,29 @@ class Store:
         return artifact
 
     def discard(self, plan: Plan) -> None:
-        """Forget what a killed run of `plan` had finished, to work on it from scratch. Published versions stay."""
+        """Remove the work of a killed run of `plan`, to start from scratch. Published versions stay."""
         self._remove(f"staging/{plan.digest}")
 
     def abandon(self, plan: Plan) -> None:
-        """Forget what was finished of `plan`, which nobody will go on with."""
+        """Remove the staging area of `plan`, which will not be resumed, and release its lock."""
         self._clear(plan.digest)
 
     def remove_staging(self) -> None:
-        """Remove everything unfinished.
+        """Remove all staging areas.
 
         Raises:
-            AlreadyPublished: another process is at work on some of it.
+            AlreadyPublished: another process is working in one of them.
         """
         folder = self.root / "staging"
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             plan = path.name.removesuffix(lock.SUFFIX)
             if not lock.try_acquire(self._lock(plan)):
-                raise AlreadyPublished(f"{path}: another run is at work here; run this again when it has ended")
+                raise AlreadyPublished(f"{path}: another run is working here; run this again when it has ended")
             self._clear(plan)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let no other process of this file system be in here: for a publication, and for a removal of what is old."""
+        """Exclude all other processes on this file system while publishing or removing old versions."""
         path = self.root / ".publishing.lock"
         lock.acquire(path)
         try:
@@ -164,10 +166,10 @@ class Store:
         return tuple(sorted(int(name) for name in names if name.isdigit()))
 
     def digest_of(self, number: int) -> str:
-        """The digest that version `number` names.
+        """The digest of version `number`.
 
         Raises:
-            DamagedArtifact: there is no such version, or its file is not what was written.
+            DamagedArtifact: there is no such version, or its file is damaged.
             StorageError: the storage fails.
         """
         return self._pointer(number)[0]
@@ -186,13 +188,13 @@ class Store:
             shutil.rmtree(self.root / folder, ignore_errors=True)
 
     def publish(self, artifact: Artifact, after: int | None = None) -> int:
-        """Make a freshly sealed `artifact` the next version and clear its staging.
+        """Publish a sealed `artifact` as the next version and remove its staging area.
 
-        Publishing what the current version holds already, from the same plan, is a no-op.
+        A no-op if the current version has the same content and plan.
 
         Args:
-            after: the newest version when the work began, for an artifact that was made from it: it is published as
-                the next one, or not at all, so that no change in between is lost.
+            after: the newest version when the work began, for an artifact derived from it: it is only published as the
+                version after that, so that no change in between is lost.
 
         Raises:
             AlreadyPublished: another publisher created the version first.
@@ -207,25 +209,25 @@ class Store:
             return newest
         if after not in (None, newest):
             raise AlreadyPublished(
-                f"{self}: version {newest} was published while a change of version {after} was made; run it again, "
-                f"so that it is made from version {newest}"
+                f"{self}: version {newest} was published while version {after} was being changed; run it again to "
+                f"change version {newest}"
             )
         if current and artifact.plan and current.plan == artifact.plan:
             raise AlreadyPublished(
-                f"{self}: another run of the same command has published version {newest} meanwhile; run it again to "
-                "find it finished"
+                f"{self}: another run of the same command has published version {newest} in the meantime; run it again "
+                "to use its result"
             )
         number = self._link(artifact, newest + 1)
         self._clear(artifact.plan)
         return number
 
     def _link(self, artifact: Artifact, number: int) -> int:
-        """Create version `number`, in one step that fails if it is there."""
+        """Create version `number` in one atomic step that fails if it exists."""
         content = {"digest": artifact.digest, "plan": artifact.plan}
         if self.bucket is None:
             won = self._link_file(content, number)
         else:
-            fault.here("artifact.link")
+            faults.here("artifact.link")
             won = self.bucket.create(f"versions/{number}", content)
         if not won:
             raise AlreadyPublished(
@@ -237,7 +239,7 @@ class Store:
         folder = self.root / "versions"
         temporary = folder / f".{uuid.uuid4().hex}"
         write_atomically(temporary, canonical(content))
-        fault.here("artifact.link")
+        faults.here("artifact.link")
         try:
             with disk_errors(folder / str(number)):
                 os.link(temporary, folder / str(number))
@@ -247,8 +249,8 @@ class Store:
                 return False
             if getattr(error.__cause__, "errno", None) in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                 raise StorageError(
-                    f"{folder}: this file system has no hard links, so two publishers could take one version; use "
-                    "another one, or an object store with conditional put"
+                    f"{folder}: this file system has no hard links, so two publishers could create the same version; "
+                    "use another one, or an object store with conditional put"
                 ) from error
             raise
         finally:
@@ -256,17 +258,17 @@ class Store:
         return True
 
     def _clear(self, plan: str) -> None:
-        """Remove the staging area of the plan with this digest, and let other runs of it go on."""
+        """Remove the staging area of the plan with this digest, and release its lock."""
         if plan:
             self._remove(f"staging/{plan}")
             lock.release(self._lock(plan))
 
     def latest(self) -> Artifact:
-        """The highest version whose manifest verifies; a warning says why a higher one does not.
+        """The highest version whose manifest verifies; a warning gives the reason if a higher one does not.
 
         Raises:
-            StorageError: nothing is published here, or a file is not readable for another reason than damage.
-            DamagedArtifact: versions exist, and none verifies.
+            StorageError: nothing is published here, or a file is not readable for a reason other than damage.
+            DamagedArtifact: versions exist, but none verifies.
             ConfigError: the newest was written by a newer zsr.
         """
         numbers = self.versions()
@@ -280,7 +282,7 @@ class Store:
                 reasons.append(f"version {number}: {error}")
                 continue
             if reasons:
-                logger.warning("%s: version %d is read, since %s", self, number, "; ".join(reasons[:3]))
+                logger.warning("%s: version %d is read instead, since %s", self, number, "; ".join(reasons[:3]))
             return artifact
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise DamagedArtifact(f"{self}: no version can be read: {'; '.join(reasons[:3])}{more}")
@@ -296,20 +298,20 @@ class Store:
         return self.open(*self._pointer(number))
 
     def _pointer(self, number: int) -> tuple[str, str]:
-        """Digests of the object and of the plan that version `number` names."""
+        """Digests of the object and of the plan of version `number`."""
         try:
             with disk_errors(self.root / "versions" / str(number)):
                 pointer = json.loads(self._read(f"versions/{number}"))
             return str(pointer["digest"]), str(pointer["plan"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedArtifact(f"{self}/versions/{number}: does not name an object: {error!r}") from error
+            raise DamagedArtifact(f"{self}/versions/{number}: not a version file: {error!r}") from error
         except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):  # removed since it was listed, or a dangling link
+            if isinstance(error.__cause__, FileNotFoundError):  # removed after it was listed, or a dangling link
                 raise DamagedArtifact(f"{self}/versions/{number}: missing") from error
             raise
 
     def open(self, digest: str, plan: str = "") -> Artifact:
-        """The object `digest`, published or not; `plan` is the digest of the plan that made it, where it is known.
+        """Open the object `digest`, published or not; `plan` is the digest of the plan that wrote it, if known.
 
         Raises:
             DamagedArtifact: missing, or its manifest does not verify.
@@ -320,16 +322,14 @@ class Store:
         path = f"{self}/objects/{digest}/{MANIFEST}"
         data = self._manifest(f"objects/{digest}/{MANIFEST}")
         if len(data) > MANIFEST_CAP:
-            raise DamagedArtifact(f"{path}: larger than {MANIFEST_CAP} bytes; a manifest never is")
+            raise DamagedArtifact(f"{path}: larger than {MANIFEST_CAP} bytes, the limit of a manifest")
         if sha256(data) != digest:
-            raise DamagedArtifact(
-                f"{path}: sha256 {sha256(data)[:12]} but it is filed under {digest[:12]}; restore it from a copy"
-            )
+            raise DamagedArtifact(f"{path}: sha256 {sha256(data)[:12]}, expected {digest[:12]}; restore it from a copy")
         try:
             manifest = json.loads(data)
             if manifest["schema"] != SCHEMA_VERSION:
                 raise ConfigError(
-                    f"{path}: written in schema {manifest['schema']} by a newer zsr, and this one reads schema "
+                    f"{path}: written in schema {manifest['schema']} by a newer zsr, but this one reads schema "
                     f"{SCHEMA_VERSION}; upgrade zsr"
                 )
             for entry in manifest["files"]:
@@ -354,7 +354,7 @@ def open_artifact(path: str | Path, kind: str) -> Artifact:
 
     Args:
         path: ROOT or ROOT/objects/DIGEST.
-        kind: what it must be: data, features, semantics, checkpoint, embeddings or index.
+        kind: its required kind: data, features, semantics, checkpoint, embeddings or index.
 
     Raises:
         StorageError: no such directory, or nothing published in it.
@@ -364,12 +364,12 @@ def open_artifact(path: str | Path, kind: str) -> Artifact:
     store, digest = _located(Store.at(path))
     artifact = store.open(digest) if digest else store.latest()
     if artifact.kind != kind:
-        raise ConfigError(f"{path} holds {artifact.kind!r} but {kind!r} was expected; check the flag that names it")
+        raise ConfigError(f"{path} holds {artifact.kind!r}, expected {kind!r}; check the flag of this path")
     return artifact
 
 
 def _located(place: Store) -> tuple[Store, str]:
-    """The ROOT that `place` is, or is in, and the digest if `place` is one of its objects."""
+    """The store of `place`, which is a ROOT or one of its objects, and in the latter case the digest."""
     if place.url:
         root, folder, name = _parted(place.url)
         return (Store.at(root), name) if folder == "objects" and re.fullmatch(r"[0-9a-f]{64}", name) else (place, "")

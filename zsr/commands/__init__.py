@@ -1,5 +1,5 @@
-"""The commands of `zsr`: each module has the flags of one, what it would do (`plan`) and how it does it (`work`).
+"""The commands of `zsr`, one module each: its flags, a dry run (`plan`) and the command itself (`work`).
 
-`--help` answers within seconds because no module here imports torch or Ray when it is loaded: what is heavy is imported
-where it is used.
+`--help` answers within seconds because no module here imports torch or Ray at import time: heavy packages are imported
+inside the functions that use them.
 """

@@ -1,7 +1,7 @@
-"""What every command shares: flags and YAML into a frozen pydantic model, exit codes, and the JSON line at the end.
+"""Shared by all commands: flags and YAML parsed into a frozen pydantic model, exit codes, and the final JSON line.
 
-A command is a configuration class, a `plan` (what it would do, as JSON values) and a `work` (do it, return the
-results). `zsr NAME --config FILE.yaml --flag value`: the file fills the flags, the command line wins.
+A command is a configuration class, a `plan` (return what it would do, as JSON values) and a `work` (do it and return
+the results). `zsr NAME --config FILE.yaml --flag value`: the file sets flags, the command line overrides them.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from zsr.interrupt import WATCH, say
 from zsr.storage import local_path, located, read_text, url_of
 
 Results = dict[str, Any]
-# Ray Data adds it to the message of whatever a task raises
+# Ray Data appends this to the message of every exception that a task raises
 RETRY_ADVICE: Final = re.compile(r"\nFailed to [^\n]* attempts \(total backoff .*", re.DOTALL)
 FILE_HELP: Final = "--config FILE.yaml: flags from a file, which those of the command line override."
-PACKAGES: Final = "working_dir_files"  # the folder in which Ray unpacks what is submitted with a job
+PACKAGES: Final = "working_dir_files"  # the folder in which Ray unpacks the files submitted with a job
 
 
 class JobConfig(BaseModel):
-    """Flags of every job.
+    """Define the flags of every command.
 
     Attributes:
-        dry_run: print what would be done (stages, bytes, choices and why) and do nothing.
+        dry_run: print what would be done (stages, bytes, choices and their reasons) and exit without doing it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,16 +51,16 @@ class JobConfig(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _located(cls, value: Any) -> Any:
-        """Resolve paths where the command was called: workers and other nodes have other working directories.
+        """Make paths absolute in the driver: workers and other nodes have other working directories.
 
-        A submitted job has a working directory of its own, which is removed with the job: what its package holds may be
-        named relative to that, and nothing else.
+        A submitted job has its own working directory, which is removed with the job: only files of its package may be
+        given relative to it.
         """
         lost = isinstance(value, Path) and not url_of(value) and not local_path(value).exists()
         if lost and not value.expanduser().is_absolute() and PACKAGES in Path.cwd().parts:
             raise ValueError(
-                "a submitted job runs in a folder that is removed with it; give an absolute path that all nodes share, "
-                "or a URL"
+                "a submitted job runs in a folder that is deleted when the job ends; give an absolute path that all "
+                "nodes share, or a URL"
             )
         return located(value)
 
@@ -75,17 +75,18 @@ def main(
     argv: Sequence[str],
     program: str,
 ) -> int:
-    """Parse, call, and return the exit code; the last line on stdout is one JSON object with `exit_code` in it.
+    """Parse the flags, run the command and return its exit code; the last line on stdout is a JSON object.
 
-    A process that was started as a command and gets SIGINT, SIGTERM or SIGHUP ends in `zsr.interrupt` instead.
+    The JSON object always has the key `exit_code`. In a process started as a command, SIGINT, SIGTERM and SIGHUP are
+    handled in `zsr.interrupt` instead.
 
     Args:
-        config_type: the flags' class, or a function that finds it from the arguments.
+        config_type: the configuration class, or a function that returns it for the given arguments.
         argv: the flags.
-        program: what is typed before them, such as `zsr train`.
+        program: the command line before the flags, such as `zsr train`.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.distributed prints hundreds from worker set-up
-    # `cluster.connect` does it: by itself Ray would start or join a cluster without the environment of our workers
+    # only `cluster.connect` may connect: Ray's auto-connect would use a cluster without our workers' environment
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     results: Results = {}
     try:
@@ -93,7 +94,7 @@ def main(
         config: Config = parse(flags, argv, program)
         results = plan(config) if config.dry_run else work(config)
         code = 0
-    except BaseException as error:  # the job's boundary: every failure becomes an exit code and one message
+    except BaseException as error:  # top level: every failure becomes an exit code and one message
         WATCH.hold()
         if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in (0, None)):
             raise
@@ -101,7 +102,7 @@ def main(
         print(f"error: {message}", file=sys.stderr)
         results = {**getattr(error, "results", {}), "error": message}
     finally:
-        if (cluster := sys.modules.get("zsr.cluster")) is not None:  # else nothing has needed Ray
+        if (cluster := sys.modules.get("zsr.cluster")) is not None:  # otherwise Ray was never used
             cluster.disconnect()
         release_all()
     WATCH.finish(json.dumps({**results, "exit_code": code}, sort_keys=True, default=str))
@@ -109,26 +110,26 @@ def main(
 
 
 def made(artifact: Artifact, root: object, **own: Any) -> Results:
-    """The results of a command that made `artifact`, published below `root`: the keys of all commands, then its own."""
+    """Results of a command that wrote `artifact` to the store at `root`: the common keys, then the command's `own`."""
     return {"artifact": str(root), "digest": artifact.digest, "kind": artifact.kind, **own}
 
 
 def wrote(path: object, kind: str, content: bytes | None = None, **own: Any) -> Results:
-    """The results of a command that wrote something else than an artifact.
+    """Results of a command that wrote something other than an artifact.
 
     Args:
-        path: what was written; None for nothing.
-        content: what its digest is of, where there is one.
+        path: the file or directory written; None if nothing was written.
+        content: the bytes that the digest is computed from; None for no digest.
     """
     digest = None if content is None else sha256(content)
     return {"artifact": None if path is None else str(path), "digest": digest, "kind": kind, **own}
 
 
 def overview(program: str, commands: Mapping[str, str], words: Sequence[str]) -> int:
-    """List the commands of `program` for --help; refuse any other `words`, none of which is a command.
+    """Print the list of commands of `program` for --help; reject any other `words`, which name no command.
 
     Returns:
-        The exit code: 0 for help, else 2.
+        The exit code: 0 for help, otherwise 2.
     """
     app = SubcommandApp()
     for name, about in commands.items():
@@ -141,14 +142,14 @@ def overview(program: str, commands: Mapping[str, str], words: Sequence[str]) ->
     near = difflib.get_close_matches(words[0], commands, n=1) if words else []
     found = f"found {words[0]!r}" if words else "found none"
     hint = f"; perhaps {near[0]}" if near else ""
-    message = f"{program}: expected a command, {found}{hint}; there are {', '.join(commands)}; see {program} --help"
+    message = f"{program}: expected a command, {found}{hint}; choose from {', '.join(commands)}; see {program} --help"
     print(f"error: {message}", file=sys.stderr)
     WATCH.finish(json.dumps({"error": message, "exit_code": ConfigError.exit_code}, sort_keys=True))
     return ConfigError.exit_code
 
 
 def _listed(about: str) -> Callable[[], None]:
-    """A subcommand that tyro lists and that is never called."""
+    """A placeholder that tyro lists as a subcommand and never calls."""
 
     def listed() -> None: ...
 
@@ -157,7 +158,7 @@ def _listed(about: str) -> Callable[[], None]:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Exit code and message of `error`, which Ray may have wrapped several times."""
+    """Exit code and message for `error`, which Ray may have wrapped several times."""
     if (shown := ours(error)) is not None:
         return shown.exit_code, RETRY_ADVICE.sub("", str(shown))
     traceback.print_exception(error)
@@ -165,7 +166,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def ours(error: BaseException) -> ZsrError | None:
-    """The error of our tree that `error` is or wraps."""
+    """The ZsrError that `error` is or wraps; None if there is none."""
     for cause in causes(error):
         if isinstance(cause, ZsrError):
             # Ray's RayTaskError inherits from the cause's class and puts the remote traceback into str()
@@ -175,12 +176,12 @@ def ours(error: BaseException) -> ZsrError | None:
 
 
 def attach(error: BaseException, results: Results) -> None:
-    """Let the JSON line that a job ends with after `error` hold `results`, too."""
-    setattr(error, "results", results)  # noqa: B010 - any exception, and none declares it
+    """Add `results` to the JSON line that the command prints when it fails with `error`."""
+    setattr(error, "results", results)  # noqa: B010 - any exception; no exception class declares it
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and everything that it wraps, outermost first: __cause__, Ray's `cause`, Ray Train's worker failures."""
+    """Yield `error` and all that it wraps, outermost first: __cause__, Ray's `cause`, Ray Train's worker failures."""
     seen: set[int] = set()
     pending: list[object] = [error]
     while pending:
@@ -199,13 +200,13 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def parse(config_type: type[Config], argv: Sequence[str], program: str) -> Config:
-    """Flags, with `--config FILE.yaml` expanded in front so that the command line wins.
+    """Parse the flags; those of `--config FILE.yaml` come first, so that the command line overrides them.
 
     Args:
         program: see `main`.
 
     Raises:
-        ConfigError: the file is missing, not a mapping, or names an unknown key; or a flag or value is refused.
+        ConfigError: the file is missing, not a mapping, or has an unknown key; or a flag or value is invalid.
         SystemExit: for --help, after it was printed.
     """
     flags, path = without_file(argv)
@@ -224,7 +225,7 @@ def parse(config_type: type[Config], argv: Sequence[str], program: str) -> Confi
         if not error.code:
             say("")  # flushes the help, which `head` may not have read to its end
             raise
-        # tyro prints its own account of what a pydantic model refuses
+        # tyro prints pydantic's validation errors in its own words
         refused = next((cause for cause in causes(error) if isinstance(cause, ValidationError)), None)
         message = (
             refusals(refused, config_type)
@@ -235,7 +236,7 @@ def parse(config_type: type[Config], argv: Sequence[str], program: str) -> Confi
 
 
 def refusals(error: ValidationError, config_type: type[BaseModel]) -> str:
-    """What a configuration refuses, each with its flag and what was found."""
+    """Format the validation errors of a configuration: flag, value found, reason."""
     return "; ".join(
         _refusal(about["loc"], about["msg"], about["input"], error, config_type) for about in error.errors()
     )
@@ -245,10 +246,10 @@ def _refusal(
     place: tuple[int | str, ...], message: str, found: object, error: ValidationError, config_type: type[BaseModel]
 ) -> str:
     said = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if not place:  # of several flags together, which the message names
+    if not place:  # a check of several flags together: the message names them
         return said
     parts = [str(part).replace("_", "-") for part in place if not isinstance(part, int)]
-    # tyro makes nested models one by one, so that an error tells its place in its own model alone
+    # tyro builds nested models one by one, so an error's location is relative to its own model
     within = next((flag for flag, kind in _models(config_type) if _is_of(error, str(place[0]), kind)), "")
     return f"--{within}{'.'.join(parts)}: found {found!r}; {said[:1].lower()}{said[1:]}"
 
@@ -258,7 +259,7 @@ def _is_of(error: ValidationError, field: str, kind: type[BaseModel]) -> bool:
 
 
 def _models(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """A model and those nested in it, each with what stands before its flags."""
+    """Yield a model and those nested in it, each with the prefix of its flags."""
     yield prefix, kind
     for name, about in kind.model_fields.items():
         if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
@@ -267,14 +268,14 @@ def _models(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type
 
 @contextmanager
 def _captured(flags: Sequence[str]) -> Iterator[io.BytesIO]:
-    """Keep what tyro prints of a refusal, a line of it in one line; its help it prints as it likes."""
+    """Capture tyro's error output without line wrapping; --help is printed unchanged."""
     printed = io.BytesIO()
     if {"-h", "--help"} & set(flags):
         yield printed
         return
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
-    # tyro looks at the encoding of stdout to choose the characters of its boxes
+    # tyro chooses its box characters by the encoding of stdout
     text = io.TextIOWrapper(printed, encoding="utf-8", write_through=True)
     try:
         with redirect_stdout(text), redirect_stderr(text):
@@ -287,7 +288,7 @@ def _captured(flags: Sequence[str]) -> Iterator[io.BytesIO]:
 
 
 def sentence(box: str) -> str:
-    """The content of tyro's box of a refusal in one line, without its title and the help of the flags that it names."""
+    """The content of tyro's error box as one line, without its title and the help of the flags it names."""
     found = ""
     lines = iter(box.splitlines())
     for line in lines:
@@ -316,7 +317,7 @@ def without_file(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     """The flags without `--config FILE` or `--config=FILE`, and that file.
 
     Raises:
-        ConfigError: no file is named.
+        ConfigError: --config has no value.
     """
     found, flags = _read(argv, "config")
     if found["config"] == "":
@@ -325,12 +326,12 @@ def without_file(argv: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def peek(argv: Sequence[str], *names: str) -> dict[str, str | None]:
-    """The values of some flags that decide which others there are; None for one that is not given."""
+    """The values of flags that determine which other flags exist; None for a flag that is not given."""
     return _read(argv, *names)[0]
 
 
 def _read(argv: Sequence[str], *names: str) -> tuple[dict[str, str | None], list[str]]:
-    """The values of some flags, empty where one stands without a value, and all other words."""
+    """The values of the flags `names`, "" for a flag without a value, and all remaining words."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name}", nargs="?", const="")
@@ -339,7 +340,7 @@ def _read(argv: Sequence[str], *names: str) -> tuple[dict[str, str | None], list
 
 
 def file_flags(config_type: type[BaseModel], path: Path) -> list[str]:
-    """The flags that spell the keys of a YAML file."""
+    """The keys of a YAML file as command-line flags."""
     return list(_flatten(config_type, file_values(path), f"--config {path}", prefix=""))
 
 
@@ -347,7 +348,7 @@ def file_values(path: Path, flag: str = "--config") -> dict[str, Any]:
     """The content of a YAML file of flags.
 
     Args:
-        flag: that named it, for messages.
+        flag: the flag that named the file, for messages.
 
     Raises:
         ConfigError: missing, not text, not YAML, or not a mapping.
@@ -376,7 +377,7 @@ def _flatten(config_type: type[BaseModel], content: Mapping[str, Any], where: st
             yield f"--{flag}" if value else f"--{head}{dot}no-{last}"
         elif isinstance(value, list):
             yield from (f"--{flag}", *(_word(item, flag, where) for item in value))
-        elif value is not None:  # null is the default: flags that may be None are None unless given
+        elif value is not None:  # null means the default: flags that may be None default to None
             yield from (f"--{flag}", str(value) if isinstance(value, bool) else _word(value, flag, where))
 
 
@@ -390,10 +391,10 @@ def _section(value: object, flag: str, where: str) -> Mapping[str, Any]:
 
 
 def _word(value: object, flag: str, where: str) -> str:
-    """A value as the command line spells it. Raises ConfigError for what it cannot."""
+    """A value as written on the command line. Raises ConfigError if it is not a string, number or date."""
     if isinstance(value, str | int | float | date) and not isinstance(value, bool):
         return str(value)
     raise ConfigError(
-        f"{where}: {flag}: found {value!r}, expected a word or number; YAML reads an unquoted yes, no, on, off or null "
-        "as something else, so put words in quotes"
+        f"{where}: {flag}: found {value!r}, expected a string or number; YAML reads an unquoted yes, no, on, off or "
+        "null as something else, so put strings in quotes"
     )

@@ -1,4 +1,4 @@
-"""The checks of `zsr doctor`: what is compared over the nodes of a cluster, what is measured, and what to fix."""
+"""Checks of `zsr doctor`: comparisons over the nodes of a cluster, measurements, and what to fix."""
 
 import sys
 import tempfile
@@ -18,12 +18,12 @@ from zsr.commands.doctor import Config
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        what: was looked at.
-        found: in words.
-        fix: what to do; empty if nothing.
+        what: name of the check.
+        found: the result, in words.
+        fix: what to do; empty if the check passed.
     """
 
     what: str
@@ -33,11 +33,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Node:
-    """A node that Ray counts as alive.
+    """A node that Ray reports as alive.
 
     Attributes:
-        offered: what it offers to tasks, by name.
-        facts: what `probes.describe` found there, or {"failed": why}.
+        offered: its Ray resources, by name.
+        facts: the result of `probes.describe` there, or {"failed": reason}.
     """
 
     identity: str
@@ -47,7 +47,7 @@ class Node:
 
 
 def nodes_of(described: Sequence[Mapping[str, Any]]) -> list[Node]:
-    """The live nodes among Ray's, each asked about itself."""
+    """Ray's live nodes, each with the result of `probes.describe`."""
     alive = sorted((n for n in described if n["Alive"]), key=lambda n: n["NodeID"])
     asked: dict[str, Any] = {
         n["NodeID"]: probes.describe.options(**probes.on(n["NodeID"])).remote(tempfile.gettempdir()) for n in alive
@@ -65,7 +65,7 @@ def nodes_of(described: Sequence[Mapping[str, Any]]) -> list[Node]:
 
 
 def answer(reference: Any) -> probes.Facts:
-    """What a probe found, or why it did not, in one line."""
+    """The result of a probe, or in one line why it failed."""
     try:
         return dict(ray.get(reference, timeout=0))
     except ray.exceptions.GetTimeoutError:
@@ -75,15 +75,15 @@ def answer(reference: Any) -> probes.Facts:
 
 
 def answers(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Whether every node ran the probe."""
+    """Check that every node ran the probe."""
     for node in nodes:
         why = node.facts.get("failed", "")
-        fix = "look at its raylet.log and at its environment, or take the node out" if why else ""
+        fix = "check its raylet.log and its environment, or remove the node" if why else ""
         yield Check(f"{node.name} answers", why or "yes", fix)
 
 
 def same_versions(nodes: Sequence[Node]) -> Iterator[Check]:
-    """One line a package whose version differs, or one that says that none does."""
+    """One row per package whose version differs between nodes, or one row if none does."""
     found = {node.name: comparable(node.facts["versions"]) for node in nodes}
     packages = sorted(set().union(*found.values()))
     differing = [p for p in packages if len({versions.get(p) for versions in found.values()}) > 1]
@@ -92,22 +92,22 @@ def same_versions(nodes: Sequence[Node]) -> Iterator[Check]:
         usual = counted.most_common(1)[0][0]
         odd = {name: v.get(package, "") or "none" for name, v in found.items() if v.get(package, "") != usual}
         listed = ", ".join(f"{version} on {name}" for name, version in odd.items())
-        fix = f"install {package} {usual or 'nowhere'} there, or start these nodes from the image of the others"
+        fix = f"change {package} to {usual or 'none'} there, or start these nodes from the image of the others"
         yield Check(f"version of {package}", f"{usual or 'none'} on {counted[usual]} nodes, {listed}", fix)
     if not differing:
         known = [f"{p} {v}" for p, v in next(iter(found.values())).items() if v]
-        yield Check("versions alike", ", ".join(known))
+        yield Check("same versions", ", ".join(known))
 
 
 def comparable(versions: Mapping[str, str]) -> dict[str, str]:
-    """Versions without what may differ between nodes with and without a GPU: the build, and faiss's two packages."""
+    """Versions without the legitimate differences of CPU and GPU nodes: the build tag, and faiss-cpu or faiss-gpu."""
     plain = {package: version.partition("+")[0] for package, version in versions.items()}
     faiss = [plain.pop(package) for package in ("faiss-cpu", "faiss-gpu") if package in plain]
     return plain | {"faiss": " and ".join(version for version in faiss if version)}
 
 
 def same_extras(nodes: Sequence[Node]) -> Iterator[Check]:
-    """One line per extra that some nodes lack, and one for those that all have."""
+    """One row per extra that some nodes lack, and one for the extras that all nodes have."""
     found = {node.name: set(node.facts["extras"]) for node in nodes}
     everywhere = set.intersection(*found.values())
     for extra in sorted(set().union(*found.values()) - everywhere):
@@ -119,19 +119,19 @@ def same_extras(nodes: Sequence[Node]) -> Iterator[Check]:
 
 
 def gpus(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Whether torch sees what Ray offers."""
+    """Check that torch sees as many GPUs as Ray offers."""
     for node in nodes:
         offered, torch = int(node.offered.get("GPU", 0)), node.facts["gpus_torch"]
         fix = ""
         if torch < offered:
-            fix = "torch has no CUDA there: install the GPU image, or a driver that its CUDA version requires"
+            fix = "torch cannot use CUDA there: use the GPU image, or install a driver for its CUDA version"
         elif torch > offered:
-            fix = "Ray offers fewer than there are: start the node with --num-gpus, or leave it out"
+            fix = "Ray offers fewer GPUs than the node has: start the node with --num-gpus set to all, or without it"
         yield Check(f"GPUs of {node.name}", f"Ray {offered}, torch {torch}", fix)
 
 
 def disks(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
-    """Free space where Ray spills and logs."""
+    """Check the free space of the disk for Ray's spilled objects and logs."""
     for node in nodes:
         free = node.facts["free_bytes"] / 2**30
         few = free < config.min_free_gib
@@ -140,7 +140,7 @@ def disks(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
 
 
 def clocks(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
-    """Every node's clock against the driver's."""
+    """Compare every node's clock with the driver's."""
     for node in nodes:
         skew = probes.clock_skew(node.identity)
         fix = "run a time service there (chrony)" if abs(skew) > config.max_skew else ""
@@ -148,7 +148,7 @@ def clocks(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
 
 
 def links(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
-    """Bandwidth between nodes: what training and data move over."""
+    """Measure the bandwidth between nodes, for gradients (all-reduce) and for data (object store)."""
     with_gpu = [node for node in nodes if node.offered.get("GPU", 0) >= 1]
     ring = with_gpu if len(with_gpu) > 1 else nodes
     if len(nodes) < 2:
@@ -157,17 +157,17 @@ def links(nodes: Sequence[Node], config: Config) -> Iterator[Check]:
     backend = "NCCL" if ring is with_gpu else "gloo"
     names = f"all-reduce over {len(ring)} nodes, {backend}"
     speed = probes.all_reduce_speed([node.identity for node in ring], ring is with_gpu, size) * 8 / 1e9
-    fix = "NCCL_DEBUG=INFO tells the link it took; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME choose another"
+    fix = "NCCL_DEBUG=INFO logs which link is used; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME selects another"
     yield Check(names, f"{speed:.2f} Gbit/s", fix if speed < config.min_all_reduce_gbit else "")
     for source, target in zip(nodes, [*nodes[1:], nodes[0]], strict=True):
         speed = probes.object_store_speed(source.identity, target.identity, size) * 8 / 1e9
-        fix = "more --object-store-memory, a larger /dev/shm, or nodes in one zone"
+        fix = "increase --object-store-memory or /dev/shm, or place the nodes in one zone"
         what = f"object store {source.name} to {target.name}"
         yield Check(what, f"{speed:.2f} Gbit/s", fix if speed < config.min_object_store_gbit else "")
 
 
 def examine(config: Config) -> list[Check]:
-    """Every check, in the order of the table."""
+    """Run every check, in the order of the table."""
     connect()
     nodes = nodes_of(ray.nodes())  # type: ignore[no-untyped-call]
     checks = list(answers(nodes))
@@ -184,7 +184,7 @@ def examine(config: Config) -> list[Check]:
 
 
 def show(checks: Sequence[Check]) -> None:
-    """The table, on stdout."""
+    """Print the table to stdout."""
     table = Table("", "what", "found", "fix", box=None, pad_edge=False)
     for check in checks:
         table.add_row("FIX" if check.fix else "ok", check.what, check.found, check.fix)

@@ -1,7 +1,7 @@
-"""The main job end to end on the embedded emoji: drawings search for pictures of classes that no model was trained on.
+"""Run the whole pipeline on the embedded emoji data set: drawings retrieve images of classes unseen in training.
 
-It is `zsr pipeline` with a configuration of few flags. A killed demo, started again, goes on from the stage and shard
-where it was.
+It is `zsr pipeline` with a preset configuration and few flags. Run again after a kill, it resumes at the stage and
+shard where it stopped.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from zsr.commands.base import JobConfig, Results, main
 
 
 class Config(JobConfig):
-    """Flags of zsr demo.
+    """Run the whole pipeline on the embedded emoji data set, from images to a report.
 
     Attributes:
-        output: directory that takes every artifact and the report.
-        seeds: one training run each; the index serves the first.
-        split: random:UNSEEN:SEED of the emoji classes.
-        model: which model.
-        size: side in pixels that pictures are resized to before the backbone sees them.
-        epochs: at most; validation classes stop the run earlier.
+        output: directory for all artifacts and the report.
+        seeds: one training run per seed; the index is built with the first.
+        split: random:UNSEEN:SEED, a random split of the emoji classes.
+        model: name of the model.
+        size: side in pixels to which images are resized for the backbone.
+        epochs: max epochs; early stopping on validation classes may end training sooner.
         num_workers: Ray Train workers.
     """
 

@@ -1,9 +1,9 @@
-"""Looks at every node of a cluster and says what to fix: exit 0 when nothing is, 2 when something must be.
+"""Check every node of a cluster and say what to fix: exit code 0 if all checks pass, otherwise 2.
 
-    zsr doctor                    # inside of a cluster, or through python -m cluster.submit doctor
+    zsr doctor                    # inside a cluster, or through python -m cluster.submit doctor
 
 Compared over nodes: versions, extras, the GPUs that Ray and torch see, free disk and clocks. Measured: the bandwidth of
-an all-reduce (NCCL over GPUs, gloo without) and of an object on its way between two object stores.
+an all-reduce (NCCL over GPUs, otherwise gloo) and of transfers between object stores.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from zsr.errors import ConfigError
 
 
 class Config(JobConfig):
-    """Flags of zsr doctor.
+    """Check every node of the cluster and say what to fix.
 
     Attributes:
-        min_free_gib: disk that must be free where Ray spills and logs, on every node.
-        max_skew: seconds that a node's clock may differ from the driver's.
-        min_all_reduce_gbit: a second; slower is a finding. 0 measures without judging, since links differ.
-        min_object_store_gbit: likewise, between object stores.
-        megabytes: size of what is sent in both measurements.
+        min_free_gib: min free GiB on the disk of Ray's spilled objects and logs, on every node.
+        max_skew: max difference in seconds between a node's clock and the driver's.
+        min_all_reduce_gbit: min all-reduce bandwidth in Gbit/s; 0 measures without a check, since links differ.
+        min_object_store_gbit: min bandwidth between object stores in Gbit/s; 0 measures without a check.
+        megabytes: MiB sent in each measurement.
     """
 
     min_free_gib: float = Field(10.0, ge=0)

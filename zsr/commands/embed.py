@@ -1,4 +1,4 @@
-"""DATA, FEATURES and a checkpoint to EMB: the embeddings of one modality."""
+"""Embed the rows of one modality: DATA, FEATURES and a checkpoint to EMB."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +13,21 @@ from zsr.embedding.settings import Classes, Prices
 
 
 class Config(DeviceSettings, JobConfig):
-    """Flags of zsr embed.
+    """Embed the rows of one modality with a trained checkpoint.
 
     Attributes:
-        data: DATA.
-        features: FEATURES of that data; left out for a checkpoint with an image tower.
-        checkpoint: a checkpoint's ROOT or object.
-        modality: which rows.
+        data: DATA artifact.
+        features: FEATURES of that data; omit for a checkpoint with an image tower.
+        checkpoint: ROOT of a checkpoint, or one object in it.
+        modality: modality of the rows to embed.
         output: ROOT of the EMB artifact.
-        classes: all rows, or those of one role in the checkpoint's split.
-        num_workers: processes that hold the model; left out, as many as there is room for, on nodes that are
-            up or that the autoscaler can start.
-        decoders: as in zsr features, for a checkpoint with an image tower.
-        cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
-        gpu_price: of a GPU's hour.
-        measure: with --dry-run: compute for some seconds, and predict from that what all of it costs.
+        classes: all rows, or only those of unseen, validation or training classes of the checkpoint's split.
+        num_workers: processes that hold the model; by default as many as fit on nodes that are up or that the
+            autoscaler can start.
+        decoders: decoding tasks per worker, as in zsr features; for a checkpoint with an image tower.
+        cpu_price: price per CPU hour, in any currency; the results then include the cost per million rows.
+        gpu_price: price per GPU hour.
+        measure: with --dry-run: run for a few seconds to predict the total time and cost.
     """
 
     data: Path
@@ -43,7 +43,7 @@ class Config(DeviceSettings, JobConfig):
     measure: bool = False
 
     def open(self) -> tuple[Artifact, Artifact | None, Artifact]:
-        """Data, features and checkpoint."""
+        """The opened data, features and checkpoint."""
         return (
             open_artifact(self.data, "data"),
             None if self.features is None else open_artifact(self.features, "features"),

@@ -1,4 +1,4 @@
-"""Checkpoints (and indexes) to report.json and report.html."""
+"""Evaluate checkpoints (and indexes): report.json and report.html."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,28 +27,31 @@ TITLES: Final[dict[Protocol, str]] = {
 
 
 class Config(DeviceSettings, JobConfig):
-    """Flags of zsr evaluate.
+    """Evaluate checkpoints and indexes on the unseen classes, and write a report.
 
     Attributes:
-        data: DATA.
-        checkpoint: one or several. Those of one configuration with several seeds are grouped; the first one's split is
-            the report's, and those of other splits enter the spread over class splits.
-        output: directory of report.json and report.html; what has to be trained (the ridge floor) is kept below it.
-        features: FEATURES of that data; leave it out where every checkpoint has an image tower.
-        semantics: SEMANTICS, for the ridge floor, and for models that are trained again.
-        index_dir: indexes of the unseen photos, each by one of the checkpoints; results stand beside the exact ones.
-        query_modality: what is asked with.
-        gallery_modality: what is looked for.
-        protocol: zero-shot; generalised (gallery of all classes); generalised-sempcyc (a fifth as many seen items on
-            both sides, as released); few-shot (models are trained again with a few unseen items).
-        as_released: make the validation classes part of the test, as SEM-PCYC's released code does.
-        shots: items of each unseen class and modality that few-shot models are trained on.
-        splits: train every model again on so many seeded random class splits, and report mean and deviation.
-        bits: also rank binary codes of so many bits, made by ITQ.
-        bits_learned_on: seen items, or the very queries, as SEM-PCYC's released code does.
-        backbone_saw: what the backbone was trained on; auto goes by its name, and imported features are unknown.
-        title: of the page.
-        k: results asked of the index a query.
+        data: DATA artifact.
+        checkpoint: one or several. Checkpoints that differ only in the seed are grouped. The report is on the split of
+            the first; those of other splits contribute to the variation over class splits.
+        output: directory of report.json and report.html; models trained for the report (the ridge baseline) are kept
+            below it.
+        features: FEATURES of that data; omit if every checkpoint has an image tower.
+        semantics: SEMANTICS, for the ridge baseline and for models that are retrained.
+        index_dir: indexes of the unseen photos, each of one of the checkpoints; their results are shown next to exact
+            search.
+        query_modality: modality of the queries.
+        gallery_modality: modality of the gallery.
+        protocol: zero-shot; generalised (gallery of all classes); generalised-sempcyc (adds a fifth as many seen items
+            to queries and gallery, as the released code does); few-shot (models are retrained with a few unseen items).
+        as_released: test on the validation classes too, as SEM-PCYC's released code does.
+        shots: items per unseen class and modality that few-shot models are trained on.
+        splits: number of seeded random class splits on which every model is retrained, to report mean and std.
+        bits: number of bits of binary codes (ITQ) to evaluate too.
+        bits_learned_on: learn ITQ on seen items, or on the queries themselves, as SEM-PCYC's released code does.
+        backbone_saw: data the backbone was trained on; auto derives it from the backbone's name (unknown for imported
+            features).
+        title: title of the report page.
+        k: results per query requested from the index.
         ks: cut-offs of the metrics.
     """
 
@@ -75,7 +78,7 @@ class Config(DeviceSettings, JobConfig):
         """The opened inputs.
 
         Raises:
-            What opening raises; ConfigError where the inputs do not fit each other.
+            The errors of `open_artifact`; ConfigError if the inputs do not belong together.
         """
         from zsr.evaluation.bench import Task
         from zsr.evaluation.compare import Given, by_split
@@ -101,13 +104,13 @@ class Config(DeviceSettings, JobConfig):
         for path, index in zip(self.index_dir, indexes, strict=True):
             if index.facts["checkpoint"] not in known:
                 raise ConfigError(
-                    f"--index-dir {path} is of checkpoint {index.facts['checkpoint'][:12]}, which is none of those of "
-                    "the first split given with --checkpoint"
+                    f"--index-dir {path} was built with checkpoint {index.facts['checkpoint'][:12]}, which must be one "
+                    "of the --checkpoint of the first split"
                 )
         return Given(bench, tuple(others), indexes)
 
     def settings(self) -> "Settings":
-        """What the report shows."""
+        """The settings of the report."""
         from zsr.evaluation.compare import Settings
 
         return Settings(
@@ -146,7 +149,7 @@ def work(config: Config) -> Results:
 
 
 def headline(report: "Report", output: Path) -> Results:
-    """The few numbers that a command prints."""
+    """The main numbers of a report, for the JSON line."""
     from zsr.evaluation.report import as_json
 
     values = as_json(report)

@@ -1,4 +1,4 @@
-"""A checkpoint to one safetensors file, its configuration and a model card, for `zsr.load`."""
+"""Export a checkpoint as one safetensors file, its configuration and a model card, for `zsr.load`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ from zsr.storage import read_file
 
 
 class Config(JobConfig):
-    """Flags of zsr export.
+    """Export a checkpoint as one safetensors file, its configuration and a model card.
 
     Attributes:
-        checkpoint: a checkpoint's ROOT or object.
-        output: directory to make.
-        data: DATA that it was trained on, for name and attribution in the model card.
-        include_backbone: put the backbone that made its features into the file too.
-        weights: of that backbone, where its package does not bring them: a file or directory, or the ROOT of the
-            checkpoint that fine-tuned it.
+        checkpoint: ROOT of a checkpoint, or one object in it.
+        output: directory to create.
+        data: DATA that it was trained on, for the name and attribution in the model card.
+        include_backbone: include the backbone that computed its features.
+        weights: weights of that backbone, if its package does not include them: a file or directory, or the ROOT of
+            the checkpoint that fine-tuned it.
     """
 
     checkpoint: Path

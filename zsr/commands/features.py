@@ -1,4 +1,4 @@
-"""DATA to FEATURES: backbone features of every picture."""
+"""Compute backbone features of every image: DATA to FEATURES."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,31 +14,32 @@ from zsr.models.choices import Fit, PixelScaling
 
 
 class Config(DeviceSettings, JobConfig):
-    """Flags of zsr features.
+    """Compute backbone features of every image.
 
     Attributes:
-        data: DATA with pictures.
+        data: DATA with images.
         output: ROOT of the FEATURES artifact.
         backbone: lite0, vgg16, vgg16-bn, vgg19, resnet, vit, dinov2 or clip.
         weights: a local file (safetensors, or torch's format read with weights_only), or for resnet, vit, dinov2 and
-            clip a directory with config.json and model.safetensors; none takes the package's, which lite0 has.
-        layer: which output of the backbone: of VGG fc7, fc6, conv or logits, of ViT cls or pooled.
-        size: side in pixels that pictures are resized to; none takes the backbone's own.
-        fit: resize the whole picture, or cut out the middle as the backbone's publishers do.
-        scaling: of pixels, as the backbone's publishers do, or to 0..1 and nothing else.
-        invert_sketches: white strokes on black.
-        jpegs: gpu lets each actor's own GPU decode and resize JPEGs; wants the extra `nvjpeg`.
-        texts: the sentence encoder that text rows go through, or none.
-        finetune_on_seen: a split, as zsr train takes it; the backbone is first tuned to classify its seen classes.
-        finetune: how.
-        batch_size: pictures in one forward pass; left out, 32 on a CPU and 64 on a GPU.
-        num_workers: processes that hold the backbone; left out, as many as there is room for, on nodes that are
-            up or that the autoscaler can start.
-        decoders: Ray tasks, a CPU each, that may decode ahead of each actor; left out, as many as there are CPUs for on
-            a cluster with GPUs, else none. A probe of some seconds finds how many of them are needed.
-        cpu_price: of a CPU's hour, in any currency; the results then name the cost of a million rows.
-        gpu_price: of a GPU's hour.
-        measure: with --dry-run: compute for some seconds, and predict from that what all of it costs.
+            clip a directory with config.json and model.safetensors; by default those of the package, which lite0 has.
+        layer: output of the backbone: fc7, fc6, conv or logits for VGG, cls or pooled for ViT.
+        size: side in pixels to which images are resized; by default the backbone's own.
+        fit: resize the whole image, or take a center crop as the backbone's publishers do.
+        scaling: normalize pixels as the backbone's publishers do, or only scale them to 0..1.
+        invert_sketches: turn sketches into white strokes on black.
+        jpegs: gpu decodes and resizes JPEGs on each worker's GPU; requires the extra `nvjpeg`.
+        texts: sentence encoder for text rows, or none.
+        finetune_on_seen: a split, as in zsr train --split; the backbone is first fine-tuned to classify its seen
+            classes.
+        finetune: settings of that fine-tuning.
+        batch_size: images per forward pass; by default 32 on a CPU and 64 on a GPU.
+        num_workers: processes that hold the backbone; by default as many as fit on nodes that are up or that the
+            autoscaler can start.
+        decoders: max Ray tasks (one CPU each) per worker that prefetch and decode images; by default as many as there
+            are CPUs for on a cluster with GPUs, otherwise none. A probe of a few seconds finds how many are needed.
+        cpu_price: price per CPU hour, in any currency; the results then include the cost per million rows.
+        gpu_price: price per GPU hour.
+        measure: with --dry-run: run for a few seconds to predict the total time and cost.
     """
 
     data: Path

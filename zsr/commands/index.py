@@ -1,4 +1,4 @@
-"""Indexes: plan, build, add, delete, rebuild, compact, purge, inspect, verify, rollback.
+"""Build and maintain indexes: plan, build, add, delete, rebuild, compact, purge, inspect, verify, rollback.
 
 zsr index build --embeddings EMB --queries EMB --index-dir OUT
 """
@@ -28,9 +28,9 @@ class Build(JobConfig, IndexConfig):
 
     Attributes:
         embeddings: EMB of the gallery, written by zsr embed.
-        queries: EMB of queries of the same checkpoint, such as sketches; the recall target is held on these. Without
-            it, on rows of the gallery, which flatters an index that is not exact.
-        index_dir: where the index versions are kept.
+        queries: EMB of queries from the same checkpoint, such as sketches, on which the recall target is measured. By
+            default gallery rows are the queries, which overestimates the recall of an approximate index.
+        index_dir: directory of the index versions.
     """
 
     embeddings: Path
@@ -38,7 +38,7 @@ class Build(JobConfig, IndexConfig):
     index_dir: Path
 
     def job(self) -> Job:
-        """The build, planned."""
+        """The planned build."""
         config = IndexConfig.model_validate(self.model_dump(include=set(IndexConfig.model_fields)))
         embeddings = open_artifact(self.embeddings, "embeddings")
         queries = None if self.queries is None else open_artifact(self.queries, "embeddings")
@@ -49,21 +49,21 @@ class Inspect(JobConfig):
     """Show what an index holds, without reading its vectors.
 
     Attributes:
-        index_dir: ROOT, or one object in it.
+        index_dir: ROOT of the index, or one object in it.
     """
 
     index_dir: Path
 
 
 class Verify(Inspect):
-    """Hash every file of an index, read every list, and measure the recall of its golden queries again."""
+    """Check the hash of every file, read every list, and measure the recall of the golden queries again."""
 
 
 class Delete(Inspect):
     """Hide items from every search. Their vectors stay in the files until `compact`, in older versions until `purge`.
 
     Attributes:
-        keys: of the items.
+        keys: keys of the items.
         keys_from: a UTF-8 text file with one key per line.
     """
 
@@ -71,10 +71,10 @@ class Delete(Inspect):
     keys_from: Path | None = None
 
     def ids(self) -> list[int]:
-        """Ids of the items, of those that are deleted already, too.
+        """Ids of the items, including those already deleted.
 
         Raises:
-            ConfigError: no key, an unreadable file, or a key that the index does not hold.
+            ConfigError: no key, an unreadable file, or a key that is not in the index.
         """
         wanted = {*self.keys, *self._listed()}
         if not wanted:
@@ -97,11 +97,11 @@ class Delete(Inspect):
 
 
 class Add(Inspect):
-    """Add the items of more embeddings, without training again.
+    """Add the items of more embeddings, without training the index again.
 
     Attributes:
         embeddings: EMB of the same checkpoint.
-        num_workers: most shards to add at once.
+        num_workers: max shards to add in parallel.
     """
 
     embeddings: Path
@@ -109,23 +109,23 @@ class Add(Inspect):
 
 
 class Rebuild(Add):
-    """Make the index one of what the embeddings hold now; shards with the bytes of before are not touched."""
+    """Update the index to what the embeddings hold now; unchanged shards are reused."""
 
 
 class Compact(Inspect):
-    """Write one whole object without the vectors of deleted items, which finds what the live version finds."""
+    """Write a version without the vectors of deleted items; search results stay the same."""
 
 
 class Purge(Inspect):
-    """Compact, remove every older version, and prove by a scan that nothing of a deleted item is left."""
+    """Compact, remove every older version, and verify by a scan that no data of deleted items is left."""
 
 
 class Rollback(JobConfig):
-    """Publish the content of an earlier version again, as the newest.
+    """Publish an earlier version again, as the newest.
 
     Attributes:
         index_dir: ROOT of the index.
-        version: number of the version to go back to.
+        version: number of the version to restore.
     """
 
     index_dir: Path
@@ -133,7 +133,7 @@ class Rollback(JobConfig):
 
 
 def changed(config: Build | Inspect | Rollback, done: Published | edit.Changed | Purged) -> Results:
-    """What a command that published a version prints."""
+    """Results of a command that published a version."""
     published = done if isinstance(done, Published) else done.published
     return made(published.artifact, config.index_dir, **done.as_json())
 
@@ -183,7 +183,7 @@ def do_purge(config: Purge) -> Results:
 
 
 def do_plan(config: Build) -> Results:
-    """Measure the candidates, and keep what was measured for the build."""
+    """Benchmark the candidate indexes, and keep the measurements for the build."""
     return config.job().as_json()
 
 

@@ -1,10 +1,10 @@
-"""All stages as one job: prepare -> semantics -> features -> train -> embed -> index -> evaluate.
+"""Run all stages as one job: prepare -> semantics -> features -> train -> embed -> index -> evaluate.
 
     zsr pipeline --config FILE.yaml
 
-The file has one section a stage, with the flags of the job of that name; what stages hand to each other is filled in.
-Started again, the job goes on from the last finished stage, and within a stage from the last finished piece, since
-every stage returns what an equal run has made before. It fails with the exit code of the stage that failed.
+The file has one section per stage, with the flags of the command of that name; the paths that connect the stages are
+filled in. Run again, the job resumes after the last finished stage, and within a stage after the last finished work
+item, since every stage reuses the output of an identical earlier run. It fails with the exit code of the failed stage.
 """
 
 import json
@@ -23,7 +23,7 @@ from zsr.commands.base import JobConfig, Results, attach, file_values, main, our
 from zsr.errors import ConfigError, StorageError
 from zsr.storage import url_of
 
-FILLED_IN: Final = {  # by the pipeline, and therefore no keys of a stage's section
+FILLED_IN: Final = {  # flags that the pipeline sets; they are not allowed in a stage's section
     "prepare": ("output", "features_output", "inspect", "sheet", "sheet_rows"),
     "semantics": ("output", "data"),
     "features": ("output", "data"),
@@ -35,16 +35,17 @@ FILLED_IN: Final = {  # by the pipeline, and therefore no keys of a stage's sect
 
 
 class Config(JobConfig):
-    """Flags of zsr pipeline, and one section a stage.
+    """Run all stages from one YAML file, with one section per stage.
 
     Attributes:
-        output: directory or object store prefix that takes every artifact.
-        report: directory of the report and timeline.json; OUTPUT/report, and wanted where that is an object store.
-        seeds: one training run each; gallery and index are of the first.
-        features_from: the backbone of zsr features; the source itself, for parquet and wikipedia; or the tower that
-            --train.tower trains along.
-        device: of every stage that runs a model and whose section names none: cuda requests GPUs, which the autoscaler
-            starts if none is up; cpu requests none; auto is cuda where there are some or can be.
+        output: directory or object store prefix for all artifacts.
+        report: directory of the report and timeline.json; by default OUTPUT/report, required if OUTPUT is an object
+            store.
+        seeds: one training run per seed; gallery and index use the first.
+        features_from: the backbone of zsr features; the data source itself (parquet, wikipedia); or the image tower of
+            zsr train, fine-tuned end to end.
+        device: device of the stages whose section sets none: cuda requests GPUs, which the autoscaler starts if none is
+            up; cpu requests none; auto is cuda if the cluster has GPUs or can start some.
     """
 
     output: Path
@@ -55,7 +56,7 @@ class Config(JobConfig):
 
 
 def section(stage: str, config: type[BaseModel], **defaults: Any) -> type[BaseModel]:
-    """The flags of a stage's job without those that the pipeline fills in; unknown ones are refused."""
+    """The flags of a stage's command without those that the pipeline sets; unknown ones are rejected."""
     fields: dict[str, Any] = {
         name: (about.annotation, defaults.get(name, about))
         for name, about in config.model_fields.items()
@@ -71,24 +72,24 @@ def section(stage: str, config: type[BaseModel], **defaults: Any) -> type[BaseMo
 
 
 def config_of(model: str, preset: str | None = None) -> type[Any]:
-    """The configuration's class with the options of `model`. Raises ConfigError if there is no such model or preset."""
+    """The configuration class with the options of `model`. Raises ConfigError if there is no such model or preset."""
     return _with_train(section("train", train.config_of(model, preset), model=model, preset=preset))
 
 
 def _with_train(kind: type[BaseModel]) -> type[Any]:
-    """The configuration's class with this section of the model."""
+    """The configuration class with `kind` as its section `train`."""
     types = {
         "prepare": section("prepare", prepare.Config),
         "semantics": section("semantics", semantics.Config),
         "features": section("features", features.Config),
         "train": kind,
-        # the report is about unseen classes; a gallery of all rows is embedded by zsr embed with this checkpoint
+        # the report is on unseen classes; to embed a gallery of all rows, run zsr embed with this checkpoint
         "embed": section("embed", embed.Config, classes="unseen"),
         "index": section("index", index.Build),
         "evaluate": section("evaluate", evaluate.Config),
     }
     fields: dict[str, Any] = {stage: (kind, ... if _wants(kind) else kind()) for stage, kind in types.items()}
-    return create_model("Config", __base__=Config, __module__=__name__, **fields)
+    return create_model("Config", __base__=Config, __module__=__name__, __doc__=Config.__doc__, **fields)
 
 
 def _wants(kind: type[BaseModel]) -> bool:
@@ -96,20 +97,20 @@ def _wants(kind: type[BaseModel]) -> bool:
 
 
 def config_for(argv: Sequence[str]) -> type[Any]:
-    """The configuration's class: the model that `--train.model` or the file names types `train.options`."""
+    """The configuration class, with `train.options` of the model in `--train.model` or in the file."""
     flags, path = without_file(argv)
     content = None if path is None else file_values(path).get("train")
     found: dict[str, Any] = dict(content) if isinstance(content, Mapping) else {}
     given = peek(flags, "train.model", "train.preset")
     model, preset = (given[f"train.{name}"] or found.get(name) for name in ("model", "preset"))
-    if not model and not preset and {"-h", "--help"} & set(flags):  # a model takes seconds to load
+    if not model and not preset and {"-h", "--help"} & set(flags):  # importing a model takes seconds
         return _with_train(section("train", train.Config))
     return config_of(str(model or train.DEFAULT_MODEL), preset)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a stage's job."""
+    """One run of a stage's command."""
 
     name: str
     config: JobConfig
@@ -119,7 +120,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the artifacts of one pipeline lie, and what its stages are called with."""
+    """Paths of the artifacts of one pipeline, and the configurations of its stages."""
 
     config: Any
 
@@ -128,7 +129,7 @@ class Layout:
 
     @property
     def report(self) -> Path:
-        """Where the report goes. Raises ConfigError for an object store: it is looked at with a browser."""
+        """Directory of the report. Raises ConfigError for an object store: it is viewed in a browser."""
         if self.config.report is not None:
             return Path(self.config.report)
         if (url := url_of(self.config.output)) is not None:
@@ -141,22 +142,22 @@ class Layout:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What training, embedding and evaluation read."""
+        """Inputs of training, embedding and evaluation."""
         features = None if self.config.features_from == "tower" else self.at("features")
         return {"data": self.at("data"), "features": features}
 
     def stage(self, name: str, job: Any, kind: type[JobConfig] | None = None, **filled_in: Any) -> Stage:
-        """The stage `name`, whose first word is its section, with what is filled in."""
+        """The stage `name`, whose first word is its section, with the flags `filled_in`."""
         section = name.partition(" ")[0]
         given = getattr(self.config, section)
-        # values as they are: a dump would turn nested models into plain mappings
+        # no model_dump: it would turn nested models into plain mappings
         values = {field: getattr(given, field) for field in type(given).model_fields}
         if values.get("device") == "auto":
             values["device"] = self.config.device
         return Stage(name, (kind or job.Config)(**values, **filled_in), job.plan, job.work)
 
     def stages(self) -> Iterator[Stage]:
-        """All of them in order."""
+        """All stages in order."""
         imported = self.at("features") if self.config.features_from == "source" else None
         yield self.stage("prepare", prepare, output=self.at("data"), features_output=imported)
         yield self.stage("semantics", semantics, data=self.at("data"), output=self.at("semantics"))
@@ -165,7 +166,7 @@ class Layout:
         yield from self._trained()
         yield from self._embedded()
         yield self._indexed()
-        # an index of all rows would be compared with a test on unseen ones
+        # an index of all rows cannot be compared with a test on unseen ones
         indexes = (self.at("index"),) if self.config.embed.classes == "unseen" else ()
         report: dict[str, Any] = {
             "semantics": self.at("semantics"),
@@ -205,11 +206,11 @@ class Lap:
 
     Attributes:
         stage: its name.
-        seconds: the driver's clock.
-        cpu_seconds: of the driver and of the tasks, actors and workers that report theirs.
-        task_cpu_seconds: the latter, by what `map_pieces` calls them.
-        exit_code: 0, or why the pipeline ended here.
-        digest: of the artifact that came out, if any did.
+        seconds: wall-clock time of the driver.
+        cpu_seconds: CPU time of the driver and of the tasks, actors and workers that report theirs.
+        task_cpu_seconds: CPU time of tasks, actors and workers, by the stage name given to `map_pieces`.
+        exit_code: 0, or that of the failure that ended the pipeline here.
+        digest: digest of the output artifact, if there is one.
     """
 
     stage: str
@@ -221,10 +222,10 @@ class Lap:
 
 
 class Timeline:
-    """Runs stages and remembers what each took; also in a file, which is whole at any time.
+    """Run stages and record the time of each, also in a file, which is complete at any time.
 
     Attributes:
-        laps: of this run; a stage that an earlier run finished takes the time of finding that out.
+        laps: those of this run; for a stage that an earlier run finished, the time it took to find that out.
     """
 
     def __init__(self, file: Path) -> None:
@@ -232,7 +233,7 @@ class Timeline:
         self.laps: list[Lap] = []
 
     def run(self, stage: Stage) -> Results:
-        """The stage's results. Raises what it raises, after noting that, with the timeline attached."""
+        """Run the stage and return its results. Its errors are recorded and raised with the timeline attached."""
         began, cpu = time.monotonic(), time.process_time()
         try:
             results = stage.work(stage.config)
@@ -246,10 +247,10 @@ class Timeline:
 
     def _note(self, stage: str, began: float, cpu: float, code: int, digest: str | None) -> None:
         seconds, own = time.monotonic() - began, time.process_time() - cpu
-        from zsr import measure
+        from zsr import telemetry
 
-        measure.stage_took(stage, seconds)
-        spent = measure.spent()
+        telemetry.stage_took(stage, seconds)
+        spent = telemetry.spent()
         tasks = {what: round(value, 2) for what, value in sorted(spent.items())}
         lap = Lap(stage, round(seconds, 1), round(own + spent.total(), 1), tasks, code, digest)
         self.laps.append(lap)
@@ -257,7 +258,7 @@ class Timeline:
         print(f"{stage}: {lap.seconds} s, {lap.cpu_seconds} CPU s, exit {code}", file=sys.stderr, flush=True)
 
     def as_results(self) -> Results:
-        """For the job's JSON line."""
+        """The timeline for the command's JSON line."""
         return {
             "timeline": [asdict(lap) for lap in self.laps],
             "digests": {lap.stage: lap.digest for lap in self.laps if lap.digest is not None},
@@ -265,7 +266,7 @@ class Timeline:
 
 
 def plan(config: Any) -> Results:
-    """What each stage would do, as far as its inputs exist already."""
+    """What each stage would do, if its inputs exist already."""
     planned: list[Results] = []
     for stage in Layout(config).stages():
         try:
@@ -280,7 +281,7 @@ def work(config: Any) -> Results:
     results: Results = {}
     layout = Layout(config)
     timeline = Timeline(layout.report / "timeline.json")
-    for stage in list(layout.stages()):  # all of them first: a bad section ends it before anything runs
+    for stage in list(layout.stages()):  # `list` first: an invalid section fails before anything runs
         results = timeline.run(stage)
     return {**results, **timeline.as_results()}
 

@@ -1,4 +1,4 @@
-"""Raw folders, fonts or parquet to DATA shards (and FEATURES, where the source brings them)."""
+"""Convert raw folders, archives or parquet to DATA shards (and FEATURES, if the source has them)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,27 +19,27 @@ from zsr.storage import local_path
 
 
 class Config(JobConfig):
-    """Flags of zsr prepare: --source, --input and --output to make DATA, or --inspect to look at it.
+    """Convert raw data to DATA (--source, --input, --output), or inspect a DATA artifact (--inspect).
 
     Attributes:
-        source: folders, pairs, parquet, webdataset, sketchy, tuberlin, quickdraw, wikipedia, or an installed package's;
-            emoji is embedded and needs no input. docs/data.md has what each reads.
+        source: folders, pairs, parquet, webdataset, sketchy, tuberlin, quickdraw, wikipedia, or a source of an
+            installed package; emoji is embedded and needs no input. docs/data.md describes what each reads.
         output: ROOT of the DATA artifact.
         input: directory of the raw data.
-        inspect: ROOT of a DATA artifact to look at; nothing is prepared.
-        sheet: where --inspect writes its contact sheet, a PNG.
-        sheet_rows: rows of each class and modality on it.
-        features_output: ROOT of a FEATURES artifact; for wikipedia, and parquet that has a feature column.
-        classes: rows of other classes are quarantined: "published" for the data set's own list, or a file of a name a
-            line; all are allowed without it.
-        columns: what the parquet columns are called.
-        sketchy: which photos, and which rendering.
-        quickdraw: how strokes are drawn, and which.
-        rows_per_shard: rows a parquet file holds at most.
-        bytes_per_shard: bytes of rows a parquet file holds at most; a slice of rows that has more makes several files.
-        max_bad_rows: a count ("20") or a percentage ("1%") of bad rows beyond which the job stops with exit 3; auto is
-            10% or 10 rows, whichever is more, but at most half of the rows.
-        seed: of the order of rows.
+        inspect: ROOT of a DATA artifact to inspect; nothing is prepared.
+        sheet: path of the contact sheet (PNG) that --inspect writes.
+        sheet_rows: rows per class and modality on it.
+        features_output: ROOT of a FEATURES artifact; for wikipedia, and for parquet with a feature column.
+        classes: allowed classes; rows of other classes are quarantined. "published" for the data set's own list, or a
+            file with one name per line; by default all classes.
+        columns: names of the parquet columns.
+        sketchy: which photos and which rendering of Sketchy to read.
+        quickdraw: which drawings of QuickDraw to read.
+        rows_per_shard: max rows per parquet file.
+        bytes_per_shard: max bytes of rows per parquet file; a larger shard is split into several files.
+        max_bad_rows: max bad rows, as a count ("20") or a percentage ("1%"); with more the job stops with exit code 3.
+            auto is 10% or 10 rows, whichever is larger, but at most half of the rows.
+        seed: seed of the row order.
     """
 
     source: str | None = None
@@ -63,7 +63,7 @@ class Config(JobConfig):
 
     def open_source(self) -> Source:
         if self.source is None:
-            raise ConfigError(f"--source is missing: one of {', '.join(registry.SOURCES)}; or --inspect DATA")
+            raise ConfigError(f"--source is missing: give one of {', '.join(registry.SOURCES)}; or --inspect DATA")
         options = registry.Options(
             classes=self.classes, columns=self.columns, sketchy=self.sketchy, quickdraw=self.quickdraw
         )
@@ -71,7 +71,7 @@ class Config(JobConfig):
 
     def store(self) -> Store:
         if self.output is None:
-            raise ConfigError("--output is missing: the ROOT of the DATA artifact")
+            raise ConfigError("--output is missing: give the ROOT of the DATA artifact")
         return Store.at(self.output)
 
 
@@ -105,7 +105,7 @@ def work(config: Config) -> Results:
 
 
 def look(data: Path, config: Config) -> Results:
-    """`--inspect`: the report as results, and the contact sheet beside the caller."""
+    """`--inspect`: return the report as results, and write the contact sheet (by default to the current folder)."""
     from zsr.data import inspect
 
     results, page = inspect.look(open_artifact(data, "data"), config.sheet_rows)

@@ -1,6 +1,6 @@
-"""What `zsr doctor` runs on the nodes of a cluster: small measurements, each a Ray task or actor on its node.
+"""Probes of `zsr doctor`: small measurements, each a Ray task or actor on its node.
 
-A probe returns plain values; `zsr doctor` judges them.
+A probe returns plain values; `zsr.commands.checks` compares them with the limits.
 """
 
 import os
@@ -36,18 +36,18 @@ PACKAGES: Final = (
     "pillow",
     "simplejpeg",
 )
-# that stages use on every node; `nvjpeg` is for nodes with GPUs alone
+# extras that stages use on every node; `nvjpeg` is for GPU nodes only
 EXTRAS: Final = ("demo", "heif", "mlflow", "optuna", "report", "s3", "text", "towers", "wandb")
-WAIT: Final = 120.0  # seconds until a node that answers nothing counts as unreachable
+WAIT: Final = 120.0  # seconds until a node that does not answer counts as unreachable
 
 
 def on(node: str) -> dict[str, Any]:
-    """Options of a task that runs on that node and nowhere else, and takes nothing from the work there."""
+    """Options of a task that runs on that node only, and reserves no resources there."""
     return {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what is installed in this process's environment; "" for what is not."""
+    """Versions of the packages installed in this process's environment; "" for those that are not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -73,7 +73,7 @@ def extras() -> list[str]:
 
 @ray.remote
 def describe(folder: str) -> Facts:
-    """Versions, extras, GPUs and free disk of this node; `folder` is where Ray spills and logs."""
+    """Versions, extras, GPUs and free disk of this node; `folder` is on the disk of Ray's spilled objects and logs."""
     return {
         "host": socket.gethostname(),
         "versions": versions(),
@@ -97,12 +97,12 @@ def make_object(size: int) -> np.ndarray:
 
 @ray.remote
 def receive(data: np.ndarray) -> int:
-    """Bytes of an object, which Ray has brought to this node by now."""
+    """Size in bytes of an object, which Ray has transferred to this node before the call."""
     return data.nbytes
 
 
 def clock_skew(node: str, tries: int = 5) -> float:
-    """Seconds that a node's clock is ahead of this one's, by the quickest of some round trips (Cristian, 1989)."""
+    """Seconds that a node's clock is ahead of this one's, from the fastest of some round trips (Cristian, 1989)."""
     best = (float("inf"), 0.0)
     for _ in range(tries):
         before = time.time()
@@ -113,11 +113,11 @@ def clock_skew(node: str, tries: int = 5) -> float:
 
 
 def object_store_speed(source: str, target: str, size: int) -> float:
-    """Bytes a second of an object of `size` bytes on its way from one node's object store into another's."""
+    """Bytes per second of the transfer of a `size` byte object from one node's object store to another's."""
     reference = make_object.options(**on(source)).remote(size)
     ray.wait([reference], timeout=WAIT, fetch_local=False)
     empty = make_object.options(**on(source)).remote(1)
-    ray.get(receive.options(**on(target)).remote(empty), timeout=WAIT)  # workers and connection are up now
+    ray.get(receive.options(**on(target)).remote(empty), timeout=WAIT)  # warm-up: starts workers and connection
     began = time.monotonic()
     moved = ray.get(receive.options(**on(target)).remote(reference), timeout=WAIT)
     return float(moved / (time.monotonic() - began))
@@ -127,23 +127,23 @@ class Ring:
     """One rank of an all-reduce."""
 
     def address(self) -> str:
-        """Where rank 0 of the group can meet the others."""
+        """A tcp:// address on this node, on which rank 0 listens for the other ranks."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         return f"tcp://{ray.util.get_node_ip_address()}:{port}"  # type: ignore[no-untyped-call]
 
     def join(self, address: str, rank: int, ranks: int, backend: str) -> None:
-        """Form the process group. Raises RuntimeError where the ranks do not find each other."""
+        """Initialize the process group. Raises RuntimeError if the ranks do not find each other."""
         dist.init_process_group(
             backend, init_method=address, rank=rank, world_size=ranks, timeout=timedelta(seconds=WAIT)
         )
 
     def all_reduce(self, size: int, repeats: int) -> float:
-        """Bus bandwidth in bytes a second of an all-reduce of `size` bytes: 2 (N - 1) / N times size over seconds."""
+        """Bus bandwidth of an all-reduce of `size` bytes in bytes per second: 2 (N - 1) / N times size over seconds."""
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         values = torch.ones(size // 4, device=device)
-        dist.all_reduce(values)  # set-up of the links is not what is measured
+        dist.all_reduce(values)  # warm-up: link set-up is not measured
         began = time.monotonic()
         for _ in range(repeats):
             dist.all_reduce(values)
@@ -154,12 +154,12 @@ class Ring:
         return float(2 * (ranks - 1) / ranks * size / seconds)
 
     def leave(self) -> None:
-        """End the group."""
+        """Destroy the process group."""
         dist.destroy_process_group()
 
 
 def all_reduce_speed(nodes: Sequence[str], gpus: bool, size: int, repeats: int = 3) -> float:
-    """The slowest rank's bus bandwidth, one rank a node: NCCL with a GPU each, gloo without."""
+    """Bus bandwidth of the slowest rank, with one rank per node: NCCL with one GPU per rank, gloo without."""
     actor = ray.remote(num_cpus=0, num_gpus=1 if gpus else 0)(Ring)
     ranks: list[Any] = [
         actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote() for n in nodes

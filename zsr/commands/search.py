@@ -1,9 +1,8 @@
-"""Neighbours of sketches: `zsr search --index-dir I --queries EMB --output neighbours.json`.
+"""Find nearest neighbors: `zsr search --index-dir I --queries EMB --output neighbours.json`.
 
 For a drawing, or a folder of drawings, give `--sketch PATH --checkpoint C` instead of `--queries`; for photos, `--photo
-PATH`. For millions of queries,
-give a directory: `--output ROOT` becomes an artifact with a shard of answers beside each shard of queries, made by many
-workers, and the job goes on where a killed one stopped.
+PATH`. For millions of queries, give a directory: `--output ROOT` becomes an artifact with one shard of results per
+shard of queries, computed by many workers. Run again after a kill, the job resumes where it stopped.
 """
 
 import logging
@@ -26,34 +25,35 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zsr")
 
-CHECKED_SIDE: Final = 32  # pixels, at which an image is decoded to see whether it can be read
+CHECKED_SIDE: Final = 32  # side in pixels to which an image is decoded to check that it is readable
 
 
 class Search(JobConfig):
-    """Search an index.
+    """Find the nearest items of an index for drawings, photos or embeddings.
 
     Attributes:
         index_dir: ROOT of the index, or one object in it.
-        output: .json or .parquet, one row a neighbour; or, for `queries`, ROOT of a NEIGHBOURS artifact.
+        output: .json or .parquet with one row per neighbor; or, with `queries`, ROOT of a NEIGHBOURS artifact.
         queries: EMB of the queries, from the checkpoint that embedded the gallery.
         sketch: a drawing, or a folder of drawings, instead of `queries`; requires `checkpoint`.
         photo: a photo, or a folder of photos, instead of `queries`; requires `checkpoint`.
-        checkpoint: the one that embedded the gallery.
-        weights: of the checkpoint's backbone, where its package has none.
-        k: neighbours a query.
-        nprobe: lists to look into; the published operating point if not given.
-        refine_factor: candidates to re-rank, in multiples of k; the published operating point if not given.
-        labels: only items of these classes, under any spelling.
-        replicas: for a NEIGHBOURS artifact: 0 lets each worker map the whole index; from 1 on its segments lie on the
-            nodes, each on so many of them.
-        list_ranges: for a NEIGHBOURS artifact: from 1 on the lists are scanned in so many ranges, each by one worker,
-            which reads the codes of its range alone: for an index that is larger than the memory.
-        num_workers: at most, that map the whole index; as many as there are CPUs if not given.
-        cpu_price: of a CPU's hour, in any currency; a NEIGHBOURS artifact's results then name the cost of a million
-            queries.
-        measure: with --dry-run, for a NEIGHBOURS artifact: search for some seconds, and predict what all of it costs.
-        picture: a PNG that shows the first queries with what was found; wants `data`.
-        data: DATA with the pictures of the gallery.
+        checkpoint: the checkpoint that embedded the gallery.
+        weights: weights of the checkpoint's backbone, if its package has none.
+        k: neighbors per query.
+        nprobe: number of lists to scan; by default that of the published operating point.
+        refine_factor: number of candidates to re-rank, as a multiple of k; by default that of the published operating
+            point.
+        labels: return only items of these classes, under any spelling.
+        replicas: for a NEIGHBOURS artifact: number of nodes that hold each segment of the index; with 0 every worker
+            maps the whole index instead.
+        list_ranges: for a NEIGHBOURS artifact: number of list ranges to scan, each by one worker that reads only the
+            codes of its range, for an index larger than memory; 0 for none.
+        num_workers: max workers that map the whole index; by default one per CPU.
+        cpu_price: price per CPU hour, in any currency; the results of a NEIGHBOURS artifact then include the cost per
+            million queries.
+        measure: with --dry-run, for a NEIGHBOURS artifact: search for a few seconds to predict the total time and cost.
+        picture: a PNG that shows the first queries and their results; requires `data`.
+        data: DATA with the images of the gallery.
     """
 
     index_dir: Path
@@ -76,7 +76,7 @@ class Search(JobConfig):
     data: Path | None = None
 
     def check(self) -> None:
-        """Raise ConfigError for flags that do not go together."""
+        """Raise ConfigError for incompatible flags."""
         from zsr.index.searching.results import require_suffix
 
         if not self.offline:
@@ -86,28 +86,28 @@ class Search(JobConfig):
         if self.queries is None and self.checkpoint is None:
             raise ConfigError("--sketch and --photo require --checkpoint, the one that embedded the gallery")
         if self.picture is not None and self.data is None:
-            raise ConfigError("--picture wants --data, which holds the gallery's pictures")
+            raise ConfigError("--picture requires --data, which holds the gallery's images")
         if self.offline and (self.queries is None or self.picture is not None):
-            raise ConfigError(f"--output {self.output} is a ROOT: it wants --queries, and no --picture")
+            raise ConfigError(f"--output {self.output} is a ROOT: it requires --queries and excludes --picture")
         if self.replicas and not self.offline:
-            raise ConfigError("--replicas is for an --output that is a ROOT, not a file")
+            raise ConfigError("--replicas requires an --output that is a ROOT, not a file")
         if self.list_ranges and not self.offline:
-            raise ConfigError("--list-ranges is for an --output that is a ROOT, not a file")
+            raise ConfigError("--list-ranges requires an --output that is a ROOT, not a file")
 
     @property
     def offline(self) -> bool:
-        """Whether the answers become an artifact."""
+        """Whether the results become an artifact."""
         from zsr.index.searching.results import into_file
 
         return not into_file(self.output)
 
     @property
     def images(self) -> tuple[Literal["sketch", "photo"], Path]:
-        """Modality and place of queries that are image files."""
+        """Modality and path of queries that are image files."""
         return ("photo", self.photo) if self.photo is not None else ("sketch", self.sketch or Path())
 
     def asked(self, facts: Mapping[str, Any]) -> "Asked":
-        """What is asked of the index with these facts: never more neighbors than it has items."""
+        """The search parameters for an index with these facts; k is at most its number of items."""
         from zsr.index.searching.results import Asked
 
         return Asked(min(self.k, int(facts["ntotal"])), self.nprobe, self.refine_factor, self.labels)
@@ -147,7 +147,7 @@ def image_files(place: Path) -> list[Path]:
     """`place` itself, or the images in the folder `place` and below, in name order.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no image.
     """
     from zsr.data.decode import IMAGE_SUFFIXES
 
@@ -155,12 +155,12 @@ def image_files(place: Path) -> list[Path]:
         return [place]
     found = [path for path in files_below(place) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
-        raise ConfigError(f"{place}: no image there; expected an image file, or a folder with some in it")
+        raise ConfigError(f"{place}: no image found; expected an image file or a folder of images")
     return found
 
 
 def from_files(config: Search, searcher: "Searcher") -> "tuple[Answers, list[bytes | None]]":
-    """Answers to image files, and the files' bytes."""
+    """Search results for image files, and the bytes of the files."""
     from zsr.exported import of_checkpoint
     from zsr.index.searching.results import Answers
 
@@ -168,7 +168,7 @@ def from_files(config: Search, searcher: "Searcher") -> "tuple[Answers, list[byt
     checkpoint = open_artifact(config.checkpoint or Path(), "checkpoint")
     if checkpoint.digest != searcher.space.checkpoint:
         raise ConfigError(
-            f"--checkpoint {config.checkpoint}: {checkpoint.digest[:12]} did not embed the gallery; give "
+            f"--checkpoint {config.checkpoint}: {checkpoint.digest[:12]} did not embed the gallery; give checkpoint "
             f"{searcher.space.checkpoint[:12]}, which did"
         )
     model = of_checkpoint(checkpoint, config.weights)
@@ -182,10 +182,10 @@ def from_files(config: Search, searcher: "Searcher") -> "tuple[Answers, list[byt
 
 
 def readable(files: Sequence[Path]) -> tuple[list[Path], list[bytes]]:
-    """Those of `files` that decode, and their bytes; a warning names the others.
+    """The `files` that can be decoded, and their bytes; the others are logged as a warning.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no file can be decoded.
     """
     from zsr.data.decode import BadImage, Limits, decode
 
@@ -201,17 +201,17 @@ def readable(files: Sequence[Path]) -> tuple[list[Path], list[bytes]]:
     if not images:
         raise ConfigError(said)
     if bad:
-        logger.warning("%s; the others are searched for", said)
+        logger.warning("%s; searching for the others", said)
     return list(images), list(images.values())
 
 
 def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
-    """Say which of the drawings look like photos: their answers are those to a drawing that is none."""
+    """Warn about drawings that look like photos: the sketch encoder's results for them are meaningless."""
     from zsr.data.drawing import looks_like_a_photo
 
     if photos := [path for path, image in zip(files, images, strict=True) if looks_like_a_photo(image)]:
         logger.warning(
-            "%d of %d drawings look like photos, such as %s: they have no even background; to search by a photo, "
+            "%d of %d drawings look like photos, such as %s: their background is not uniform; to search by photo, "
             "give --photo instead of --sketch",
             len(photos),
             len(files),
@@ -220,7 +220,7 @@ def warn_of_photos(files: Sequence[Path], images: Sequence[bytes]) -> None:
 
 
 def from_embeddings(config: Search, searcher: "Searcher") -> "tuple[Answers, list[bytes | None]]":
-    """Answers to embeddings, and the queries' pictures where DATA has them."""
+    """Search results for embeddings, and the images of the queries if DATA has them."""
     from zsr.index.searching.contact_sheet import pictures_in
     from zsr.index.searching.results import answer
 
@@ -234,7 +234,7 @@ def from_embeddings(config: Search, searcher: "Searcher") -> "tuple[Answers, lis
 
 
 def to_artifact(config: Search) -> Results:
-    """Answers to embeddings, as NEIGHBOURS."""
+    """Search results for embeddings, as a NEIGHBOURS artifact."""
     from zsr.index.searching.batch import search_all
 
     index, queries = open_artifact(config.index_dir, "index"), open_artifact(config.queries or Path(), "embeddings")

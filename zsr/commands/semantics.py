@@ -1,4 +1,4 @@
-"""Class names to SEMANTICS: one vector a class and kind."""
+"""Compute class embeddings from class names: SEMANTICS."""
 
 import json
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class Config(JobConfig):
-    """Flags of zsr semantics.
+    """Compute one embedding per class from word vectors, sentences or WordNet.
 
     Attributes:
         output: ROOT of the SEMANTICS artifact.
-        data: DATA whose classes are wanted.
-        labels: class names, instead of or beside those of the data.
-        kinds: kinds of vectors, which are concatenated in sorted order: glove, word2vec, fasttext, minilm,
-            wordnet-path, wordnet-lch, wordnet-wup, wordnet-jcn, wordnet-lin.
+        data: DATA whose classes to embed.
+        labels: class names, instead of or in addition to those of the data.
+        kinds: kinds of class embeddings, concatenated in sorted order: glove, word2vec, fasttext, minilm, wordnet-path,
+            wordnet-lch, wordnet-wup, wordnet-jcn, wordnet-lin.
         vectors: KIND=PATH of word2vec, glove and fasttext files (binary or text, also .gz), or of minilm's folder.
-        names: JSON file {class: words that stand for it}.
-        unknown_words: a word without a vector is an error, or counts as zeros.
-        prompt: the sentence in which minilm reads a class name.
+        names: JSON file {class: words} with the words to embed instead of the class name.
+        unknown_words: treat a word without a vector as an error, or as zeros.
+        prompt: template of the sentence that minilm embeds, with {} for the class name.
         wordnet: folder of WordNet's database files.
         information_content: KIND=FILE for wordnet-jcn and wordnet-lin.
-        senses: JSON file {class: synset}; the others take the first noun sense of their name.
+        senses: JSON file {class: synset}; by default the first noun sense of the class name.
     """
 
     output: Path
@@ -46,7 +46,7 @@ class Config(JobConfig):
     senses: Path | None = None
 
     def classes(self) -> tuple[str, ...]:
-        """Names from both flags. Raises ConfigError if there is none."""
+        """Class names from --data and --labels. Raises ConfigError if there is none."""
         named = {canonical_label(label) for label in self.labels}
         if self.data is not None:
             named |= set(open_artifact(self.data, "data").facts["classes"])
@@ -55,7 +55,7 @@ class Config(JobConfig):
         return tuple(sorted(named))
 
     def settings(self) -> "Settings":
-        """Files read, flags checked. Raises ConfigError for a malformed one."""
+        """Read the files and check the flags. Raises ConfigError for a malformed one."""
         from zsr.data.semantics.settings import Settings
 
         return Settings(

@@ -1,4 +1,4 @@
-"""DATA, FEATURES, SEMANTICS and a split to a checkpoint."""
+"""Train a model: DATA, FEATURES, SEMANTICS and a split to a checkpoint."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -20,42 +20,42 @@ if TYPE_CHECKING:
     from zsr.models.protocol import ModelConfig
     from zsr.training.run import Run, TowerStart
 
-DEFAULT_MODEL: Final = "contrastive"  # the best of docs/results.md
+DEFAULT_MODEL: Final = "contrastive"  # the best in docs/results.md
 
 
 class Config(TrainSettings, DeviceSettings, JobConfig):
-    """Flags of zsr train, those of the run included.
+    """Train a model on the seen classes.
 
     Attributes:
-        data: DATA.
-        features: FEATURES of that data; or leave it out and give a tower.
-        tower: a backbone that is trained along, on the pictures themselves.
-        weights: a local file or directory of the tower's first weights; none takes those that its package brings.
-        random_weights: begin at random weights instead; --weights then tells sizes alone.
-        layer: which of the tower's outputs; by default its first.
-        scaling: of pixels: the tower's published one, or pixels / 255 alone as the released Doodle2Search does.
-        fit: resize the whole picture, or cut out the middle as the tower's publishers do.
-        attention: Doodle2Search's attention over positions, in a VGG.
-        prompts: learned tokens that join those of a picture, in ViT, DINOv2 or CLIP.
-        size: side in pixels that pictures are resized to; by default what the tower was trained at.
-        towers: one tower for both modalities, or one each.
+        data: DATA artifact.
+        features: FEATURES of that data; omit with --tower.
+        tower: backbone to fine-tune end to end on the images, instead of precomputed --features.
+        weights: file or directory of the tower's initial weights; by default those of its package.
+        random_weights: initialize the tower at random; only the architecture is then read from --weights.
+        layer: output of the tower to use; by default its first.
+        scaling: normalize pixels as published with the tower, or only divide them by 255, as the released Doodle2Search
+            does.
+        fit: resize the whole image, or take a center crop as the tower's publishers do.
+        attention: add Doodle2Search's spatial attention to a VGG tower.
+        prompts: number of learned prompt tokens per image, in ViT, DINOv2 or CLIP.
+        size: side in pixels to which images are resized; by default the size the tower was trained at.
+        towers: one tower shared by both modalities, or one per modality.
         tower_rate: the tower's learning rate as a multiple of the model's; 0 keeps it frozen.
-        tower_tune: which of its parameters train: all, norms (and prompts), or a regular expression of their names.
-        invert_sketches: white strokes on black.
-        query_modality: of the queries; the gallery holds photos.
-        semantics: SEMANTICS with a vector for every class; only models that learn from none can do without.
+        tower_tune: tower parameters to train: all, norms (and prompts), or a regular expression on their names.
+        invert_sketches: turn sketches into white strokes on black.
+        query_modality: modality of the queries; the gallery holds photos.
+        semantics: SEMANTICS with an embedding for every class; required unless the model does not use them.
         split: a published split by name, random:UNSEEN:SEED, or a JSON file.
         output: ROOT of the checkpoint artifact.
-        model: which model; `zsr train --model NAME --help` lists its options.
-        preset: a named set of the model's options, such as the paper's own; single options go on top.
-        track: TensorBoard's event files (beside the metrics), mlflow or wandb, in addition to the JSONL.
-        log_every: steps from one line of metrics to the next.
-        zero_stage: what DeepSpeed shards over workers: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights;
-            by default as zsr/training/deepspeed.yaml, or the file $ZSR_DEEPSPEED, says.
-        precision: of the forward passes, of weights that stay in 32 bits; fp16 on GPUs only. Default as above.
-        recompute: an image tower forgets its activations and makes them again for the backward pass: less memory, about
-            a third more time, the same bits.
-        resume: latest continues a killed run of the same plan; never starts it again.
+        model: name of the model; `zsr train --model NAME --help` lists its options.
+        preset: a named set of the model's options, such as the paper's; single options override it.
+        track: experiment trackers in addition to the JSONL log: tensorboard (event files next to it), mlflow, wandb.
+        log_every: steps between two log entries.
+        zero_stage: ZeRO stage, what DeepSpeed shards over workers: 0 nothing, 1 optimizer states, 2 also gradients, 3
+            also weights; by default that of zsr/training/deepspeed.yaml, or of the file $ZSR_DEEPSPEED.
+        precision: precision of forward passes; weights stay in fp32. fp16 on GPUs only. Default as for zero_stage.
+        recompute: activation checkpointing in image towers: less memory, about a third more time, the same bits.
+        resume: latest resumes a killed run of the same plan; never starts it from scratch.
     """
 
     data: Path
@@ -87,9 +87,9 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
     resume: Literal["latest", "never"] = "latest"
 
     def inputs(self) -> "Artifact | TowerStart":
-        """What the model eats. Raises ConfigError unless it is either features or a tower."""
+        """The model's inputs. Raises ConfigError unless exactly one of features and tower is given."""
         if (self.features is None) == (self.tower is None):
-            raise ConfigError("give either --features, or a --tower that makes them of the pictures")
+            raise ConfigError("give either --features, or a --tower that is trained on the images")
         if self.features is not None:
             return open_artifact(self.features, "features")
         from zsr.models import backbones
@@ -120,7 +120,7 @@ class Config(TrainSettings, DeviceSettings, JobConfig):
 
 
 def prepare_run(config: Config, options: "ModelConfig") -> "Run":
-    """Open the inputs and resolve the split. Raises what opening and resolving raise."""
+    """Open the inputs and resolve the split. Raises the errors of `open_artifact` and `splits.choose`."""
     from zsr.training import trackers
     from zsr.training.engines import deepspeed_config
     from zsr.training.run import Run
@@ -169,8 +169,8 @@ def work(config: Any) -> Results:
 
 
 def config_for(argv: Sequence[str]) -> type[Any]:
-    """The flags of the model that `--model` or the file names: `--options.NAME` is typed by it, and it has its own
-    defaults of the run's length. For help, only those of a model that is named: loading one takes seconds.
+    """The configuration class for the model in `--model` or in the file, which defines `--options.*` and the defaults
+    of epochs and the like. --help without a model omits its options, since importing one takes seconds.
 
     Raises:
         ConfigError: no such model or preset.
@@ -184,7 +184,7 @@ def config_for(argv: Sequence[str]) -> type[Any]:
 
 
 def config_of(model: object = None, preset: object = None) -> type[Any]:
-    """`config_for` a model and one of its presets."""
+    """The configuration class for a model and one of its presets, see `config_for`."""
     name = str(model or DEFAULT_MODEL)
     options = configure(name, {}, None if preset is None else str(preset))
     fields: dict[str, Any] = {"options": (type(options), options)}

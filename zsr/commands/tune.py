@@ -1,4 +1,4 @@
-"""Trials of zsr train over a search space, or over several seeds, to the best configuration by validation classes."""
+"""Hyperparameter search: run zsr train over a search space or several seeds, and keep the best by validation score."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from zsr.training.run import Run
     from zsr.training.sweep import Overrides, Sweep, Trial
 
-# what makes scores of two trials incomparable, or is no setting of a run
+# flags that would make the scores of two trials incomparable, or that are not hyperparameters
 FIXED: Final = (
     *(
         "data",
@@ -42,16 +42,16 @@ OWN: Final = ("search_space", "trials", "seeds", "searcher", "trials_per_gpu", "
 
 
 class Config(train.Config):
-    """Flags of zsr tune: those of zsr train, which every trial starts from, and these.
+    """Search for a model's best hyperparameters. All other flags are those of zsr train, shared by every trial.
 
     Attributes:
         search_space: YAML file of `FIELD: {KIND: VALUES}`, such as `options.lr: {loguniform: [1e-5, 1e-3]}`; kinds are
-            uniform, loguniform, randint, choice and grid. Without it the seeds alone are trained.
-        trials: settings that are drawn; each is trained with every seed.
-        seeds: of the runs; a setting's score is the mean over them.
+            uniform, loguniform, randint, choice and grid. Without it only the seeds vary.
+        trials: number of configurations to sample; each is trained with every seed.
+        seeds: seeds of the training runs; a configuration's score is the mean over them.
         searcher: random, or optuna (extra `optuna`).
-        trials_per_gpu: trials that share what --gpus-per-worker says; a small model cannot fill a GPU.
-        search_seed: of the drawing.
+        trials_per_gpu: trials that share the GPUs of --gpus-per-worker; a small model cannot use a whole GPU.
+        search_seed: seed of the sampling.
     """
 
     search_space: Path | None = None
@@ -63,7 +63,7 @@ class Config(train.Config):
 
 
 def base(config: Any) -> dict[str, Any]:
-    """The flags of zsr train that trials start from, as plain values; paths absolute, for trials run elsewhere."""
+    """The flags of zsr train shared by all trials, as plain values; paths are absolute, as trials run on any node."""
     values = {name: getattr(config, name) for name in type(config).model_fields if name not in OWN}
     found = {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
     return {**found, "options": config.options.model_dump(mode="json"), "num_workers": 0}
@@ -73,7 +73,7 @@ def trial_config(values: Mapping[str, Any], overrides: "Overrides") -> Any:
     """The configuration of zsr train for one trial.
 
     Raises:
-        ConfigError: no such field, one that trials may not differ in, or a value that it does not take.
+        ConfigError: no such field, a field that must be the same in all trials, or an invalid value.
     """
     changed = {**values, "options": dict(values["options"])}
     for name, value in overrides.items():
@@ -81,7 +81,7 @@ def trial_config(values: Mapping[str, Any], overrides: "Overrides") -> Any:
         field = field.replace("-", "_")
         if field not in changed or (field in FIXED and name != "seed") or (field == "options") != bool(option):
             known = sorted(set(changed) - {*FIXED, "options"}) + [f"options.{o}" for o in values["options"]]
-            raise ConfigError(f"search space: {name!r} cannot be searched; these can: {known}")
+            raise ConfigError(f"search space: {name!r} cannot be tuned; choose from {known}")
         if option and option not in changed["options"]:
             raise ConfigError(f"search space: no option {option!r}; known are {sorted(values['options'])}")
         if option:
@@ -102,7 +102,7 @@ def make(values: Mapping[str, Any], overrides: "Overrides") -> "Run":
 
 
 def sweep_of(config: Any) -> "Sweep":
-    """What is tried.
+    """The sweep to run.
 
     Raises:
         ConfigError: see `parse_space` and `trial_config`.
@@ -113,11 +113,11 @@ def sweep_of(config: Any) -> "Sweep":
     values = base(config)
     space = parse_space(content)
     if "seed" in space:
-        raise ConfigError("search space: a seed is no setting; use --seeds")
+        raise ConfigError("search space: the seed cannot be tuned; use --seeds")
     for name, given in content.items():
         ((kind, listed),) = given.items()
         for value in listed if kind in ("choice", "grid") else ():
-            trial_config(values, {name: value})  # a value that is refused is better refused now
+            trial_config(values, {name: value})  # fail early on an invalid value
     known = {name.partition(".")[0] for name in space}
     trial_config(values, {name: values.get(name, values["options"].get(name.partition(".")[2])) for name in space})
     return Sweep(
@@ -160,7 +160,7 @@ def work(config: Any) -> Results:
 
 
 def flags(config: Any) -> dict[str, Any]:
-    """What `zsr train --config` takes, without --output."""
+    """The configuration file for `zsr train --config`, without --output."""
     values = config.model_dump(
         mode="json", exclude={"output", "dry_run", "resume", "track", "log_every", *DeviceSettings.model_fields}
     )
@@ -169,7 +169,7 @@ def flags(config: Any) -> dict[str, Any]:
 
 
 def table(trials: Sequence["Trial"]) -> str:
-    """A line a trial, best first."""
+    """One line per trial, best first."""
     lines = ["validation mAP  step  setting"]
     for trial in trials:
         score = "        failed" if trial.score is None else f"{trial.score:14.4f}"
@@ -181,7 +181,7 @@ def table(trials: Sequence["Trial"]) -> str:
 
 
 def config_for(argv: Sequence[str]) -> type[Any]:
-    """The flags, see `train.config_for`."""
+    """The configuration class, see `train.config_for`."""
     options = train.config_for(argv).model_fields.get("options")
     typed: dict[str, Any] = {} if options is None else {"options": (options.annotation, options.default)}
     return create_model("Config", __base__=Config, __module__=__name__, __doc__=Config.__doc__, **typed)

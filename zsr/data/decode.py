@@ -1,9 +1,9 @@
-"""Encoded images to pixels, under limits: what an image claims is checked by its header before anything is decoded.
+"""Decode encoded images to pixels, under limits that are checked in the header before anything is decoded.
 
-Formats are allow-listed by magic bytes, see `sniff`. Large JPEGs decode with simplejpeg at a reduced scale of at least
-twice the required size; everything else, and JPEGs that it refuses, go to Pillow. Whatever decodes, the result is what
-a viewer shows: the first frame, upright as Exif says, 8 bits per channel, on white where it is transparent. Resizing is
-antialiased as Pillow's is, by cykooz_resizer: a quarter of the time, and the same bits on every processor.
+Formats are allow-listed by magic bytes, see `sniff`. Large JPEGs are decoded by simplejpeg at a reduced scale of at
+least twice the required size; everything else, and JPEGs that it rejects, by Pillow. Either way the result is what a
+viewer shows: the first frame, rotated by its Exif orientation, 8 bits per channel, transparency on white. Resizing is
+antialiased like Pillow's, by cykooz_resizer, which takes a quarter of the time and gives the same bits on every CPU.
 """
 
 import io
@@ -22,15 +22,15 @@ import simplejpeg
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import ExifTags, Image, PngImagePlugin
 
-VERSION: Final = 3  # of the pixels that `decode` makes; what is made of pixels is keyed by it
-COMPATIBLE: Final = (2, 3)  # with this version: images that are upright and of 8 bits have the same pixels
+VERSION: Final = 3  # of the pixels of `decode`; part of the configuration of everything computed from pixels
+COMPATIBLE: Final = (2, 3)  # versions with the same pixels for images that are upright and of 8 bits
 Interpolation = Literal["bilinear", "bicubic"]
 # Pillow's bicubic is Catmull-Rom
 FILTERS: Final = {"bilinear": FilterType.bilinear, "bicubic": FilterType.catmull_rom}
-MAX_MISSING: Final = 0.1  # of the rows of a JPEG that ends early; one that lacks more is refused
+MAX_MISSING: Final = 0.1  # max fraction of missing rows of a truncated JPEG
 
-# endings (lower case) of everything that is called an image, readable here or not: what is found under one of them is
-# used or quarantined, never overlooked
+# extensions (lower case) of all image formats, readable here or not: files with one of them are used or quarantined,
+# never ignored
 IMAGE_SUFFIXES: Final = frozenset(
     (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif"),
@@ -42,7 +42,7 @@ IMAGE_SUFFIXES: Final = frozenset(
         *(".3fr", ".erf", ".iiq", ".mrw", ".rwl", ".sr2", ".x3f"),
     )
 )
-# first bytes of the formats that are read, by Pillow's names
+# magic bytes of the supported formats, by Pillow's names
 READ: Final = (
     ("JPEG", rb"\xff\xd8\xff"),
     ("PNG", rb"\x89PNG\r\n\x1a\n"),
@@ -56,7 +56,7 @@ READ: Final = (
     ("HEIF", rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|m[is]f1)"),
 )
 _RAW: Final = "a camera raw file: convert it to JPEG, or give the JPEG that the camera made"
-# first bytes of other things that come along with images, what they are and how to go on
+# magic bytes of other files that are found among images, with a description and a fix
 OTHER: Final = (
     (rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)", "a web page instead of an image: download it again"),
     (rb"(?:\xef\xbb\xbf)?\s*<(?=.{0,4000}svg[\s>])", "an SVG drawing: convert it to PNG"),
@@ -76,9 +76,9 @@ OTHER: Final = (
     (rb"\x00\x05\x16[\x00\x07]", "an AppleDouble file, which holds no image: delete it"),
     (rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!", "an archive or a compressed file: unpack it"),
 )
-# a comment may be packed well, but not like a bomb; some programs write whole documents into one
+# limit against decompression bombs in PNG comments; some programs write whole documents into one
 PngImagePlugin.MAX_TEXT_CHUNK = 8 << 20
-UPRIGHT: Final = {  # what turns an image whose Exif orientation is the key
+UPRIGHT: Final = {  # Exif orientation -> transpose operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -91,14 +91,14 @@ UPRIGHT: Final = {  # what turns an image whose Exif orientation is the key
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Ceilings for one encoded image: bytes as stored, pixels as its header claims."""
+    """Max size of one encoded image: bytes as stored, pixels according to its header."""
 
     encoded: int = 20 << 20
     pixels: int = 50_000_000
 
 
 class BadImage(ValueError):
-    """An image that goes to quarantine; `kind` is the quarantine's word for why."""
+    """An image that is quarantined; `kind` is the quarantine's code for the reason."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -106,10 +106,10 @@ class BadImage(ValueError):
 
 
 def sniff(data: bytes) -> str:
-    """Format by magic bytes, by Pillow's name.
+    """Detect the format by magic bytes; returns Pillow's name of it.
 
     Raises:
-        BadImage: `unsupported`, a known kind of file that is not read, or not with what is installed; `wrong_type`,
+        BadImage: `unsupported` for a known format that is not read, or not with what is installed; `wrong_type` for
             anything else.
     """
     found = next((name for name, pattern in READ if re.match(pattern, data, re.DOTALL)), None)
@@ -129,23 +129,23 @@ def sniff(data: bytes) -> str:
 
 @cache
 def _heif() -> bool:
-    """Have Pillow read HEIC with the extra `heif`; False where it is not installed."""
+    """Register HEIC with Pillow, by the extra `heif`; False if it is not installed."""
     try:
         import pillow_heif
     except ImportError:
         return False
-    # one thread: decoding is spread over processes
+    # one thread: decoding is parallel over processes
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
     return True
 
 
 def reads() -> dict[str, Any]:
-    """What shapes which images are read here and how: the version of decoding, and whether HEIC is among them."""
+    """What determines which images are read here, and how: the decoder version, and whether HEIC is supported."""
     return {"decode": VERSION, "heif": _heif()}
 
 
 def unreadable_reason(data: bytes) -> str | None:
-    """Why the encoded image `data` (or its first 4 KiB) is of no kind that is read here; None where it is of one."""
+    """Why the format of the encoded image `data` (or of its first 4 KiB) is not supported; None if it is."""
     try:
         sniff(data)
     except BadImage as error:
@@ -155,12 +155,12 @@ def unreadable_reason(data: bytes) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an encoded image says of itself.
+    """Header of an encoded image.
 
     Attributes:
         kind: its format.
-        width, height: in pixels as stored, which is before it is turned upright.
-        orientation: of a JPEG, its Exif orientation, 1 to 8; of other formats always 1, since it may lie anywhere.
+        width, height: in pixels as stored, before it is rotated upright.
+        orientation: Exif orientation of a JPEG, 1 to 8; always 1 for other formats, which may store it anywhere.
     """
 
     kind: str
@@ -170,10 +170,10 @@ class Header:
 
 
 def check_header(data: bytes, limits: Limits) -> Header:
-    """The header of an encoded image, with nothing decoded.
+    """Read and check the header of an encoded image, without decoding it.
 
     Raises:
-        BadImage: empty, too many bytes, of another format, unreadable header, or too many pixels.
+        BadImage: empty, too many bytes, unsupported format, unreadable header, or too many pixels.
     """
     if not data:
         raise BadImage("empty", "0 bytes, expected an encoded image")
@@ -187,29 +187,29 @@ def check_header(data: bytes, limits: Limits) -> Header:
         tags = getattr(image, "tag_v2", {})
         if tags.get(ExifTags.Base.NewSubfileType) == 1 or ExifTags.Base.DNGVersion in tags:
             raise BadImage("unsupported", _RAW)  # their first image is a thumbnail
-        # of a PNG it may lie behind the pixels, which Pillow would then decode
+        # in a PNG the Exif block may follow the pixels, which Pillow would then decode
         return Header(kind, width, height, _orientation(image) if kind == "JPEG" else 1)
 
 
 @contextmanager
 def _opened(data: bytes, kind: str, part: str = "") -> Iterator[Image.Image]:
-    """The image as Pillow opens it; see `_as_bad_image`."""
+    """Open the image with Pillow; errors as in `_as_bad_image`."""
     with _as_bad_image(kind, part), Image.open(io.BytesIO(data), formats=[kind]) as image:
         yield image
 
 
 @contextmanager
 def _as_bad_image(kind: str, part: str = "") -> Iterator[None]:
-    """Whatever Pillow raises in the block becomes BadImage, which names `part` of the `kind`; it warns of nothing."""
+    """Turn every error in the block into BadImage, with `kind` and `part` in the message; silence warnings."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit of pixels is the tighter one; odd metadata is no matter
+            warnings.simplefilter("ignore")  # our pixel limit is stricter than Pillow's; odd metadata does not matter
             yield
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
         raise BadImage("oversized", str(error)) from error
-    except Exception as error:  # a plug-in may stumble over damaged bytes in any way
+    except Exception as error:  # on damaged bytes a plug-in may raise anything
         if "truncated" in str(error).lower():
             raise BadImage(
                 "truncated", f"the {kind} ends early ({_plain(error)}): copy or download it again"
@@ -218,27 +218,27 @@ def _as_bad_image(kind: str, part: str = "") -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Exif orientation of an open image, 1 to 8; 1 where there is none, or one that cannot be read."""
+    """Exif orientation of an open image, 1 to 8; 1 if there is none or it cannot be read."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, EOFError, struct.error):
-        return 1  # a damaged block of Exif is no reason to lose an image
+        return 1  # do not reject an image because of a damaged Exif block
     return found if found in UPRIGHT else 1
 
 
 def _plain(error: Exception) -> str:
-    """What `error` says, without the address of the object that it is about: messages go into artifacts."""
+    """The message of `error` without object addresses: messages are stored in artifacts, which must be reproducible."""
     return re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error))
 
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """How a picture becomes square. The defaults keep all of it and not its aspect, as the papers do.
+    """How to resize an image to a square. By default the whole image is stretched, as in the papers.
 
     Attributes:
         size: side in pixels.
-        interpolation: of the resizing.
-        crop: side of a square cut out of the middle first, as a share of the shorter side; None cuts nothing.
+        interpolation: interpolation of the resizing.
+        crop: side of a center crop taken first, as a fraction of the shorter side; None for no crop.
     """
 
     size: int
@@ -248,17 +248,17 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """How the pictures of a data set are to look, and what a stream is asked for in place of FEATURES.
+    """Image preprocessing; also passed to a stream to request images instead of FEATURES.
 
     Attributes:
-        invert_sketches: white strokes on black.
+        invert_sketches: turn sketches into white strokes on black.
     """
 
     resize: Resize
     invert_sketches: bool = False
 
     def look(self, modality: str, pixels: np.ndarray) -> np.ndarray:
-        """Pixels (..., 3) uint8 of a modality, resized already, with black and white exchanged where that is asked."""
+        """Invert resized pixels (..., 3) uint8 if they are a sketch's and `invert_sketches` is set."""
         return 255 - pixels if self.invert_sketches and modality == "sketch" else pixels
 
 
@@ -274,15 +274,16 @@ def decode(data: bytes, resize: int | Resize, limits: Limits) -> np.ndarray:
 
 
 def upright(data: bytes, limits: Limits, min_side: int = 0) -> np.ndarray:
-    """Decode to (H, W, 3) uint8 RGB as a viewer shows it: upright, the first frame, on white where it is transparent.
+    """Decode to (H, W, 3) uint8 RGB as a viewer shows it: upright, the first frame, transparency on white.
 
-    A JPEG that ends early is used as far as it goes, see `_cut_short`.
+    Most of a truncated JPEG is enough, see `_cut_short`.
 
     Args:
-        min_side: a JPEG may be reduced, by halves at most to this width and height; 0 keeps its size.
+        min_side: a JPEG may be downscaled in the DCT, by powers of 2 to at least this width and height; 0 keeps its
+            size.
 
     Raises:
-        BadImage: see check_header; or the body does not decode.
+        BadImage: see check_header; or the body cannot be decoded.
     """
     header = check_header(data, limits)
     if header.kind == "JPEG":
@@ -290,7 +291,7 @@ def upright(data: bytes, limits: Limits, min_side: int = 0) -> np.ndarray:
             pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=min_side, min_width=min_side, min_factor=1)
             return turned(pixels, header.orientation)
         except ValueError:
-            pass  # damaged files that Pillow may still read
+            pass  # Pillow may still read a damaged file
     try:
         with _opened(data, header.kind) as image:
             return rgb(image)
@@ -301,16 +302,16 @@ def upright(data: bytes, limits: Limits, min_side: int = 0) -> np.ndarray:
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 upright, which were stored in this Exif orientation."""
+    """Rotate pixels (H, W, 3) uint8 of this Exif orientation upright."""
     method = UPRIGHT.get(orientation)
     return pixels if method is None else np.asarray(Image.fromarray(pixels).transpose(method))
 
 
 def _cut_short(data: bytes) -> np.ndarray:
-    """A JPEG that ends early: its missing rows are gray, as libjpeg fills them.
+    """Decode a truncated JPEG: its missing rows are gray, as libjpeg fills them.
 
     Raises:
-        BadImage: more than MAX_MISSING of its rows are missing, or whole scans, each of which makes all rows finer.
+        BadImage: more than MAX_MISSING of its rows are missing, or whole scans, each of which refines all rows.
     """
     with _opened(data + b"\xff\xd9", "JPEG") as image:
         there = np.flatnonzero((np.abs(np.asarray(image, np.int16) - 128) > 1).reshape(image.height, -1).any(1))
@@ -325,7 +326,7 @@ _SEGMENT: Final = re.compile(rb"\xff([\xc0-\xcf\xda-\xfe])(..)", re.DOTALL)
 
 
 def _all_scans_begun(data: bytes) -> bool:
-    """Whether a JPEG goes on to where the last scan of each of its components has begun."""
+    """Whether a truncated JPEG contains the beginning of the last scan of each of its components."""
     components: set[int] = set()
     begun: set[int] = set()
     at = 2
@@ -333,32 +334,34 @@ def _all_scans_begun(data: bytes) -> bool:
         marker, body = found[1][0], data[found.end() : found.start() + 2 + int.from_bytes(found[2])]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame
             components = set(body[6::3])
-        elif marker == 0xDA and body[-2:-1] == b"\x3f" and body[-1] & 15 == 0:  # up to the last bit of coefficient 63
+        elif (
+            marker == 0xDA and body[-2:-1] == b"\x3f" and body[-1] & 15 == 0
+        ):  # includes the last bit of coefficient 63
             begun |= set(body[1:-3:2])
         at = found.end() + len(body)
     return bool(components) and components <= begun
 
 
 def square(image: Image.Image, wanted: Resize) -> np.ndarray:
-    """An open image as (size, size, 3) uint8 RGB, as `decode` makes it of its file. Raises BadImage as `upright`."""
+    """An open image as (size, size, 3) uint8 RGB, as `decode` returns for its file. Raises BadImage like `upright`."""
     with _as_bad_image(image.format or "image"):
         return _resize(rgb(image), wanted)
 
 
 def rgb(image: Image.Image) -> np.ndarray:
-    """An open image as (H, W, 3) uint8 RGB: upright, and on white where it is transparent.
+    """An open image as (H, W, 3) uint8 RGB: upright, transparency on white.
 
     Raises:
         BadImage: no pixels, or values that are not finite.
     """
     if not image.width or not image.height:
         raise BadImage("empty", f"{image.width} x {image.height} pixels")
-    image.load()  # which turns a TIFF, and finds the Exif behind the pixels of a PNG
+    image.load()  # rotates a TIFF, and reads the Exif block that follows the pixels of a PNG
     return turned(np.asarray(_on_white(image), np.uint8), _orientation(image))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Flatten transparency onto white: sketches are black strokes on it, and black would hide them."""
+    """Flatten transparency onto white: sketches are often black strokes on a transparent background."""
     if image.mode[0] in "IF":
         image = _eight_bits(image)
     elif image.mode == "La":
@@ -370,23 +373,24 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of more than 8 bits as 8 bits; Pillow itself would clip it to white. What is transparent becomes white."""
+    """Scale gray of more than 8 bits to 8 bits, where Pillow would clip it to white. Transparency becomes white."""
     values = np.array(image, np.float32)
     if not np.isfinite(values).all():
         raise BadImage("undecodable", "its values are not finite")
     black, white = _ends(image, values)
     if isinstance(key := image.info.get("transparency"), int):
         values[values == key] = white
-    values -= black  # in place: there may be many of them
+    values -= black  # in place, since the array may be large
     values *= 255 / (white - black)
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 
 
 def _ends(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
-    """The values that are black and white.
+    """The values of black and white.
 
-    16 bits have their whole range, or that of the bits that a TIFF says it uses. Integers of 32 bits and floats do not
-    say: the range is the smallest of 0 to 1 (floats), 255 and 65535 that holds all values, or else their own.
+    For 16 bits the full range, or that of the BitsPerSample of a TIFF. For 32-bit integers and floats, whose range is
+    not declared: the smallest of 0 to 1 (floats only), 0 to 255 and 0 to 65535 that holds all values, or else their
+    min and max.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
@@ -401,7 +405,7 @@ def _ends(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
 
 
 def _resize(pixels: np.ndarray, wanted: Resize) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 as (size, size, 3), in one step from the box that is cut out."""
+    """Crop and resize pixels (H, W, 3) uint8 to (size, size, 3) in one step."""
     height, width = pixels.shape[:2]
     options = ResizeOptions(ResizeAlg.convolution(FILTERS[wanted.interpolation]), use_alpha=False)
     if wanted.crop is not None:

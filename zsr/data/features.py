@@ -1,4 +1,4 @@
-"""FEATURES: `id int64, feature fixed_size_list<float16 | float32>[D]`, one shard beside each DATA shard.
+"""FEATURES: `id int64, feature fixed_size_list<float16 | float32>[D]`, one shard per DATA shard.
 
 A feature shard has the name of its DATA shard and a subset of its rows in the same order, so that the two are joined
 shard by shard, without a shuffle.
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.data.listing import Listing
 from zsr.data.prepare import Prepare, stage_listing
@@ -28,14 +28,14 @@ def feature_table(ids: Sequence[int], features: np.ndarray) -> pa.Table:
 
 
 def vectors(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """A fixed-size-list column as (N, D), without a copy where it is one chunk.
+    """A fixed-size-list column as (N, D), without a copy if it is one chunk.
 
     Raises:
         DamagedArtifact: another type, or a null.
     """
     if not pa.types.is_fixed_size_list(column.type) or column.null_count:
         raise DamagedArtifact(
-            f"{where}: found {column.type} with {column.null_count} nulls, expected fixed_size_list, none null"
+            f"{where}: found {column.type} with {column.null_count} nulls, expected fixed_size_list without nulls"
         )
     array = column.combine_chunks()
     flat = array.flatten() if isinstance(array, pa.Array) else pa.concat_arrays([c.flatten() for c in column.chunks])
@@ -48,11 +48,11 @@ def seal_features(staging: Staging, output: Store, names: Sequence[str], about: 
     """Seal and publish FEATURES from the finished shards `names`.
 
     Raises:
-        ConfigError: modalities whose features differ in width.
+        ConfigError: no row has a feature, or the features of a modality differ in width.
     """
     entries = staging.all_finished(names)
     if not any(int(entry.facts["rows"]) for entry in entries):
-        raise ConfigError("no row has a feature; check the feature column, or that the pictures are there")
+        raise ConfigError("no row has a feature; check that the feature column, or the images, exist")
     modalities = sorted({e.path.partition("/")[0].partition("=")[2] for e in entries if int(e.facts["rows"])})
     dims = {m: {int(e.facts["dim"]) for e in entries if e.path.startswith(f"modality={m}/")} - {0} for m in modalities}
     if wrong := {m: sorted(d) for m, d in dims.items() if len(d) > 1}:
@@ -68,12 +68,12 @@ def seal_features(staging: Staging, output: Store, names: Sequence[str], about: 
 
 
 def import_features(source: Source, rows: Listing, settings: Prepare, data: Artifact, output: Store) -> Artifact:
-    """FEATURES from vectors that the source itself brings.
+    """Write FEATURES from the precomputed vectors of a source.
 
     Raises:
-        ConfigError: vectors of different widths, or none at all.
+        ConfigError: vectors of different widths, or no vector.
     """
-    # the vectors are not in DATA, so nothing of the content tells old ones from new ones before they are read
+    # the vectors are not in DATA, so its digest does not change with them; file times detect new vectors
     guard = {"files": rows.guards, "source": dict(source.facts)}
     plan = Plan("features", {"backbone": "imported"}, {"data": data.digest}, guard)
     if done := output.made(plan):
@@ -97,7 +97,7 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     used = set(data.read_table(name, columns=["id"]).column("id").to_pylist())
     items = {row_id(i.modality, i.key): i for i in staged_items(staging, slice_of(name))}
     items = {identity: item for identity, item in items.items() if identity in used}
-    # each file once
+    # in file order, so that each file is read once
     found = {}
     for identity in sorted(items, key=lambda i: items[i].where):
         found[identity] = source.feature(items[identity])
@@ -107,8 +107,8 @@ def _import_shard(piece: dict[str, Any], source: Source, data: Artifact, staging
     widths = {vector.shape[0]: items[identity].key for identity, vector in zip(ids, kept, strict=True)}
     if len(widths) > 1:
         shown = ", ".join(f"{width} ({key!r})" for width, key in sorted(widths.items()))
-        raise ConfigError(f"{name}: features of several widths, such as {shown}; each modality requires one width")
-    fault.here("features.shard")
+        raise ConfigError(f"{name}: features of several widths, such as {shown}; they must agree per modality")
+    faults.here("features.shard")
     dim = next(iter(widths), 0)
     matrix = np.stack(kept) if kept else np.zeros((0, 0), np.float32)
     facts = {"rows": len(ids), "quarantined": len(used) - len(ids), "dim": dim}

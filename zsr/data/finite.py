@@ -1,4 +1,4 @@
-"""Vectors that distances can be computed with: finite, and short enough for sums of squares in float32."""
+"""Check that vectors are finite, and short enough for sums of squares in float32."""
 
 from typing import Final
 
@@ -7,18 +7,18 @@ import pyarrow as pa
 
 from zsr.errors import ConfigError
 
-MAX_NORM: Final = 1e15  # its square, and a sum of 10^8 such squares, as k-means and PCA make it, fit float32
+MAX_NORM: Final = 1e15  # its square, and a sum of 10^8 such squares as in k-means and PCA, fit float32
 
 
 def require_finite(matrix: np.ndarray, keys: pa.ChunkedArray | None, where: str, fix: str) -> None:
-    """Refuse vectors that hold a value that is not finite, or are longer than MAX_NORM: no distance to them is right.
+    """Raise ConfigError for vectors with values that are not finite or a norm above MAX_NORM: distances would be wrong.
 
     Args:
-        matrix: (N, D) float16 or float32. keys: of the N rows, if they have some.
+        matrix: (N, D) float16 or float32. keys: keys of the N rows, if they have any.
         fix: what to do about it, for the message.
 
     Raises:
-        ConfigError: names the key and the row of the first, and how many there are.
+        ConfigError: with the key and row of the first such vector, and their number.
     """
     whole = matrix.astype(np.float32, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -1,7 +1,7 @@
-"""A look at DATA: counts, sizes, quarantine, and a contact sheet of a few rows of every class.
+"""Inspect DATA: counts, sizes, quarantine, and a contact sheet with a few rows of every class.
 
-Counts are those of all rows, from the manifest. Sizes and pictures come from the first shards of each modality:
-rows lie in hashed order, so that any prefix is a uniform sample.
+Counts are those of all rows, from the manifest. Sizes and images come from the first shards of each modality: rows are
+in hashed order, so that any prefix is a uniform sample.
 """
 
 import io
@@ -21,20 +21,20 @@ from zsr.artifact import Artifact, FileEntry
 from zsr.data.decode import BadImage, Limits, check_header, upright
 from zsr.data.rows import MODALITIES
 
-THUMB: Final = 72  # pixels a side
+THUMB: Final = 72  # side of a thumbnail in pixels
 GAP: Final = 4
-NAME: Final = 180  # pixels that a column has at least, for the names
+NAME: Final = 180  # min width of a column in pixels, for the names
 TITLE: Final = 16
 COLUMNS: Final = 4
-CLASSES: Final = 400  # on one sheet; more are taken at equal distances in the order of names
-SAMPLE: Final = 20_000  # rows of a modality that are read at most
+CLASSES: Final = 400  # max classes on a sheet; if there are more, every n-th in name order
+SAMPLE: Final = 20_000  # max rows read per modality
 
 Row = Mapping[str, Any]
 
 
 @dataclass
 class Sample:
-    """Rows of one modality: figures of all that were read, and a few rows of each class."""
+    """Rows of one modality: sizes of all rows read, and a few rows of each class."""
 
     rows: int = 0
     bytes: list[int] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Sample:
 
 
 def class_counts(shards: Iterable[FileEntry]) -> dict[str, dict[str, int]]:
-    """Used rows by modality and class, as the shards' own facts say."""
+    """Number of used rows by modality and class, from the metadata of the shards."""
     found: dict[str, Counter[str]] = {}
     for entry in shards:
         modality = entry.path.partition("=")[2].partition("/")[0]
@@ -56,7 +56,7 @@ def class_counts(shards: Iterable[FileEntry]) -> dict[str, dict[str, int]]:
 def sample(
     data: Artifact, modality: str, each: int, wanted: Collection[str] = frozenset(), most: int = SAMPLE
 ) -> Sample:
-    """The first shards of `modality`, up to `most` rows; kept are `each` rows of a class and those of `wanted` keys."""
+    """Read the first shards of `modality`, up to `most` rows; keep `each` rows per class and those of `wanted` keys."""
     seen = Sample()
     for entry in data.shards(modality):
         if seen.rows >= most:
@@ -83,7 +83,7 @@ def _take(seen: Sample, batch: pa.RecordBatch, each: int, wanted: Collection[str
 
 
 def report(data: Artifact, samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """What is printed: rows, classes, quarantine, differences from what is published, and sizes."""
+    """The report of `--inspect`: rows, classes, quarantine, differences from the published counts, and sizes."""
     return {
         "data": data.digest,
         "rows": dict(data.manifest["rows"]),
@@ -104,7 +104,7 @@ def _figures(seen: Sample) -> dict[str, Any]:
 
 
 def sheet(samples: Mapping[str, Sample], each: int) -> Image.Image:
-    """Classes in columns of strips: the name, then up to `each` rows of every modality side by side.
+    """The contact sheet: per class its name and up to `each` rows of every modality side by side, in columns.
 
     Photos that sketches were drawn from come first, in the order of the sketches; likewise the texts of photos.
     """
@@ -119,7 +119,7 @@ def sheet(samples: Mapping[str, Sample], each: int) -> Image.Image:
     width = max(NAME, sum(widest.values()) + GAP * len(samples)) + 3 * GAP
     page = Image.new("RGB", (columns * width, TITLE + lines * (THUMB + TITLE + GAP)), "white")
     for number, name in enumerate(names):
-        # down, then to the right, as names are read
+        # column by column
         x, y = number // lines * width + GAP, number % lines * (THUMB + TITLE + GAP)
         for modality, offset in offsets.items():
             if y == 0:
@@ -131,7 +131,7 @@ def sheet(samples: Mapping[str, Sample], each: int) -> Image.Image:
 
 
 def _in_order(samples: Mapping[str, Sample], modality: str, name: str, each: int) -> list[Row]:
-    """The rows of a class that are shown: first photos of the sketches before them, and texts of the photos."""
+    """The rows of a class to show, first those paired with rows shown before (photos of sketches, texts of photos)."""
     rows = samples[modality].shown.get(name, [])
     if modality == "text" and "photo" in samples:
         before, link = [row["key"] for row in _in_order(samples, "photo", name, each)], "pair"
@@ -143,7 +143,7 @@ def _in_order(samples: Mapping[str, Sample], modality: str, name: str, each: int
 
 
 def _thumb(row: Row) -> Image.Image:
-    """A row as a little picture: its own, or its text; grey if it has neither."""
+    """The thumbnail of a row: its image, or its text; gray if it has neither."""
     inner = THUMB - 2
     framed = Image.new("RGB", (THUMB, THUMB), (210, 210, 210))
     if row["image"] is not None:
@@ -157,7 +157,7 @@ def _thumb(row: Row) -> Image.Image:
 
 
 def _fitted(image: bytes, side: int) -> Image.Image:
-    """The image within `side` pixels, its aspect kept, on white; a cross where it does not decode here."""
+    """The image within `side` pixels, with its aspect ratio, on white; a red line if it cannot be decoded here."""
     paper = Image.new("RGB", (side, side), "white")
     try:
         paper = ImageOps.pad(Image.fromarray(upright(image, Limits(), 2 * side)), paper.size, color="white")
@@ -175,14 +175,14 @@ def _font(size: int = 11) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def png(page: Image.Image) -> bytes:
-    """The page as PNG."""
+    """The page as PNG bytes."""
     encoded = io.BytesIO()
     page.save(encoded, "PNG", optimize=True)
     return encoded.getvalue()
 
 
 def look(data: Artifact, each: int) -> tuple[dict[str, Any], bytes]:
-    """The report, and the contact sheet as PNG with `each` rows a class and modality."""
+    """The report, and the contact sheet as PNG with `each` rows per class and modality."""
     samples: dict[str, Sample] = {}
     for modality in (m for m in MODALITIES if data.shards(m)):
         shown = [row for seen in samples.values() for rows in seen.shown.values() for row in rows]

@@ -1,12 +1,11 @@
-"""What a source holds, in the order of the seeded hash, without holding it in memory.
+"""List the items of a source in the order of a seeded hash, by an external sort.
 
-Items are gathered a run at a time, cut into buckets by the first bits of their order key, and spilled to a file
-without a name, which is gone with the process however that ends. A bucket is a range of the order: reading bucket by
-bucket, each sorted in memory, gives all rows in order, with equal ids side by side. So memory holds one run or one
-bucket (1/256 of a modality), and the result depends neither on the size of a run nor on the order in which a source
-lists.
+Items are read in runs, partitioned into buckets by the first bits of their order key, and spilled to an unlinked
+temporary file, which disappears with the process. A bucket is a range of the order: reading bucket by bucket, each
+sorted in memory, gives all rows in order, with equal ids next to each other. So memory holds one run or one bucket
+(1/256 of a modality), and the result depends neither on the size of a run nor on the listing order of the source.
 
-On disk (in TMPDIR) a row takes about the bytes of its strings, compressed; docs/data.md has the figures.
+On disk (in TMPDIR) a row takes about the compressed size of its strings; docs/data.md has measurements.
 """
 
 import hashlib
@@ -28,17 +27,17 @@ from zsr.data.rows import MODALITIES, order_key, row_id
 from zsr.data.sources import Item, Source, Walked
 
 RUN_ROWS: Final = 50_000
-RUN_BYTES: Final = 32 << 20  # of texts
+RUN_BYTES: Final = 32 << 20  # max bytes of texts in a run
 BUCKET_BITS: Final = 8
 LISTING: Final = pa.schema([(each.name, pa.string()) for each in fields(Item)])
 PLACED: Final = LISTING.insert(0, pa.field("order", pa.uint64())).insert(0, pa.field("id", pa.int64()))
 CONTENT: Final = ("modality", "key", "label", "pair", "text", "problem")
-Span = tuple[int, int, int]  # where a batch lies in its file, its bytes there, and its bytes unpacked
+Span = tuple[int, int, int]  # of a batch in its file: offset, compressed bytes, uncompressed bytes
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A quarantined row: where it was to go, what it is, and why it is not used."""
+    """A quarantined row: its intended shard, its id and key, and the reason."""
 
     shard: str
     row: int
@@ -58,7 +57,7 @@ def _nameless() -> IO[bytes]:
 
 @dataclass
 class Refused:
-    """Rows that listing itself refuses, as lines of a nameless file: there may be as many as rows."""
+    """Rows quarantined by the listing, in an unlinked temporary file, since there may be as many as rows."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     file: IO[bytes] = field(default_factory=_nameless)
@@ -79,13 +78,13 @@ class Refused:
 
 @dataclass
 class Spill:
-    """Arrow batches of the columns PLACED in a nameless file."""
+    """Arrow batches of the columns PLACED in an unlinked temporary file."""
 
     file: IO[bytes] = field(default_factory=_nameless)
     end: int = 0
 
     def add(self, batch: pa.RecordBatch) -> Span:
-        """Append; where it lies. Raises DiskFull."""
+        """Append a batch and return its span. Raises DiskFull."""
         raw = batch.serialize()
         data = pa.compress(raw, "lz4", asbytes=True)
         with disk_errors(Path(tempfile.gettempdir()), len(data)):
@@ -106,15 +105,15 @@ class Spill:
 
 @dataclass(frozen=True)
 class Listing:
-    """All items in order, on disk, and what a plan needs to know of them.
+    """All items in order, on disk, with the metadata that a plan needs.
 
     Attributes:
-        rows: how many, by modality; those refused while listing are not among them.
+        rows: number of rows by modality, without those in `refused`.
         labels: every class name, sorted.
-        digest: of what shapes the content: keys, labels, pairs, texts, problems, in order.
+        digest: digest of keys, labels, pairs, texts and problems, in order.
         guards: digest of the items' guards, in order.
-        refused: bad keys, repeated ones (the first one stays), colliding ids.
-        unread: files of the input that are no rows, by ending or reason.
+        refused: rows with bad or duplicate keys (the first one is kept) or colliding ids.
+        unread: number of input files that are not rows, by extension or reason.
     """
 
     rows: dict[str, int]
@@ -143,7 +142,7 @@ class Listing:
                 yield shard_name(modality, number), rest
 
     def sizes(self, size: int) -> dict[str, int]:
-        """Rows of each shard that `slices` makes, by name, in order."""
+        """Number of rows of each shard of `slices`, by name, in order."""
         starts = [(modality, rows, at) for modality, rows in self.rows.items() for at in range(0, rows, size)]
         return {shard_name(modality, at // size): min(size, rows - at) for modality, rows, at in starts}
 
@@ -154,15 +153,15 @@ class Listing:
 
 
 def shard_name(modality: str, number: int) -> str:
-    """The file that the slice `number` of a modality goes to, or begins with."""
+    """Name of the (first) file of the slice `number` of a modality."""
     return f"modality={modality}/part-{number:05d}.parquet"
 
 
 def listing(source: Source, seed: int) -> Listing:
-    """Every item of `source` with its place. A repeated key or a colliding id is refused, the first one stays.
+    """List and order every item of `source`. Of duplicate keys or colliding ids only the first one is kept.
 
     Raises:
-        DiskFull: the directory for temporary files (TMPDIR) has no room.
+        DiskFull: the directory for temporary files (TMPDIR) is full.
     """
     refused, spill = Refused(), Spill()
     if isinstance(source, Walked):
@@ -181,7 +180,7 @@ def listing(source: Source, seed: int) -> Listing:
 
 
 def _runs(items: Iterable[Item], refused: Refused) -> Iterator[list[Item]]:
-    """Items with a usable key, some at a time."""
+    """Yield items with a valid key in runs of bounded size."""
     run: list[Item] = []
     size = 0
     for item in items:
@@ -209,7 +208,7 @@ def _unusable(item: Item) -> str:
 
 
 def _bucketed(run: list[Item], seed: int) -> Iterator[tuple[tuple[str, int], pa.RecordBatch]]:
-    """The items of one run by (modality, bucket)."""
+    """Partition one run by (modality, bucket)."""
     for modality in sorted({item.modality for item in run}):
         items = [item for item in run if item.modality == modality]
         ids = np.array([row_id(modality, item.key) for item in items], dtype=np.int64)
@@ -228,7 +227,7 @@ def _bucketed(run: list[Item], seed: int) -> Iterator[tuple[tuple[str, int], pa.
 def _ordered(
     spill: Spill, spans: dict[tuple[str, int], list[Span]], refused: Refused, unread: dict[str, int]
 ) -> Listing:
-    """Sort bucket by bucket, refuse what stands twice, and digest what is left."""
+    """Sort bucket by bucket, quarantine duplicates, and compute the digests of the remaining rows."""
     result = Spill()
     placed: dict[str, list[Span]] = {}
     rows: Counter[str] = Counter()
@@ -247,7 +246,7 @@ def _ordered(
 
 
 def _unique(table: pa.Table, modality: str, refused: Refused) -> pa.Table:
-    """The first row of every id of a sorted table."""
+    """Keep the first row of every id of a sorted table; the others are added to `refused`."""
     order = table.column("order").to_numpy()
     again = np.append(False, order[1:] == order[:-1])
     if not again.any():

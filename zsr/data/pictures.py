@@ -1,8 +1,8 @@
-"""What the tasks of a picture stream do: list rows, read them by their place, decode and augment them.
+"""Tasks of an image stream: list rows, read them by shard and row number, decode and augment them.
 
-No torch here: each process of Ray that runs these tasks would pay seconds for it before the first batch.
+torch is not imported here: it would delay the first batch of every Ray process that runs these tasks by seconds.
 
-Shapes: R rows of a batch (all its sides, one after the other), S side in pixels.
+Shapes: R rows of a batch (all modalities, concatenated), S side in pixels.
 """
 
 from collections import Counter, OrderedDict
@@ -22,7 +22,7 @@ from zsr.data.decode import BadImage, Limits, Pictures, decode
 from zsr.data.rows import row_id
 from zsr.errors import DamagedArtifact
 
-CACHE: Final = 512 << 20  # bytes of encoded pictures that a process holds: the row groups that it draws from
+CACHE: Final = 512 << 20  # bytes of encoded images that a process caches, in whole row groups
 OPEN: Final = 64  # shards that a process keeps open
 LISTED: Final = pa.schema(
     [("shard", pa.int32()), ("row", pa.int32()), ("id", pa.int64()), ("pair", pa.int64()), ("label", pa.int64())]
@@ -33,7 +33,7 @@ class Shard:
     """An open DATA shard whose bytes were verified.
 
     Attributes:
-        path: where it lies on this machine.
+        path: its path on this machine.
         bounds: (G + 1,) first row of each of G row groups, and the number of rows.
     """
 
@@ -44,17 +44,17 @@ class Shard:
             refuse_extension_types(self.file.schema_arrow, path)
         except DamagedArtifact:
             raise
-        except Exception as error:  # a registered extension type parses its metadata here, and may raise anything
+        except Exception as error:  # registered extension types parse their metadata here, and may raise anything
             raise DamagedArtifact(f"{path}: not readable as parquet: {error}") from error
         about = self.file.metadata
         self.bounds = np.cumsum([0] + [about.row_group(g).num_rows for g in range(about.num_row_groups)])
 
     def group(self, number: int) -> pa.Array:
-        """The encoded pictures of one row group."""
+        """The encoded images of one row group."""
         return self._column(number).combine_chunks()
 
     def pictured(self) -> np.ndarray:
-        """(N,) bool: which rows have a picture. Pictures are read only where the footer does not tell."""
+        """(N,) bool: which rows have an image. Images are read only if the footer's null counts do not suffice."""
         return np.concatenate([np.zeros(0, bool), *(self._has(g) for g in range(len(self.bounds) - 1))])
 
     def _has(self, number: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def _opened(path: str) -> Shard:
 
 
 def shard(data: Artifact, name: str) -> Shard:
-    """Shard `name`, verified once a process and kept open.
+    """Shard `name`, verified once per process and kept open.
 
     Raises:
         DamagedArtifact: wrong size or hash, or not parquet.
@@ -83,7 +83,7 @@ def shard(data: Artifact, name: str) -> Shard:
 
 
 def has_images(data: Artifact, modality: str) -> bool:
-    """Whether a row of `modality` has an image; of DATA that does not count them, shards are opened to see."""
+    """Whether any row of `modality` has an image; opens shards of DATA whose metadata does not count images."""
     return any(
         entry.facts["images"] if "images" in entry.facts else shard(data, entry.path).pictured().any()
         for entry in data.shards(modality)
@@ -91,7 +91,7 @@ def has_images(data: Artifact, modality: str) -> bool:
 
 
 class Cache:
-    """The encoded pictures of the row groups that were used last, at most `limit` bytes of them."""
+    """LRU cache of the encoded images of row groups, of at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -99,7 +99,7 @@ class Cache:
         self.held: OrderedDict[tuple[str, int], pa.Array] = OrderedDict()
 
     def picture(self, of: Shard, row: int) -> bytes | None:
-        """The encoded picture of one row; None where it has none."""
+        """The encoded image of one row; None if it has none."""
         number = int(np.searchsorted(of.bounds, row, side="right")) - 1
         key = (of.path, number)
         if key not in self.held:
@@ -112,11 +112,11 @@ class Cache:
         return found
 
 
-_cache = Cache(CACHE)  # one a process
+_cache = Cache(CACHE)  # one per process
 
 
 def pixels(encoded: bytes | None, pictures: Pictures, modality: str) -> np.ndarray:
-    """A picture as a model of `pictures` wants it, (S, S, 3) uint8 RGB.
+    """Decode an image and preprocess it by `pictures`, (S, S, 3) uint8 RGB.
 
     Raises:
         BadImage: see `decode`.
@@ -126,12 +126,12 @@ def pixels(encoded: bytes | None, pictures: Pictures, modality: str) -> np.ndarr
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Some pictures as a model wants them.
+    """Decoded and preprocessed images.
 
     Attributes:
-        rows: places, among the pictures that were given, of the n that decode.
-        pixels: (n, S, S, 3) uint8, of those.
-        bad: place, kind and message of each of the others.
+        rows: indices, among the images given, of the n that were decoded.
+        pixels: (n, S, S, 3) uint8 of those.
+        bad: index, kind and message of each of the others.
     """
 
     rows: list[int]
@@ -140,7 +140,7 @@ class Decoded:
 
 
 def decoded(images: Sequence[bytes | None], pictures: Pictures, modality: str) -> Decoded:
-    """See `pixels`, of several pictures."""
+    """`pixels` of several images."""
     rows: list[int] = []
     bad: list[tuple[int, str, str]] = []
     side = pictures.resize.size
@@ -156,12 +156,12 @@ def decoded(images: Sequence[bytes | None], pictures: Pictures, modality: str) -
 
 @dataclass(frozen=True)
 class Work:
-    """What all tasks of a stream share.
+    """Arguments shared by all tasks of a stream.
 
     Attributes:
         names: shards by number.
-        augment: cut and mirror each picture by a draw of its own.
-        slots: (R,) place of each row in the global batch, by which its augmentation is seeded.
+        augment: whether to crop and flip each image at random.
+        slots: (R,) index of each row in the global batch, which seeds its augmentation.
     """
 
     data: Artifact
@@ -172,14 +172,14 @@ class Work:
 
 
 def list_rows(item: Mapping[str, Any], data: Artifact, classes: tuple[str, ...]) -> pa.Table:
-    """The rows of one shard that have a picture and a label among `classes`. Nothing of a picture is looked at.
+    """List the rows of one shard that have an image and a label among `classes`, without decoding images.
 
     Args:
         item: `name` and `number` of the shard.
 
     Returns:
-        LISTED: number of the shard, row in it, id, pair (id of the photo that it belongs to, its own without one),
-        label (index in `classes`), in the order of the rows.
+        LISTED: number of the shard, row in it, id, pair (id of the photo that it belongs to, or its own id), label
+        (index in `classes`), in row order.
     """
     name, number = str(item["name"][0]), int(item["number"][0])
     at = shard(data, name)
@@ -195,24 +195,26 @@ def list_rows(item: Mapping[str, Any], data: Artifact, classes: tuple[str, ...])
 
 
 class Decoder:
-    """Some consecutive batches of one rank at each call, each a table of one row. An actor, so that it reads ahead in
-    one process what its next calls need again, and so that no process more than there are CPUs decodes."""
+    """Decode consecutive batches of one rank per call, each as a table of one row.
+
+    An actor, so that its cache is reused by its next calls, and so that no more processes than CPUs decode.
+    """
 
     def __init__(self, work: Work) -> None:
         self.work = work
 
     def __call__(self, item: Mapping[str, Any]) -> Iterator[pa.Table]:
-        """Decode what `item` asks for.
+        """Decode the batches of `item`.
 
         Args:
-            item: `places`, bytes of (batches, R, 2) int32, shard number and row of each picture; `seeds`, bytes of
+            item: `places`, bytes of (batches, R, 2) int32, shard number and row of each image; `seeds`, bytes of
                 (batches,) int64; `first`, the number of the first batch.
 
         Yields:
-            Columns number; decoded, how many pictures were decoded for it; pixels, R * S * S * 3 of uint8.
+            Columns number; decoded, the number of images decoded for it; pixels, R * S * S * 3 of uint8.
 
         Raises:
-            DamagedArtifact: a shard is not what its manifest says, or a picture that `prepare` decoded does not decode.
+            DamagedArtifact: a shard differs from its manifest, or an image that `prepare` decoded cannot be decoded.
         """
         work = self.work
         places = np.frombuffer(item["places"][0], np.int32).reshape(-1, len(work.slots), 2)
@@ -237,12 +239,12 @@ def _decoded(work: Work, at: Shard, number: int, row: int) -> np.ndarray:
         return pixels(_cache.picture(at, row), work.pictures, modality)
     except BadImage as error:
         raise DamagedArtifact(
-            f"{work.data.directory / name}: row {row} decoded when it was prepared, and now: {error}; prepare it again"
+            f"{work.data.directory / name}: row {row} was decoded by zsr prepare, but now: {error}; prepare it again"
         ) from error
 
 
 def _augmented(work: Work, pictures: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """The pictures of a batch in one array (R, S, S, 3)."""
+    """The images of a batch, augmented if requested, as (R, S, S, 3)."""
     if not work.augment:
         return np.stack(pictures)
     draws = uniform(seed, work.slots)

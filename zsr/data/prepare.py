@@ -1,7 +1,7 @@
-"""Raw data to DATA shards: list, order by a seeded hash, write slice by slice, quarantine what is bad.
+"""Convert raw data to DATA shards: list, order by a seeded hash, write slice by slice, quarantine bad rows.
 
-Listing gives every row its id and its place; a shard is then a fixed slice of the ordered list, so that each can be
-written, and written again after a kill, on its own. Rows in = rows used + rows quarantined, always.
+Listing gives every row its id and its position; a shard is a fixed slice of the ordered list, so that each can be
+written, and rewritten after a kill, independently. Rows in = rows used + rows quarantined, always.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.data.decode import reads
 from zsr.data.inspect import class_counts
@@ -24,24 +24,24 @@ from zsr.data.writing import LAYOUT, files_of, write_slice
 from zsr.errors import ConfigError, StorageError, TooManyBadRows
 from zsr.executor import IMAGES, map_pieces
 
-EXAMPLES: Final = 5  # bad rows that a message shows, each of another kind
+EXAMPLES: Final = 5  # max bad rows that a message shows, each of a different kind
 
 logger = logging.getLogger("zsr")
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Settings that shape DATA.
+    """Settings that determine DATA.
 
     Attributes:
-        rows_per_shard: rows a parquet file holds at most.
-        max_bad_rows: a count ("20") or a percentage of all rows ("1%") beyond which the job stops with exit 3; "auto"
-            is 10% or 10 rows, whichever is more, but never more than half of the rows.
-        seed: of the order of rows.
-        bytes_per_shard: bytes of rows a parquet file holds at most, unless one row has more.
+        rows_per_shard: max rows per parquet file.
+        max_bad_rows: max bad rows, as a count ("20") or a percentage of all rows ("1%"); with more the job stops with
+            exit code 3. "auto" is 10% or 10 rows, whichever is larger, but at most half of the rows.
+        seed: seed of the row order.
+        bytes_per_shard: max bytes of rows per parquet file, unless one row has more.
 
     Raises:
-        ConfigError: a bound below 1, or `max_bad_rows` is neither.
+        ConfigError: a bound below 1, or an invalid `max_bad_rows`.
     """
 
     rows_per_shard: int = 10_000
@@ -52,11 +52,11 @@ class Prepare:
     def __post_init__(self) -> None:
         for name in ("rows_per_shard", "bytes_per_shard"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 1 or more")
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         self.allowed(0)
 
     def allowed(self, rows: int) -> int:
-        """How many bad rows are allowed among `rows`. Raises ConfigError unless auto, a count or a percentage."""
+        """Max bad rows among `rows`. Raises ConfigError unless `max_bad_rows` is auto, a count or a percentage."""
         text = self.max_bad_rows.strip()
         if text == "auto":
             return min(max(10, rows // 10), rows // 2)
@@ -67,7 +67,7 @@ class Prepare:
 
 
 def plan(source: Source, rows: Listing, settings: Prepare) -> Plan:
-    """The plan: content is shaped by the rows and the settings; raw files' times only tell stale staging apart."""
+    """The plan of DATA: rows and settings determine its content; times of raw files only separate staging areas."""
     config = {
         "source": dict(source.facts),
         "layout": LAYOUT,
@@ -76,18 +76,18 @@ def plan(source: Source, rows: Listing, settings: Prepare) -> Plan:
         "seed": settings.seed,
         "rows_digest": rows.digest,
     }
-    # with another decoder, other rows may be good ones
+    # a different decoder may accept different rows
     return Plan("data", config, guard={"files": rows.guards, "max_bad_rows": settings.max_bad_rows, **reads()})
 
 
 def prepare(source: Source, output: Store, settings: Prepare, listed: Listing | None = None) -> Artifact:
-    """Write DATA to `output` and publish it; an equal plan that was finished before is returned as it is.
+    """Write DATA to `output` and publish it; if an identical plan was finished before, return its artifact.
 
     Args:
-        listed: what `listing` found, where the caller has it already.
+        listed: the result of `listing`, if the caller has it already.
 
     Raises:
-        ConfigError: no row at all.
+        ConfigError: there is no row.
         TooManyBadRows: with the counts by kind; nothing is published.
     """
     rows = listing(source, settings.seed) if listed is None else listed
@@ -110,13 +110,13 @@ def prepare(source: Source, output: Store, settings: Prepare, listed: Listing | 
 
 
 def stage_listing(staging: Staging, rows: Listing, size: int) -> list[str]:
-    """Stage which items go to which slice, so that a task reads only its own; returns the slices' names in order."""
+    """Stage the items of every slice, so that a task reads only its own; returns the slices' names in order."""
     names = []
     for name, table in rows.slices(size):
         names.append(name)
         if staging.finished(f"listing/{name}", scratch=True) is None:
             staging.write_table(f"listing/{name}", table, scratch=True)
-            fault.here("prepare.listing")
+            faults.here("prepare.listing")
     return names
 
 
@@ -127,12 +127,12 @@ def _seal(
     kinds, examples = _kinds(staging, rows)
     quarantined = len(rows.refused) + sum(int(entry.facts["quarantined"]) for entry in entries)
     allowed = settings.allowed(rows.count)
-    said = f"{quarantined} of {rows.count} rows bad {kinds}"
+    said = f"{quarantined} of {rows.count} rows are bad {kinds}"
     shown = "; ".join(f"{bad.kind}: {bad.key}: {bad.message.rstrip('.')}" for bad in examples)
-    if quarantined > min(allowed, rows.count - 1):  # one row at least has to be left
+    if quarantined > min(allowed, rows.count - 1):  # at least one row must be left
         raise TooManyBadRows(
             f"{said}; --max-bad-rows {settings.max_bad_rows} allows {allowed}. For example: {shown}. All are listed "
-            f"under {staging.where}/files/_quarantine; fix them or raise the limit"
+            f"in {staging.where}/files/_quarantine; fix them or raise --max-bad-rows"
         )
     per_modality = {
         modality: sum(int(e.facts["rows"]) for e in entries if e.path.startswith(f"modality={modality}/"))
@@ -140,7 +140,7 @@ def _seal(
     }
     totals = {"in": rows.count, "used": sum(per_modality.values()), "quarantined": quarantined}
     if totals["used"] + quarantined != rows.count or sum(kinds.values()) != quarantined:
-        raise StorageError(f"{staging.where}: {totals}, {kinds} do not add up; remove this folder and run again")
+        raise StorageError(f"{staging.where}: {totals} and {kinds} do not add up; remove this folder and run again")
     differing = differences(source, class_counts(entries))
     for difference in differing:
         logger.warning("%s", difference)
@@ -149,19 +149,19 @@ def _seal(
     output.publish(artifact)
     if quarantined:
         place = f"{output}/objects/{artifact.digest}/_quarantine"
-        logger.warning("%s, which is allowed. For example: %s. All are listed in %s", said, shown, place)
+        logger.warning("%s, within the limit. For example: %s. All are listed in %s", said, shown, place)
     return artifact
 
 
 def warn_unread(unread: Mapping[str, int]) -> None:
-    """One line that counts the files of the input that are no rows."""
+    """Log the number of input files that are not rows, by extension or reason."""
     if unread:
         shown = ", ".join(f"{name} {count}" for name, count in sorted(unread.items(), key=lambda each: -each[1]))
         logger.warning("not read: %d files (%s)", sum(unread.values()), shown)
 
 
 def _kinds(staging: Staging, rows: Listing) -> tuple[dict[str, int], list[Bad]]:
-    """Bad rows by kind, and one of each of the EXAMPLES most frequent kinds; the listing's are put into quarantine."""
+    """Count bad rows by kind, with one example of each of the EXAMPLES most frequent; stage those of the listing."""
     if rows.refused:
         with staging.piece("_quarantine/listing.jsonl") as path, path.open("wb") as handle:
             rows.refused.file.seek(0)
@@ -175,7 +175,7 @@ def _kinds(staging: Staging, rows: Listing) -> tuple[dict[str, int], list[Bad]]:
 
 
 def _quarantined(staging: Staging) -> Iterator[Bad]:
-    """The bad rows of all slices."""
+    """Yield the bad rows of all slices."""
     for name in sorted(staging.pieces()):
         if name.startswith("_quarantine/") and name != "_quarantine/listing.jsonl":
             yield from (Bad(**json.loads(line)) for line in staging.read(name).splitlines())

@@ -1,7 +1,7 @@
-"""What is published about the data sets: class names, rows a class, and one spelling of names spelt variously.
+"""Published facts of the data sets: class names, rows per class, and one spelling of class names.
 
-`published.json` holds the lists. Nothing here refuses anything: a subset is a fair thing to work with, and a user
-wants to know that it is one.
+`published.json` holds the lists. Differences are reported, not rejected: working with a subset is legitimate, but the
+user must know that it is one.
 """
 
 import json
@@ -16,13 +16,13 @@ from typing import Any, Final
 from zsr.data.rows import canonical_label
 from zsr.errors import ConfigError
 
-SHOWN: Final = 5  # classes that a message names
+SHOWN: Final = 5  # max classes named in a message
 
 Counts = Mapping[str, Mapping[str, int]]  # rows by modality and class
 
 
 def squeezed(name: str) -> str:
-    """What two spellings of one class have in common: its letters and digits, in lower case.
+    """Normalize a class name to its letters and digits in lower case, which is equal for all spellings of a class.
 
     >>> squeezed("hot-air_balloon") == squeezed("Hot Air Balloon") == "hotairballoon"
     True
@@ -31,7 +31,7 @@ def squeezed(name: str) -> str:
 
 
 class Spellings:
-    """Known class names, found under any spelling that differs in case, spaces and punctuation only."""
+    """Known class names, looked up under any spelling that differs only in case, spaces and punctuation."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
@@ -43,7 +43,7 @@ class Spellings:
         return name in self._names
 
     def __call__(self, name: str) -> str:
-        """The known spelling of `name`, or its canonical one if it is not known, or if two known names fit."""
+        """The known spelling of `name`; its canonical one if it is unknown or ambiguous."""
         label = canonical_label(name)
         found = self._by_squeezed.get(squeezed(name), [])
         return found[0] if label not in self._names and len(found) == 1 else label
@@ -52,7 +52,7 @@ class Spellings:
         """The known spelling of `name`.
 
         Raises:
-            ConfigError: it is not known, or two known names fit; names the nearest.
+            ConfigError: it is unknown or ambiguous; the message names the closest ones.
         """
         label = name if name in self._names else self(name)
         if label in self._names:
@@ -60,22 +60,22 @@ class Spellings:
         near = get_close_matches(squeezed(name), self._by_squeezed, SHOWN, 0.5)
         shown = [each for close in near for each in self._by_squeezed[close]] or sorted(self._names)[:SHOWN]
         raise ConfigError(
-            f"class {name!r} is not among the {len(self._names)} known ones; {'near it are' if near else 'such as'} "
+            f"class {name!r} is not among the {len(self._names)} known ones; {'did you mean' if near else 'such as'} "
             f"{', '.join(map(repr, shown)) or 'none: no item has a label'}"
         )
 
 
 @dataclass(frozen=True)
 class Published:
-    """One data set as its authors, or those who use it, describe it.
+    """Description of one data set by its authors or by later papers.
 
     Attributes:
-        name: of the data set and its layout, such as sketchy-extended.
+        name: name of the data set and its layout, such as sketchy-extended.
         classes: canonical names.
-        source: whose figures these are.
+        source: source of the counts.
         totals: rows by modality.
-        each: rows a class by modality; a number stands for every class.
-        compared: whether rows are compared with it; the user's own images have its layout and class names alone.
+        each: rows per class by modality; a single number applies to every class.
+        compared: whether to compare row counts; False for user images that only have its layout and class names.
     """
 
     name: str
@@ -86,12 +86,12 @@ class Published:
     compared: bool = True
 
     def is_of(self, names: Iterable[str]) -> bool:
-        """Whether `names`, of which there is one at least, are published classes under any spelling."""
+        """Whether `names` is not empty and all of them are published classes, under any spelling."""
         spelling, labels = Spellings(self.classes), list(names)
         return bool(labels) and all(spelling(name) in spelling for name in labels)
 
     def differences(self, counts: Counts) -> list[str]:
-        """Where `counts` (good and bad rows by modality and class) differ from what was published, a sentence each."""
+        """Differences between `counts` (rows by modality and class) and the published ones, one sentence each."""
         if not self.compared:
             return []
         found = {label for rows in counts.values() for label in rows}

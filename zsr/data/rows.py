@@ -1,12 +1,12 @@
-"""The rows of DATA: schema, ids, and the seeded order in which they are written.
+"""Rows of DATA: schema, ids, and the seeded order in which they are written.
 
 | column | type | meaning |
 |---|---|---|
 | id | int64 | 63-bit BLAKE2b of (modality, key) |
-| key | string | the user's own name of the item, unique in its modality |
-| label | string, nullable | class name in its canonical spelling; null in an unlabelled gallery |
+| key | string | the user's name of the item, unique in its modality |
+| label | string, nullable | class name in its canonical spelling; null in an unlabeled gallery |
 | pair | string, nullable | key of the item that it was drawn from or belongs to |
-| image | binary, nullable | encoded image as received, of any format that zsr.data.decode reads |
+| image | binary, nullable | encoded image as received, in any format that zsr.data.decode reads |
 | text | string, nullable | |
 """
 
@@ -43,7 +43,7 @@ def row_id(modality: str, key: str) -> int:
 def canonical_label(name: str) -> str:
     """Canonical spelling of a class name: lower case, spaces and hyphens become underscores, parentheses stay.
 
-    The published lists, the folders and the vocabularies spell one class variously (hot-air_balloon, palm tree).
+    Published lists, folders and vocabularies spell the same class differently (hot-air_balloon, palm tree).
 
     >>> canonical_label("hot-air balloon")
     'hot_air_balloon'
@@ -52,7 +52,7 @@ def canonical_label(name: str) -> str:
 
 
 WORD: Final = 2**64
-STEP: Final = 0x9E3779B97F4A7C15  # of SplitMix64, as the two factors of its finaliser are
+STEP: Final = 0x9E3779B97F4A7C15  # increment of SplitMix64; FIRST and SECOND are the factors of its finalizer
 FIRST: Final = 0xBF58476D1CE4E5B9
 SECOND: Final = 0x94D049BB133111EB
 
@@ -60,7 +60,7 @@ SECOND: Final = 0x94D049BB133111EB
 def order_key(ids: np.ndarray, seed: int) -> np.ndarray:
     """A seeded 64-bit hash of each id, (N,) int64 -> (N,) uint64: sorting by it shuffles rows the same way each time.
 
-    The finaliser of SplitMix64, a bijection, so that distinct ids keep distinct places.
+    It is the finalizer of SplitMix64, a bijection, so that distinct ids have distinct keys.
     """
     mixed = ids.astype(np.uint64) + np.uint64((seed + 1) * STEP % WORD)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(FIRST)
@@ -69,7 +69,7 @@ def order_key(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def order_key_of_one(value: int, seed: int) -> int:
-    """`order_key` of one id, given as 0..2^64 - 1: a step of training wants several, and arrays of one are slow."""
+    """`order_key` of one id in 0..2^64 - 1: a training step needs several, and arrays of one element are slow."""
     mixed = (value + (seed + 1) * STEP) % WORD
     mixed = (mixed ^ (mixed >> 30)) * FIRST % WORD
     mixed = (mixed ^ (mixed >> 27)) * SECOND % WORD
@@ -77,12 +77,12 @@ def order_key_of_one(value: int, seed: int) -> int:
 
 
 def home_rank(ids: np.ndarray, world: int) -> np.ndarray:
-    """The rank that an item lives on, (N,) int64 -> (N,) int64. Pass the id of the pair where an item has one."""
+    """The rank that holds an item, (N,) int64 -> (N,) int64. Pass the id of the pair if an item has one."""
     return np.asarray(order_key(ids, seed=1) % np.uint64(world), dtype=np.int64)
 
 
 def require_modality(name: str) -> Modality:
-    """`name` as a Modality. Raises ConfigError for any other word."""
+    """`name` as a Modality. Raises ConfigError if it is none."""
     for modality in MODALITIES:
         if modality == name:
             return modality

@@ -1,8 +1,8 @@
-"""How a batch is drawn: a bounded reservoir a class, and draws that are functions of (seed, step, rank).
+"""Batch sampling: one bounded reservoir per class, and sampling as a function of (seed, step, rank).
 
-The papers draw same-class pairs uniformly over classes. A reservoir that holds every row of a class makes that draw
-exact; a bounded one makes it from a seeded sample of the rows streamed so far. What a reservoir holds depends only on
-the rows that were added, in their order.
+The papers sample same-class pairs uniformly over classes. With a reservoir that holds every row of a class this is
+exact; with a bounded one the rows come from a seeded sample of those streamed so far. The content of a reservoir
+depends only on the rows that were added and their order.
 """
 
 import logging
@@ -30,12 +30,12 @@ def seed_of(*parts: int) -> int:
 
 
 class Reservoir:
-    """At most `capacity` rows of each class of one modality (Vitter's algorithm R, with a hash as its coin).
+    """At most `capacity` rows of each class of one modality (Vitter's algorithm R, randomized by a hash).
 
     Args:
-        classes: how many classes there are.
-        capacity: rows held a class.
-        seed: of the coin.
+        classes: number of classes.
+        capacity: max rows per class.
+        seed: seed of the hash.
     """
 
     def __init__(self, classes: int, capacity: int, seed: int) -> None:
@@ -49,19 +49,19 @@ class Reservoir:
         self.pairs = np.empty(0, dtype=np.int64)
 
     def add(self, block: Block) -> None:
-        """Take rows in; a full class replaces a held row with probability capacity / rows seen."""
+        """Add rows; a full class replaces a held row with probability capacity / rows seen."""
         places = [self._place(int(label)) for label in block.labels]
-        kept = {place: row for row, place in enumerate(places) if place >= 0}  # a later row wins its slot
+        kept = {place: row for row, place in enumerate(places) if place >= 0}  # a later row replaces an earlier one
         if not kept:
             return
-        self._grow(max(kept) + 1, torch.from_numpy(block.features[:0].copy()))  # arrow's memory is read-only
+        self._grow(max(kept) + 1, torch.from_numpy(block.features[:0].copy()))  # a copy: Arrow's memory is read-only
         slots, rows = np.fromiter(kept, np.int64), np.fromiter(kept.values(), np.int64)
         self.features[torch.from_numpy(slots)] = torch.from_numpy(block.features[rows])
         self.ids[slots] = block.ids[rows]
         self.pairs[slots] = block.pairs[rows]
 
     def _place(self, label: int) -> int:
-        """The slot for the next row of this class, or -1 to leave it out."""
+        """The slot for the next row of this class, or -1 to skip it."""
         count = int(self.seen[label])
         self.seen[label] += 1
         held = self.slots[label]
@@ -83,7 +83,7 @@ class Reservoir:
         self.pairs = np.resize(self.pairs, size)
 
     def finish(self, device: str) -> "Pool":
-        """The rows held, sorted by id within a class, on `device`: the same rows give the same pool in any order."""
+        """The held rows on `device`, sorted by id within a class: the same rows in any order give the same pool."""
         order = [sorted(slots, key=lambda s: int(self.ids[s])) for slots in self.slots]
         flat = np.array([slot for slots in order for slot in slots], dtype=np.int64)
         sizes = np.array([len(slots) for slots in order], dtype=np.int64)
@@ -97,10 +97,10 @@ class Reservoir:
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows of one modality, class after class.
+    """Rows of one modality, grouped by class.
 
     Attributes:
-        features: (N, D) float32, or pictures (N, H, W, 3) uint8, on the training device.
+        features: (N, D) float32, or images (N, H, W, 3) uint8, on the training device.
         ids, pairs: (N,) int64, see `shards.Block`.
         sizes: (C,) int64 rows of each class; class c starts at sizes[:c].sum().
     """
@@ -116,14 +116,14 @@ class Pool:
         return bool((self.pairs != self.ids).any())
 
     def draw(self, labels: Tensor, generator: torch.Generator, consumed: int) -> Tensor:
-        """A uniform row of each label: (B,) labels -> (B,) row numbers. A pool is the same at any time."""
+        """Sample a row of each label uniformly: (B,) labels -> (B,) row numbers. `consumed` has no effect."""
         starts = torch.cumsum(self.sizes, 0) - self.sizes
         uniform = torch.rand(labels.shape[0], generator=generator, dtype=torch.float64)
         return starts[labels] + (uniform * self.sizes[labels]).long()
 
 
 class Side(Protocol):
-    """Rows of one modality that can be drawn by class: a `Pool`, or the rolling reservoirs of a stream.
+    """Rows of one modality that can be sampled by class: a `Pool`, or the rolling reservoirs of a stream.
 
     Attributes:
         ids, pairs: (N,) int64, see `shards.Block`.
@@ -135,7 +135,7 @@ class Side(Protocol):
     def pairs(self) -> np.ndarray: ...
     @property
     def sizes(self) -> Tensor:
-        """(C,) int64: rows of each class that can be drawn."""
+        """(C,) int64: rows of each class that can be sampled."""
         ...
 
     @property
@@ -144,17 +144,17 @@ class Side(Protocol):
         ...
 
     def draw(self, labels: Tensor, generator: torch.Generator, consumed: int) -> Tensor:
-        """A uniform row of each label, (B,) -> (B,) row numbers, when `consumed` rows have gone by since step 0."""
+        """Sample a row of each label uniformly, (B,) -> (B,) row numbers, after `consumed` rows since step 0."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Which rows a batch is made of.
+    """Row numbers of a batch.
 
     Attributes:
         labels: (B,) class of each row.
-        sketch, photo: (B,) row numbers of the two sides.
+        sketch, photo: (B,) row numbers in the two modalities.
         negative_labels, negative: (B,) class and photo row of each negative; only in triplet batches.
     """
 
@@ -166,16 +166,16 @@ class Draw:
 
 
 class Draws:
-    """Draws the global batch of a step, and gives each rank its rows.
+    """Sample the global batch of a step, and give each rank its rows.
 
-    Every rank knows all rows, so (seed, step) alone fixes the global batch: 1 rank x 2B and 2 ranks x B see the same
+    Every rank samples all rows, so (seed, step) determines the global batch: 1 rank x 2B and 2 ranks x B see the same
     rows.
 
     Args:
-        sketch, photo: sides with the same classes.
-        paired: take the very photo that a sketch was drawn from where there is one, instead of any of its class.
+        sketch, photo: rows of the two modalities, with the same classes.
+        paired: use the photo that a sketch was drawn from, if there is one, instead of any photo of its class.
         triplets: add a photo of another class.
-        negatives: (C, C) weights of that class, row by the anchor's class; None weighs all other classes alike.
+        negatives: (C, C) sampling weights of that class, with one row per anchor class; None for uniform weights.
 
     Raises:
         ConfigError: fewer than two classes have both modalities, no sketch has its photo, or see `_cumulative`.
@@ -196,24 +196,24 @@ class Draws:
         self.classes = torch.nonzero((sketch.sizes > 0) & (photo.sizes > 0)).flatten()
         if len(self.classes) < 2:
             raise ConfigError(
-                f"{len(self.classes)} training classes have both sketches and photos; at least 2 are needed"
+                f"{len(self.classes)} training classes have both sketches and photos; at least 2 are required"
             )
         self.partner = self._partners() if paired else None
         self.cumulative = None if negatives is None else self._cumulative(negatives)
 
     def _partners(self) -> Tensor:
-        """Photo row of each sketch row, -1 for none; raises ConfigError where no sketch has its photo."""
+        """Photo row of each sketch row, -1 for none. Raises ConfigError if no sketch has its photo."""
         order = np.argsort(self.photo.ids, kind="stable")
         place = np.minimum(np.searchsorted(self.photo.ids, self.sketch.pairs, sorter=order), len(order) - 1)
         found = np.where(self.photo.ids[order[place]] == self.sketch.pairs, order[place], -1)
         if not (found >= 0).any():
-            raise ConfigError("paired sampling wants sketches with a `pair`, and none has one; leave --paired off")
+            raise ConfigError("--paired requires sketches with a `pair`, but none has one; use --no-paired")
         return torch.from_numpy(found.astype(np.int64))
 
     def of(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Draw:
-        """Rank `rank`'s `size` rows of the global batch of `step`; another one for each repetition.
+        """The `size` rows of rank `rank` of the global batch of `step`, which differs for each repetition.
 
-        Each step consumes as many rows of either stream as its global batch has.
+        Each step consumes as many rows of both streams as its global batch has.
         """
         generator = torch.Generator().manual_seed(seed_of(self.seed, step, repetition))
         total = size * world
@@ -233,7 +233,7 @@ class Draws:
         """Cumulative probability of each class as the negative of each anchor, (C', C') over the classes held.
 
         Raises:
-            ConfigError: an anchor from which no other class can be drawn.
+            ConfigError: an anchor for which no other class can be sampled.
         """
         other = weights.detach().cpu().double()[self.classes][:, self.classes].fill_diagonal_(0.0)
         total = other.sum(1)
@@ -241,18 +241,18 @@ class Draws:
         if len(bad):
             first = int(bad[0])
             raise ConfigError(
-                f"{len(bad)} classes have no negative class to draw: the weights of class {int(self.classes[first])} "
-                f"for the others sum to {float(total[first]):g}; the class vectors lie too far apart or are not finite "
-                "(vectors of unit length are the remedy)"
+                f"{len(bad)} classes have no negative class to sample: the weights of class {int(self.classes[first])} "
+                f"for the others sum to {float(total[first]):g}; the class embeddings are too far apart or not finite "
+                "(normalize them to unit length)"
             )
         share = other / total.unsqueeze(1)
         perplexity = torch.exp(torch.special.entr(share).sum(1)).median()
-        logger.info("a class draws its negatives from %.1f others (median perplexity of %d)", perplexity, len(share))
+        logger.info("negatives of a class: %.1f classes (median perplexity over %d classes)", perplexity, len(share))
         cumulative = torch.cumsum(other, 1)
-        return cumulative / cumulative[:, -1:]  # the last entry is 1 exactly, so that no draw falls beyond it
+        return cumulative / cumulative[:, -1:]  # the last entry is exactly 1, so that every sample in [0, 1) is below
 
     def _others(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """For each label another class, by the weights given or uniformly."""
+        """Sample another class for each label, by the given weights or uniformly."""
         place = torch.searchsorted(self.classes, labels)
         if self.cumulative is not None:
             height = torch.rand(labels.shape[0], 1, generator=generator, dtype=torch.float64)
@@ -262,14 +262,14 @@ class Draws:
 
 
 class Sampler:
-    """Batches of rows that lie in memory.
+    """Batches of rows that are in memory.
 
     Args:
-        sketch, photo: the pools that `draws` is about.
-        words: (C, S) class vectors.
+        sketch, photo: the pools that `draws` samples from.
+        words: (C, S) class embeddings.
 
     Attributes:
-        waited: seconds that callers of `batch` waited for data; none here, where all of it was read before.
+        waited: seconds that callers of `batch` waited for data; 0, since all of it is in memory.
     """
 
     waited = 0.0
@@ -286,7 +286,7 @@ class Sampler:
         )
 
     def close(self) -> None:
-        """Nothing is read ahead, so there is nothing to stop."""
+        """Do nothing: there is no prefetching to stop."""
 
     @staticmethod
     def _rows(pool: Pool, rows: Tensor) -> Tensor:
@@ -294,7 +294,7 @@ class Sampler:
 
 
 def labelled(draw: Draw, words: Tensor, sketch: Tensor, photo: Tensor, negative: Tensor | None) -> Batch:
-    """The batch of `draw`, whose rows are at hand, on the device of `words` (C, S)."""
+    """The batch of `draw` from its rows `sketch`, `photo` and `negative`, on the device of `words` (C, S)."""
     labels = draw.labels.to(words.device)
     others = None if draw.negative_labels is None else draw.negative_labels.to(words.device)
     return Batch(sketch=sketch, photo=photo, label=labels, word=words[labels], negative=negative, negative_label=others)

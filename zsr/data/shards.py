@@ -1,6 +1,6 @@
-"""Ray Data streams over verified shards: rows in order with their features or pictures, unseen classes left out.
+"""Ray Data streams over verified shards: rows in order with their features or images, without unseen classes.
 
-Every stream is order-preserving, so that what a reader has seen after n rows is a function of n alone.
+Every stream preserves the order, so that the rows seen after n rows are a function of n alone.
 """
 
 import logging
@@ -25,7 +25,7 @@ from zsr.executor import IMAGES, VECTORS, runs_here
 logger = logging.getLogger("zsr")
 
 ROW: Final = ("id", "key", "label", "pair")
-DECODED: Final = 128  # pictures in one block of a stream: a shard's worth of them would be hundreds of megabytes
+DECODED: Final = 128  # images in one block of a stream: those of a whole shard would be hundreds of megabytes
 
 
 Source = Artifact | Pictures
@@ -33,14 +33,14 @@ Source = Artifact | Pictures
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive rows of one modality, with their features or pictures.
+    """Consecutive rows of one modality, with their features or images.
 
     Attributes:
         ids: (N,) int64.
-        pairs: (N,) int64, id of the photo that the row belongs to; its own id where it has no pair.
-        labels: (N,) int64 index into the classes that the stream was asked for.
-        features: (N, D) float32, or pictures (N, H, W, 3) uint8 RGB.
-        keys: N strings; only in streams that ask for them.
+        pairs: (N,) int64, id of the photo that the row belongs to; its own id if it has no pair.
+        labels: (N,) int64 index into the classes of the stream.
+        features: (N, D) float32, or images (N, H, W, 3) uint8 RGB.
+        keys: N strings; only in streams with `keys`.
     """
 
     ids: np.ndarray
@@ -53,17 +53,17 @@ class Block:
 def stream(
     data: Artifact, source: Source, modality: str, classes: tuple[str, ...] | None, *, keys: bool = False
 ) -> Iterator[Block]:
-    """Rows of `modality` in shard order whose class is in `classes`, a block a shard, or several of pictures.
+    """Stream the rows of `modality` in shard order whose class is in `classes`; one block per shard, more for images.
 
-    A class outside of `classes` is dropped before its features are looked at: nothing of an unseen row, not even a NaN,
-    can reach a caller that asked for seen classes.
+    Rows of other classes are dropped before their features are read: nothing of an unseen row, not even a NaN, can
+    reach a caller that requested seen classes.
 
     Args:
-        source: FEATURES whose shards have the same names as those of `data`, or what its pictures are to become.
-        classes: label i is classes[i]; None takes every row, with label -1 throughout.
+        source: FEATURES whose shards have the same names as those of `data`, or the preprocessing of images.
+        classes: label i is classes[i]; None for every row, with label -1 throughout.
 
     Raises:
-        ConfigError: the features were not made from this data, or there is no shard of this modality.
+        ConfigError: the features were not computed from this data, or there is no shard of this modality.
     """
     names = _features_of(data, source, modality) if isinstance(source, Artifact) else _shards_of(data, modality)
     rows = sum(int(data.entry(name).facts["rows"]) for name in names)
@@ -78,12 +78,13 @@ def stream(
 def _tables(
     name: str, data: Artifact, source: Source, classes: tuple[str, ...] | None, keys: bool
 ) -> Iterator[pa.Table]:
-    """One DATA shard joined with its features, or with its pictures decoded, of these some rows at a time."""
+    """One DATA shard joined with its features as one table, or with its decoded images as several."""
     if isinstance(source, Artifact):
         yield _table(*featured_rows(data, source, name, classes), classes, keys)
         return
     for rows, found in pictured_rows(data, source, name, classes):
-        yield _table(rows, found.reshape(len(found), int(np.prod(found.shape[1:]))), classes, keys)  # of no row, too
+        # explicit width instead of -1, which fails for 0 rows
+        yield _table(rows, found.reshape(len(found), int(np.prod(found.shape[1:]))), classes, keys)
 
 
 def _task(batch: Mapping[str, Any], *shared: Any) -> Iterator[pa.Table]:
@@ -93,14 +94,14 @@ def _task(batch: Mapping[str, Any], *shared: Any) -> Iterator[pa.Table]:
 
 def _by_ray(names: list[str], shared: tuple[Any, ...]) -> Iterator[pa.Table]:
     """`_tables` of every shard, in Ray tasks."""
-    import ray  # loads for seconds, and not for small data
+    import ray  # takes seconds; not needed for small data
 
     from zsr.cluster import connect
 
     connect()
     items = ray.data.from_items(names, override_num_blocks=len(names))
     if isinstance(source := shared[1], Pictures):
-        # before the map, which takes it over; blocks of more bytes than this leave their task at once
+        # set before the map, which copies it; a task emits a block as soon as it exceeds this size
         items.context.target_max_block_size = (DECODED - 1) * 3 * source.resize.size**2
     # Ray's own type admits one argument only
     dataset = items.map_batches(cast(Any, _task), fn_args=shared, batch_size=1, batch_format="numpy")
@@ -112,7 +113,7 @@ def _features_of(data: Artifact, features: Artifact, modality: str) -> list[str]
     """Names of the shards that have features."""
     if features.parents.get("data") != data.digest:
         raise ConfigError(
-            f"features {features.digest[:12]} were made from data {str(features.parents.get('data'))[:12]}, not from "
+            f"features {features.digest[:12]} are of data {str(features.parents.get('data'))[:12]}, not of "
             f"{data.digest[:12]}; run zsr features on this data"
         )
     names = [entry.path for entry in data.shards(modality) if entry.path in {f.path for f in features.files}]
@@ -146,7 +147,7 @@ def _blocks(tables: Iterator[pa.Table], size: int | None) -> Iterator[Block]:
 def featured_rows(
     data: Artifact, features: Artifact, name: str, classes: tuple[str, ...] | None
 ) -> tuple[pa.Table, np.ndarray]:
-    """The rows of shard `name` that have a feature, see `rows_of`, and those features (N, D) float32."""
+    """The rows of shard `name` that have a feature, see `rows_of`, and their features (N, D) float32."""
     rows = rows_of(data, name, classes)
     vector = features.read_table(name)
     where = pc.index_in(rows.column("id"), value_set=vector.column("id").combine_chunks())
@@ -158,9 +159,9 @@ def featured_rows(
 def pictured_rows(
     data: Artifact, pictures: Pictures, name: str, classes: tuple[str, ...] | None
 ) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Rows of shard `name` and their pictures (N, size, size, 3) uint8, some at a time; at least one part, maybe empty.
+    """Rows of shard `name` and their images (N, size, size, 3) uint8, in at least one part, which may be empty.
 
-    `prepare` has decoded every picture at a small size; one that fails at this size is left out with a warning.
+    `prepare` has decoded every image at a small size; one that fails at this size is skipped with a warning.
     """
     modality = name.partition("/")[0].partition("=")[2]
     for part in encoded_rows(data, name, classes):
@@ -168,14 +169,14 @@ def pictured_rows(
 
 
 def pictured(part: pa.Table, found: Decoded, name: str) -> tuple[pa.Table, np.ndarray]:
-    """Those rows of a part of shard `name` whose pictures decode, and the pictures; a warning for each other row."""
+    """The rows of a part of shard `name` whose images were decoded, and the images; a warning for each other row."""
     for row, _, message in found.bad:
-        logger.warning("%s: row %s is left out: %s", name, part.column("key")[row], message)
+        logger.warning("%s: row %s is skipped: %s", name, part.column("key")[row], message)
     return part.take(pa.array(found.rows, pa.int64())), found.pixels
 
 
 def encoded_rows(data: Artifact, name: str, classes: tuple[str, ...] | None) -> Iterator[pa.Table]:
-    """Rows of shard `name` with their encoded pictures, DECODED at a time; at least one part, maybe empty."""
+    """Rows of shard `name` with their encoded images, DECODED at a time; at least one part, which may be empty."""
     file, columns = shard(data, name).file, [*ROW, "image"]
     waiting = file.schema_arrow.empty_table().select(columns)
     for batch in file.iter_batches(DECODED, columns=columns, use_threads=False):
@@ -198,7 +199,7 @@ def _of_classes(rows: pa.Table, classes: tuple[str, ...] | None) -> pa.Table:
 
 
 def _table(rows: pa.Table, matrix: np.ndarray, classes: tuple[str, ...] | None, keys: bool) -> pa.Table:
-    """What a stream carries of N rows and their vectors (N, D)."""
+    """The columns of a stream for N rows and their vectors (N, D)."""
     ids = rows.column("id").to_numpy()
     pairs = [
         own if key is None else row_id("photo", key)
@@ -218,7 +219,7 @@ def _table(rows: pa.Table, matrix: np.ndarray, classes: tuple[str, ...] | None, 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A whole modality in memory: what small sets, validation and tests use.
+    """A whole modality in memory, for small data sets, validation and tests.
 
     Attributes:
         ids, pairs, labels: (N,) int64. features: (N, D) float32 or (N, H, W, 3) uint8. keys: N strings.
@@ -232,7 +233,7 @@ class Rows:
 
 
 def collect(data: Artifact, source: Source, modality: str, classes: tuple[str, ...]) -> Rows:
-    """Every row of `classes` in one table.
+    """Every row of `classes` in memory.
 
     Raises:
         ConfigError: there is none.
@@ -241,7 +242,7 @@ def collect(data: Artifact, source: Source, modality: str, classes: tuple[str, .
     blocks = [block for _, block in progress.counted((len(block.ids), block) for block in found)]
     if not blocks:
         raise ConfigError(
-            f"no {modality} row of the classes {list(classes)[:5]} ... has a feature or picture; check the split"
+            f"no {modality} row of the classes {list(classes)[:5]} ... has a feature or image; check the split"
         )
     return Rows(
         ids=np.concatenate([b.ids for b in blocks]),

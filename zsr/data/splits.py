@@ -1,4 +1,4 @@
-"""Seen and unseen classes: the published splits by name, files, seeded draws, and the guard that keeps them apart."""
+"""Splits into seen and unseen classes: published ones by name, files, seeded random ones, and the leakage check."""
 
 import json
 import random
@@ -18,14 +18,14 @@ from zsr.storage import is_file, read_text
 
 @dataclass(frozen=True)
 class Split:
-    """Which classes are unseen and which seen ones validate.
+    """Unseen, validation and training classes.
 
     Attributes:
-        unseen: classes of the test; no row of theirs reaches training.
+        unseen: test classes; none of their rows is used in training.
         validation: seen classes held out to choose checkpoints and settings; never trained on, never in the test.
-        source: where the lists come from.
-        training: the trained classes; empty until `resolve` has filled it from the data.
-        seen: the classes that training and validation are cut from, where a file pins them; empty means all but unseen.
+        source: origin of the lists.
+        training: the training classes; empty until `resolve` has filled it from the data.
+        seen: the classes that training and validation are chosen from, if a file lists them; empty for all but unseen.
     """
 
     unseen: tuple[str, ...]
@@ -42,26 +42,26 @@ class Split:
             ("unseen and seen", self.unseen, self.seen),
         ):
             if both := sorted(set(one) & set(other)):
-                raise Leakage(f"split {self.source!r}: {both} stand in both {name}; a class has one role")
+                raise Leakage(f"split {self.source!r}: {both} are in both {name}; a class must have one role")
 
     def resolve(self, labels: Iterable[str], validation_classes: int, seed: int) -> "Split":
-        """The split with every role filled from the data's own labels.
+        """The split with every role filled from the labels of the data.
 
         Args:
             labels: every class in the data.
-            validation_classes: how many seen classes to hold out if the split names none; 0 holds out none, as the
-                5/5 splits of sets with ten classes want.
-            seed: of that draw.
+            validation_classes: number of seen classes to hold out if the split names none; 0 holds out none, as
+                required by the 5/5 splits of data sets with ten classes.
+            seed: seed of the choice of validation classes.
 
         Raises:
             ConfigError: the split names a class that the data lacks, or no class is left to train on.
-            Leakage: an unseen class stands in the data under two spellings, of which one would be trained on.
+            Leakage: the data has an unseen class under two spellings, of which one would be trained on.
         """
         present = sorted(set(labels))
         return self._spelt_as(Spellings(present))._resolved(present, validation_classes, seed)
 
     def _spelt_as(self, spelling: Spellings) -> "Split":
-        """The split with the spelling that the data has for each class, where they differ in punctuation only."""
+        """The split with class names spelled as in the data, where they differ only in punctuation."""
         unseen, validation, training, seen = (
             tuple(sorted(map(spelling, names))) for names in (self.unseen, self.validation, self.training, self.seen)
         )
@@ -70,13 +70,13 @@ class Split:
     def _resolved(self, present: list[str], validation_classes: int, seed: int) -> "Split":
         if missing := sorted(set(self.unseen + self.validation + self.training + self.seen) - set(present)):
             raise ConfigError(
-                f"split {self.source!r} names {missing}, which the data has not; its {len(present)} classes begin with "
+                f"split {self.source!r} names {missing}, which the data lacks; its {len(present)} classes begin with "
                 f"{present[:5]}"
             )
         unseen = {squeezed(label): label for label in self.unseen}
         if twins := [f"{unseen[squeezed(n)]}, {n}" for n in present if n not in self.unseen and squeezed(n) in unseen]:
             raise Leakage(
-                f"split {self.source!r}: the data spells one class in two ways ({twins}); prepare it with one"
+                f"split {self.source!r}: the data spells the same class in two ways ({twins}); prepare it with one"
             )
         seen = self.seen or tuple(label for label in present if label not in self.unseen)
         pool = self.training or seen
@@ -84,14 +84,14 @@ class Split:
         training = tuple(label for label in pool if label not in validation)
         if len(training) < 2:
             raise ConfigError(
-                f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are needed. Of its "
-                f"{len(pool)} seen ones, --validation-classes may hold out {max(0, len(pool) - 2)} at most; with 0 the "
-                "last checkpoint counts"
+                f"split {self.source!r} leaves {len(training)} classes to train on; at least 2 are required. Of its "
+                f"{len(pool)} seen ones, --validation-classes may hold out at most {max(0, len(pool) - 2)}; with 0 the "
+                "last checkpoint is used"
             )
         return Split(self.unseen, tuple(sorted(validation)), self.source, tuple(sorted(training)))
 
     def as_json(self) -> dict[str, Any]:
-        """The split as it is written into plans and checkpoints."""
+        """The split as JSON, for plans and checkpoints."""
         return {
             "unseen": list(self.unseen),
             "validation": list(self.validation),
@@ -101,7 +101,7 @@ class Split:
 
 
 class _File(BaseModel):
-    """What a file of a split holds."""
+    """Content of a split file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -113,13 +113,13 @@ class _File(BaseModel):
 
 
 def draw(classes: Collection[str], count: int, seed: int) -> tuple[str, ...]:
-    """`count` classes by a seeded draw from the sorted names.
+    """Sample `count` classes from the sorted names, with a seed.
 
     Raises:
-        ConfigError: fewer classes than that.
+        ConfigError: there are fewer classes.
     """
     if count > len(classes):
-        raise ConfigError(f"{count} classes wanted, {len(classes)} there are")
+        raise ConfigError(f"{count} classes are requested, but there are only {len(classes)}")
     return tuple(sorted(random.Random(seed).sample(sorted(classes), count)))
 
 
@@ -131,11 +131,11 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def load(name: str) -> Split:
-    """A published split by name, `random:UNSEEN:SEED` resolved later by `random_split`, or a JSON file.
+    """Load a published split by name, or a JSON file.
 
     Raises:
         ConfigError: neither a published name nor a readable file; unknown keys in the file.
-        Leakage: a class stands in two roles.
+        Leakage: a class has two roles.
     """
     if name in published():
         content = json.dumps(published()[name])
@@ -148,7 +148,7 @@ def load(name: str) -> Split:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
         raise ConfigError(
-            f'split {name}: {wrong}; expected {{"unseen": ["NAME", ...]}}, and perhaps lists called '
+            f'split {name}: {wrong}; expected {{"unseen": ["NAME", ...]}}, and optionally the lists '
             f"{sorted(_File.model_fields.keys() - {'unseen', 'source'})}"
         ) from error
     return Split(
@@ -161,7 +161,7 @@ def load(name: str) -> Split:
 
 
 def choose(name: str, labels: Iterable[str], validation_classes: int, seed: int) -> Split:
-    """The split called `name`, resolved against the data's labels. `random:14:0` draws 14 unseen ones with seed 0."""
+    """The split `name`, resolved by the labels of the data. `random:14:0` samples 14 unseen classes with seed 0."""
     present = sorted(set(labels))
     if name.startswith("random:"):
         try:

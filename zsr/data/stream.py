@@ -1,10 +1,10 @@
-"""Streams of pictures: rolling reservoirs of row numbers, and batches that Ray Data decodes ahead of the trainer.
+"""Image streams: rolling reservoirs of row numbers, and batches that Ray Data decodes ahead of the trainer.
 
-A reservoir holds no pictures. Which rows a batch takes follows from the rows' ids and labels, the seed and the step;
-the tasks of the stream read and decode those rows and no others. So a batch is the same however Ray schedules, a
-resumed run decodes nothing that was passed, and memory depends neither on the size of the data nor on the reservoirs'.
+A reservoir holds no images. The rows of a batch follow from the rows' ids and labels, the seed and the step; the tasks
+of the stream read and decode only those rows. So a batch does not depend on Ray's scheduling, a resumed run does not
+decode earlier batches, and memory depends neither on the size of the data nor on that of the reservoirs.
 
-Shapes: N rows, C classes, B rows of a rank's batch, R rows of all its sides, S side of a picture.
+Shapes: N rows, C classes, B rows of a rank's batch, R rows of all its modalities, S side of an image.
 """
 
 import time
@@ -31,26 +31,26 @@ from zsr.data.pictures import LISTED, Decoder, Work, list_rows
 from zsr.data.sampling import Draw, Draws, labelled, seed_of
 from zsr.errors import ConfigError
 
-CHUNK: Final = 64 << 20  # bytes of decoded pictures that one task makes; it yields them a batch at a time
-LEG: Final = 256  # tasks that are planned at once at first; each leg has twice as many as the one before
-LONGEST: Final = 4096  # tasks of a leg at most
-AHEAD: Final = 2  # batches that are fetched from the object store before they are asked for
+CHUNK: Final = 64 << 20  # bytes of decoded images per task; it yields them batch by batch
+LEG: Final = 256  # tasks of the first dataset of a stream; each next one has twice as many
+LONGEST: Final = 4096  # max tasks of a dataset
+AHEAD: Final = 2  # batches prefetched from the object store
 
 
 @dataclass(frozen=True)
 class Rolling:
-    """The reservoirs of one modality, by row number alone.
+    """The reservoirs of one modality, as row numbers only.
 
-    The rows have a fixed order, that of the shards. When n of them have been consumed, the reservoir of a class holds
-    its last `capacity` rows before the n-th, counted around the end; so a class with no more rows than that is held in
-    full, always. This is a closed form in n: nothing has to be replayed to know it.
+    The rows have a fixed order, that of the shards. After n consumed rows, the reservoir of a class holds its last
+    `capacity` rows before the n-th, cyclically; a class with at most `capacity` rows is always held completely. This is
+    a closed form in n: nothing has to be replayed after a resume.
 
     Attributes:
         ids, pairs: (N,) int64, see `shards.Block`.
         places: (N, 2) int32, number of the shard and row in it.
         keys: (N,) int64, sorted: label * N + row number.
         totals: (C,) int64 rows of each class.
-        capacity: rows that a reservoir holds at most.
+        capacity: max rows of a reservoir.
         start: rows consumed before step 0.
     """
 
@@ -64,7 +64,7 @@ class Rolling:
 
     @classmethod
     def of(cls, rows: pa.Table, classes: int, capacity: int, seed: int) -> "Rolling":
-        """Reservoirs over `rows`, as `pictures.list_rows` makes them; the seed turns where the stream starts."""
+        """Reservoirs over `rows` from `pictures.list_rows`; the seed determines where the stream starts."""
         labels = rows.column("label").to_numpy()
         places = np.stack([rows.column(name).to_numpy() for name in ("shard", "row")], axis=1)
         return cls(
@@ -88,7 +88,7 @@ class Rolling:
         return bool((self.pairs != self.ids).any())
 
     def draw(self, labels: Tensor, generator: torch.Generator, consumed: int) -> Tensor:
-        """A uniform row of the reservoir of each label, (B,) -> (B,) row numbers, after `consumed` rows."""
+        """Sample a row of each label's reservoir uniformly, (B,) -> (B,) row numbers, after `consumed` rows."""
         label_B = labels.numpy()
         total_B = self.totals[label_B]
         first_B = np.cumsum(self.totals)[label_B] - total_B
@@ -101,7 +101,7 @@ class Rolling:
 
 @dataclass(frozen=True)
 class Sides:
-    """What a stream knows before it starts: its shards by number, and the rows of both modalities."""
+    """The rows of a stream: its shards by number, and the reservoirs of both modalities."""
 
     names: tuple[str, ...]
     sketch: Rolling
@@ -109,13 +109,13 @@ class Sides:
 
 
 def survey(data: Artifact, modalities: tuple[str, str], classes: tuple[str, ...], capacity: int, seed: int) -> Sides:
-    """List the rows of two modalities, sketches first, without reading a picture.
+    """List the rows of two modalities, sketches first, without reading images.
 
     Args:
-        capacity: rows of a class and modality that batches are drawn from at a time.
+        capacity: max rows of a reservoir, per class and modality.
 
     Raises:
-        ConfigError: a modality has no picture of these classes.
+        ConfigError: a modality has no image of these classes.
         DamagedArtifact: see `pictures.shard`.
     """
     names = [entry.path for modality in modalities for entry in data.shards(modality)]
@@ -127,7 +127,7 @@ def survey(data: Artifact, modalities: tuple[str, str], classes: tuple[str, ...]
         rows = listed.filter(pa.array(own[listed.column("shard").to_numpy()], pa.bool_()))
         if not len(rows):
             raise ConfigError(
-                f"data {data.digest[:12]}: no {modality} of the classes {list(classes)[:5]} ... has a picture; "
+                f"data {data.digest[:12]}: no {modality} of the classes {list(classes)[:5]} ... has an image; "
                 "check the split, or train on features"
             )
         sides.append(Rolling.of(rows, len(classes), capacity, seed_of(seed, len(sides))))
@@ -135,9 +135,9 @@ def survey(data: Artifact, modalities: tuple[str, str], classes: tuple[str, ...]
 
 
 def _listed(data: Artifact, items: list[dict[str, Any]], classes: tuple[str, ...]) -> pa.Table:
-    """The rows of all shards, in their order."""
+    """The rows of all shards, in order."""
     if not items:
-        raise ConfigError(f"data {data.digest[:12]} hold neither modality; they hold {sorted(data.facts['rows'])}")
+        raise ConfigError(f"data {data.digest[:12]} has neither modality; it has {sorted(data.facts['rows'])}")
     connect()
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         cast(Any, list_rows), fn_args=(data, classes), batch_size=1, batch_format="numpy"
@@ -147,9 +147,9 @@ def _listed(data: Artifact, items: list[dict[str, Any]], classes: tuple[str, ...
 
 
 def first_pictures(data: Artifact, pictures: Pictures, sides: Sides, side: Rolling, count: int) -> Iterator[np.ndarray]:
-    """About `count` pictures from the beginning of a side, (at most 64, S, S, 3) uint8 at a time.
+    """About `count` images from the beginning of a modality, (at most 64, S, S, 3) uint8 at a time.
 
-    They are a sample of all, since rows are in hashed order. Fewer than 64 that are left at the end are left out.
+    They are a uniform sample, since rows are in hashed order. A remainder of fewer than 64 images is dropped.
     """
     places = side.places[:count]
     size = min(64, len(places))
@@ -163,18 +163,18 @@ def first_pictures(data: Artifact, pictures: Pictures, sides: Sides, side: Rolli
 
 
 class Stream:
-    """Batches of pictures, made in Ray tasks ahead of the steps that ask for them.
+    """Batches of images, prefetched by Ray tasks.
 
     Args:
-        draws: which rows each batch has.
-        words: (C, S) class vectors, on the device that batches go to.
-        augment: cut and mirror each picture, by a draw of its own for every batch.
-        last_step: the last step that will ask.
-        repetitions: batches of a step, see `repetitions_of`.
+        draws: samples the rows of each batch.
+        words: (C, S) class embeddings, on the device of the batches.
+        augment: crop and flip each image at random, differently for every batch.
+        last_step: the last step for which `batch` will be called.
+        repetitions: batches per step, see `repetitions_of`.
 
     Attributes:
         waited: seconds that callers of `batch` waited for data.
-        decoded: pictures that were decoded for the batches that were given out.
+        decoded: images decoded for the batches returned so far.
     """
 
     def __init__(
@@ -198,9 +198,9 @@ class Stream:
         self._step: list[Batch] = []
 
     def batch(self, step: int, size: int, rank: int = 0, world: int = 1, repetition: int = 0) -> Batch:
-        """Rank `rank`'s `size` rows of the global batch of `step`.
+        """The `size` rows of rank `rank` of the global batch of `step`.
 
-        Steps that follow each other are read ahead; any other step, as after a resumption, starts the reading there.
+        Consecutive steps are prefetched; any other step, as after a resume, restarts the prefetching there.
         """
         started = time.perf_counter()
         asked = (size, rank, world, step)
@@ -214,13 +214,13 @@ class Stream:
         return self._step[repetition]
 
     def close(self) -> None:
-        """Stop reading ahead. Call it at the end, see `_rows`."""
+        """Stop prefetching. Must be called at the end, see `_rows`."""
         if self._running is not None:
             self._running.close()
         self._running, self._asked, self._step = None, (), []
 
     def _batches(self, step: int, size: int, rank: int, world: int) -> Generator[Batch]:
-        """The batches of `step` and all later ones, each step's repetitions one after the other."""
+        """Yield the batches of `step` and of all later steps, with the repetitions of a step in sequence."""
         sides = 2 + self.draws.triplets
         slots = np.concatenate([np.arange(size) + size * (world * side + rank) for side in range(sides)])
         work = Work(self.data, self.sides.names, self.pictures, self.augment, slots)
@@ -234,12 +234,12 @@ class Stream:
             with closing(_rows(_dataset(items, work, world))) as rows:
                 for number, table in enumerate(rows):
                     if table.column("number")[0].as_py() != number:
-                        raise RuntimeError(f"batch {number} came out of order; Ray Data has to preserve it")
+                        raise RuntimeError(f"batch {number} is out of order; Ray Data must preserve the order")
                     self.decoded += table.column("decoded")[0].as_py()
                     yield self._batch(plans.popleft(), table, size)
 
     def _item(self, turns: list[tuple[int, int]], plans: list[Draw], first: int) -> dict[str, Any]:
-        """What one task is told: where the pictures of its batches lie."""
+        """The input of one task: shard and row numbers of the images of its batches."""
         seeds = np.array([seed_of(self.draws.seed, *turn, 1) for turn in turns], np.int64)
         places = np.stack([self._places(plan) for plan in plans])
         return {"places": places.tobytes(), "seeds": seeds.tobytes(), "first": first}
@@ -255,14 +255,14 @@ class Stream:
 
 
 def _dataset(items: list[dict[str, Any]], work: Work, ranks: int) -> Dataset:
-    """The decoding of `items`, an Arrow row a batch and a block a row, in order, by one of `ranks` that do the same.
+    """A dataset that decodes `items` in order, with one Arrow row per batch and one block per row, on one of `ranks`.
 
-    A pool of actors, and not tasks: those run in whichever process is free, so that every process reads every row group
-    and checks every shard, and a CPU waits between two of them.
+    It uses a pool of actors instead of tasks: tasks run in any free process, so that every process would read every row
+    group and verify every shard, and CPUs would idle between tasks.
     """
     connect()
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    # before the map, which takes it over; a block leaves its task as soon as it holds more than this, so with one row
+    # set before the map, which copies it; a task emits a block once it exceeds this size, so with every row
     dataset.context.target_max_block_size = len(work.slots) * 3 * work.pictures.resize.size**2
     actors, cpus = decoders(ranks)
     return dataset.map_batches(
@@ -276,10 +276,10 @@ def _dataset(items: list[dict[str, Any]], work: Work, ranks: int) -> Dataset:
 
 
 def _rows(dataset: Dataset) -> Generator[pa.Table]:
-    """The rows of a dataset one by one. To be closed: Ray Data stops at the latest then.
+    """Yield the rows of a dataset one by one. The generator must be closed, which stops Ray Data.
 
-    Left to the garbage collector, it would be stopped in whatever thread collects; in one of Ray Data's own that waits
-    for ever on a lock that it holds.
+    Otherwise the garbage collector would stop it in an arbitrary thread; in one of Ray Data's own this deadlocks on a
+    lock that the thread holds.
     """
     blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=AHEAD))
     with closing(cast(Any, blocks)):
@@ -290,13 +290,13 @@ def _rows(dataset: Dataset) -> Generator[pa.Table]:
 
 
 def _pixels(table: pa.Table, pictures: Pictures) -> np.ndarray:
-    """The pictures of a row, (R, S, S, 3), to be read only: they lie in the object store as long as they are held."""
+    """The images of a row, (R, S, S, 3), read-only: they are in the object store while they are referenced."""
     side = pictures.resize.size
     return cast(np.ndarray, table.column("pixels").chunk(0).flatten().to_numpy().reshape(-1, side, side, 3))
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
-    """The same memory as a tensor. Nothing that gets a batch writes into it, so that torch's warning is for nobody."""
+    """The same memory as a tensor, without torch's warning: no consumer of a batch writes into it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(pixels)

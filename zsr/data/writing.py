@@ -1,9 +1,9 @@
-"""One slice of the listing to DATA shards of bounded bytes: load, check, write; or quarantine.
+"""Write one slice of the listing to DATA shards of bounded size: load, check, write; or quarantine.
 
-A slice has `rows_per_shard` rows. What it loads goes to a spool that moves to disk beyond some megabytes, in the order
-of the source's own files, each of which is then read once; from there rows are written in their order, in row groups of
-bounded bytes, to one file or, beyond `bytes_per_shard`, to several: part-00007.parquet, part-00007_001.parquet ... So a
-task's memory does not depend on the size of pictures, a reader can go group by group, and a slice is made again alone.
+A slice has `rows_per_shard` rows. Images are loaded in the order of the source's files, so that each is read once, into
+a spool that moves to disk beyond 64 MiB. Rows are then written in their order, in row groups of bounded bytes, to one
+file or, beyond `bytes_per_shard`, to several: part-00007.parquet, part-00007_001.parquet ... So the memory of a task
+does not depend on the size of images, a reader can read single row groups, and a slice can be rewritten independently.
 """
 
 import json
@@ -17,23 +17,23 @@ from typing import IO, Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Staging, canonical
 from zsr.data.decode import BadImage, Limits, decode
 from zsr.data.listing import Bad
 from zsr.data.rows import SCHEMA, row_id
 from zsr.data.sources import Item, Source
 
-PROBE: Final = 32  # pixels: a full decode proves that a picture is whole, and at this size it is cheap
-TEXT_CAP: Final = 100_000  # characters
-SPOOL: Final = 64 << 20  # bytes of loaded pictures that a task holds in memory
-ROW_GROUP: Final = 1 << 20  # bytes of rows in a row group, unless one row has more; a draw of a stream reads one
-LAYOUT: Final = 2  # of the files that this module writes; part of the plan
+PROBE: Final = 32  # side in pixels for the check that an image can be decoded completely, which is cheap at this size
+TEXT_CAP: Final = 100_000  # max characters
+SPOOL: Final = 64 << 20  # max bytes of loaded images that a task holds in memory
+ROW_GROUP: Final = 1 << 20  # max bytes of a row group, unless one row has more; a stream reads one per sampled row
+LAYOUT: Final = 2  # version of the file layout of this module; part of the plan
 
 
 @dataclass(frozen=True, slots=True)
 class Good:
-    """A row to be written: its place in the listing, and where its picture lies in the spool."""
+    """A row to write: its item and id, and the offset and length of its image in the spool."""
 
     item: Item
     identity: int
@@ -47,7 +47,7 @@ class Good:
 
 
 def slice_of(name: str) -> str:
-    """The slice that shard `name` belongs to: the name of its first file.
+    """The slice of shard `name`, which is named by its first file.
 
     >>> slice_of("modality=photo/part-00007_001.parquet")
     'modality=photo/part-00007.parquet'
@@ -56,13 +56,13 @@ def slice_of(name: str) -> str:
 
 
 def staged_items(staging: Staging, name: str) -> list[Item]:
-    """The items that listing assigned to the slice `name`."""
+    """The items that the listing assigned to the slice `name`."""
     data = staging.read(f"listing/{name}", scratch=True)
     return [Item(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
 
 
 def files_of(staging: Staging, name: str) -> list[str]:
-    """The shards that the slice `name` was written to; none as long as one of them is missing."""
+    """The shards that the slice `name` was written to; empty while any of them is missing."""
     if staging.finished(f"slices/{name}.json", scratch=True) is None:
         return []
     names: list[str] = json.loads(staging.read(f"slices/{name}.json", scratch=True))
@@ -76,7 +76,7 @@ def write_slice(piece: dict[str, Any], source: Source, staging: Staging, bytes_p
         good, bad = _load_all(source, staged_items(staging, name), name, spool)
         if bad:
             staging.write(f"_quarantine/{name}.jsonl", b"".join(each.line() for each in bad))
-        fault.here("prepare.shard")
+        faults.here("prepare.shard")
         groups = _parted([row.bytes for row in good], ROW_GROUP)
         sizes = [sum(row.bytes for row in good[start:end]) for start, end in groups]
         files = [
@@ -90,7 +90,7 @@ def write_slice(piece: dict[str, Any], source: Source, staging: Staging, bytes_p
 
 
 def _load_all(source: Source, items: list[Item], name: str, spool: IO[bytes]) -> tuple[list[Good], list[Bad]]:
-    """Good and bad rows, in the order of the listing; pictures lie in `spool`."""
+    """Good and bad rows, in the order of the listing; images are written to `spool`."""
     good: dict[int, Good] = {}
     bad: dict[int, Bad] = {}
     end = 0
@@ -109,7 +109,7 @@ def _load_all(source: Source, items: list[Item], name: str, spool: IO[bytes]) ->
 
 
 def _checked(source: Source, item: Item) -> bytes:
-    """The bytes of `item`, its image proved to decode. Raises BadImage with the quarantine's kind."""
+    """The bytes of `item`, whose image was decoded as a check. Raises BadImage with the quarantine's kind."""
     try:
         data = source.load(item)
         feature = source.feature(item)
@@ -129,7 +129,7 @@ def _checked(source: Source, item: Item) -> bytes:
 
 
 def _parted(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Consecutive ranges of `sizes`, each of the most that sum to `limit` or less, but never empty.
+    """Split `sizes` greedily into consecutive non-empty ranges that each sum to at most `limit`, if possible.
 
     >>> _parted([2, 2, 9, 1], 4)
     [(0, 2), (2, 3), (3, 4)]
@@ -151,7 +151,7 @@ def _write(staging: Staging, name: str, groups: list[list[Good]], spool: IO[byte
         "images": sum(row.length > 0 for group in groups for row in group),
         "classes": {str(label): classes[label] for label in sorted(classes)},
     }
-    # encoded pictures do not get smaller; their statistics tell a stream how many rows have none
+    # encoded images do not compress; the statistics of their column tell a stream how many rows have none
     packing = {column: "none" if column == "image" else "zstd" for column in SCHEMA.names}
     with (
         staging.piece(name, facts=facts) as path,

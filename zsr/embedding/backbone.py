@@ -1,4 +1,4 @@
-"""Features of DATA's pictures by a backbone, and of its texts by a sentence encoder: DATA -> FEATURES."""
+"""Compute features of images by a backbone and of texts by a sentence encoder: DATA -> FEATURES."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.data.decode import VERSION
 from zsr.data.features import feature_table, seal_features
 from zsr.data.pictures import Decoded, has_images
 from zsr.data.semantics.sentences import encoder_digest, encoder_folder
 from zsr.devices import AUTO, Devices, DeviceSettings, choose, own_device
-from zsr.embedding.ahead import Decoders
 from zsr.embedding.encode import architecture_of, featurizer, tower_of
 from zsr.embedding.nvjpeg import DeviceDecoders
+from zsr.embedding.prefetch import Decoders
 from zsr.embedding.settings import BackboneSettings, Prices
 from zsr.embedding.shards import (
     MADE_FROM,
@@ -35,21 +35,21 @@ from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
 from zsr.executor import IMAGES
 from zsr.models import backbones
-from zsr.worker import keep_freed_memory
+from zsr.process import keep_freed_memory
 
 TEXT: Final = "modality=text/"
-BATCHES: Final = (4, 16, 32, 64)  # pictures in a forward pass that a plan tries
-TEXTS: Final = 256  # that are encoded before somebody looks at the clock; a multiple of a batch
+BATCHES: Final = (4, 16, 32, 64)  # batch sizes that `predict` measures
+TEXTS: Final = 256  # texts encoded between two readings of the clock; a multiple of a batch
 
 
 def plan(data: Artifact, settings: BackboneSettings, weights: Path | Artifact) -> Plan:
-    """Keyed by backbone, digest of the weights and preprocessing.
+    """The plan of FEATURES: backbone, digest of the weights, and preprocessing.
 
     Args:
-        weights: of the backbone, or a checkpoint whose image towers are the backbone, fine-tuned.
+        weights: weights of the backbone, or a checkpoint whose image towers are the fine-tuned backbone.
 
     Raises:
-        ConfigError: no such backbone, layer or size, or weights that do not say what the backbone is.
+        ConfigError: no such backbone, layer or size, or weights that do not determine the architecture.
     """
     config = {**settings.model_dump(exclude={"texts"}), "decode": VERSION}
     parents = {"data": data.digest}
@@ -78,16 +78,16 @@ def extract(
     decoders: int | None = None,
     device: DeviceSettings = AUTO,
 ) -> tuple[Artifact, Tally]:
-    """Compute FEATURES of every picture in `data` and publish them; see `shards.compute` for what is computed.
+    """Compute FEATURES of every image in `data` and publish them; finished shards are reused, see `shards.compute`.
 
     Args:
         weights: see `plan`.
-        batch: pictures in one forward pass; None takes `backbones.PICTURES`.
-        actors, device: Ray actors that hold the model and what they run on, see `shards.compute`.
-        decoders: tasks that decode ahead of each, see `shards.room_to_decode`.
+        batch: images per forward pass; None for `backbones.PICTURES`.
+        actors, device: number and device of the Ray actors that hold the model, see `shards.compute`.
+        decoders: max decoding tasks per actor, see `shards.room_to_decode`.
 
     Raises:
-        ConfigError: see `plan`; data without pictures; or JPEGs that a GPU shall decode, and no GPU.
+        ConfigError: see `plan`; data without images; or decoding of JPEGs on GPUs without a GPU.
         Infeasible: more decoders than there are CPUs for; see `devices.choose`.
     """
     work = plan(data, settings, weights)
@@ -98,11 +98,11 @@ def extract(
     require_gpus(settings, choose(device))
     staging = output.staging(work)
     if not names:
-        raise ConfigError(f"data {data.digest[:12]} has no rows that --backbone or --texts make features of")
+        raise ConfigError(f"data {data.digest[:12]} has no rows to compute features of; see --backbone and --texts")
     if not any(side == "text" or has_images(data, side) for side in sorted(set(map(side_of, names)))):
         raise ConfigError(
-            f"data {data.digest[:12]} have no images to make features of; those that come with the data are imported "
-            "by zsr prepare --features-output"
+            f"data {data.digest[:12]} has no images to compute features of; import features of the source with "
+            "zsr prepare --features-output"
         )
     shared = _shared(data, settings, weights, work, batch)
     wanted = {name: fingerprint(work, data.entry(name)) for name in names}
@@ -123,11 +123,11 @@ def predict(
     prices: Prices,
     device: DeviceSettings = AUTO,
 ) -> dict[str, Any]:
-    """What `extract` would take, see `shards.forecast`, and rows a second of one actor by the number of pictures in a
-    forward pass, where `batch` leaves that open. Raises ConfigError, see `plan` and `devices.choose`.
+    """Predict the cost of `extract`, see `shards.forecast`; without `batch`, also rows per second of one actor for each
+    of several batch sizes. Raises ConfigError, see `plan` and `devices.choose`.
 
-    The job itself takes no batch size from a measurement: sums in another order are other bits, so that two runs of one
-    command could end with different digests.
+    The job itself does not choose its batch size by a measurement: another summation order gives other bits, so that
+    two runs of the same command could have different digests.
     """
     require_gpus(settings, devices := choose(device))
     work, rows = plan(data, settings, weights), dict[str, int]()
@@ -144,21 +144,21 @@ def predict(
 
 
 def require_gpus(settings: BackboneSettings, devices: Devices) -> None:
-    """Raise ConfigError if JPEGs are to be decoded by the actors' GPUs and the actors run on CPUs."""
+    """Raise ConfigError if JPEGs are to be decoded on GPUs, but the actors run on CPUs."""
     if settings.jpegs == "gpu" and not devices.gpus:
-        raise ConfigError(f"--jpegs gpu, and {devices.why}; use --jpegs cpu")
+        raise ConfigError(f"--jpegs gpu requires a GPU, but {devices.why}; use --jpegs cpu")
 
 
 def _shared(
     data: Artifact, settings: BackboneSettings, weights: Path | Artifact, work: Plan, batch: int | None
 ) -> dict[str, Any]:
-    """What an Extractor is made with."""
+    """Arguments of an Extractor."""
     about = {"data": data, "settings": settings, "weights": weights, "batch": batch}
     return about | {"sha256": work.config["weights"], "texts": work.config.get("texts", "")}
 
 
 def shards(data: Artifact, settings: BackboneSettings) -> list[str]:
-    """Names of the shards that get features, in order."""
+    """Names of the shards to compute features of, in order."""
     texts = settings.texts != "none"
     return [e.path for e in data.shards() if int(e.facts["rows"]) and (texts or not e.path.startswith(TEXT))]
 
@@ -170,7 +170,7 @@ def side_of(shard: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Some rows' ids and blocks of features, and what is wrong with the other rows."""
+    """Ids and feature blocks of rows, and quarantine entries of bad rows."""
 
     ids: list[int]
     features: list[np.ndarray]
@@ -178,7 +178,7 @@ class Made:
 
 
 class Extractor:
-    """Holds the backbone and makes features of one DATA shard after the other."""
+    """Compute the features of DATA shards with a loaded backbone."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class Extractor:
         decoders: int = 0,
     ) -> None:
         keep_freed_memory()
-        torch.set_num_threads(1)  # one thread an actor: the same bits whatever the number of cores, and no contention
+        torch.set_num_threads(1)  # one thread per actor: the same bits on any number of cores, and no contention
         self.data = data
         self.device = own_device()
         self.batch = batch or backbones.pictures_at_once(self.device)
@@ -220,7 +220,7 @@ class Extractor:
         return self.texts.dim if self.texts is not None and side == "text" else self.featurizer.backbones[side].dim
 
     def _pictures(self, name: str, side: str, table: pa.Table, clocks: Clocks) -> Iterator[tuple[int, Made]]:
-        """A shard's pictures, some at a time; what waited for a full batch comes at the end."""
+        """Features of a shard's images in blocks; the last, incomplete batch comes at the end."""
         size = self.decoders.at_once(self.batch)
         held: deque[pa.Table] = deque()
         pixels = np.zeros((0, *[self.featurizer.pictures.resize.size] * 2, 3), np.uint8)
@@ -234,7 +234,7 @@ class Extractor:
         for found in clocks.each("decode", self.decoders.blocks(side, images())):
             rows = held.popleft()
             pixels = np.concatenate([pixels, found.pixels]) if len(pixels) else found.pixels
-            # full batches, whatever was left out and however it was cut: sums in another order are other bits
+            # only full batches, independent of bad rows and block sizes: another summation order gives other bits
             whole = len(pixels) // self.batch * self.batch
             with clocks.stage("model"):
                 features = [self.featurizer.features(side, one) for one in _batches(pixels[:whole], self.batch)]
@@ -254,7 +254,7 @@ def _batches(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _made(name: str, rows: pa.Table, found: Decoded, features: list[np.ndarray]) -> Made:
-    """What became of `rows` of shard `name`."""
+    """The result for `rows` of shard `name`."""
     ids, keys = rows.column("id").to_pylist(), rows.column("key").to_pylist()
     bad = [
         {"shard": name, "id": ids[row], "key": keys[row], "kind": kind, "message": message}
@@ -264,7 +264,7 @@ def _made(name: str, rows: pa.Table, found: Decoded, features: list[np.ndarray])
 
 
 class ShardExtractor:
-    """A Ray actor that writes the features of one DATA shard after the other."""
+    """A Ray actor that computes and writes the features of one DATA shard per call."""
 
     def __init__(self, staging: Staging, **shared: Any) -> None:
         self.maker, self.staging = Extractor(**shared), staging
@@ -278,7 +278,7 @@ class ShardExtractor:
         return {"name": name, "rows": rows, "bytes": read, "seconds": clocks.seconds, "decoders": told}
 
     def _stage(self, piece: dict[str, Any], parts: list[Made]) -> int:
-        """The number of rows that have features."""
+        """Write the features and the quarantine of a shard; returns the number of rows with features."""
         name = piece["name"]
         ids = [identity for part in parts for identity in part.ids]
         features = [block for part in parts for block in part.features]
@@ -287,7 +287,7 @@ class ShardExtractor:
         matrix = np.concatenate(features) if features else empty
         if bad:
             self.staging.write(quarantine_name(name), b"".join(canonical(line) + b"\n" for line in bad))
-        fault.here("features.shard")
+        faults.here("features.shard")
         counts = {"rows": len(ids), "quarantined": len(bad), "dim": int(matrix.shape[1])}
         self.staging.write_table(name, feature_table(ids, matrix), facts={**counts, MADE_FROM: piece[MADE_FROM]})
         return len(ids)

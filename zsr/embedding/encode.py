@@ -1,5 +1,6 @@
-"""Pictures to features, and features or pictures to embeddings: what zsr features, zsr embed and an exported model
-share. It needs no Ray.
+"""Encode images to features, and features or images to embeddings, without Ray.
+
+Shared by zsr features, zsr embed and exported models.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs, Tower
 from zsr.preprocessing import pictures_of, resize_of
 
-BATCH: Final = 1024  # feature rows in one forward pass
+BATCH: Final = 1024  # feature rows per forward pass
 SIDES: Final = ("sketch", "photo")
 
 
@@ -34,48 +35,48 @@ def tower_of(checkpoint: Artifact) -> Tower:
     """The image tower that a checkpoint was trained with. Raises ConfigError if it has none."""
     tower = Inputs.model_validate(checkpoint.config["inputs"]).tower
     if tower is None:
-        raise ConfigError(f"checkpoint {checkpoint.digest[:12]} has no image tower to make features with")
+        raise ConfigError(f"checkpoint {checkpoint.digest[:12]} has no image tower to compute features with")
     return tower
 
 
 @dataclass(frozen=True)
 class Featurizer:
-    """Makes features of pictures.
+    """Computes features of images.
 
     Attributes:
-        backbones: one a side, in eval mode; the same one twice where both sides share it.
-        pictures: how pictures are to look before.
+        backbones: one per modality, in eval mode; the same object if the modalities share it.
+        pictures: preprocessing of the images.
     """
 
     backbones: Mapping[str, backbones.Backbone]
     pictures: Pictures
 
     def ready(self, device: str) -> "Featurizer":
-        """The same on a device, to make features with: see `backbones.folded`."""
+        """A copy for inference on a device, with folded batch norms: see `backbones.folded`."""
         distinct = {id(backbone): backbone for backbone in self.backbones.values()}
         made = {number: backbones.folded(backbone).to(device) for number, backbone in distinct.items()}
         return Featurizer({side: made[id(backbone)] for side, backbone in self.backbones.items()}, self.pictures)
 
     def pixels(self, side: str, image: bytes | None) -> np.ndarray:
-        """Pixels (H, W, 3) uint8 of an encoded picture. Raises BadImage if there is none, or if it does not decode."""
+        """Pixels (H, W, 3) uint8 of an encoded image. Raises BadImage if there is none or it cannot be decoded."""
         if image is None:
             raise BadImage("empty", "the row has no picture")
         return self.pictures.look(side, decode(image, self.pictures.resize, Limits()))
 
     @torch.inference_mode()
     def features(self, side: str, pixels: np.ndarray) -> np.ndarray:
-        """Features (N, F) float16 of pixels (N, H, W, 3) uint8, in one forward pass: FEATURES hold 16 bits."""
+        """Features (N, F) of pixels (N, H, W, 3) uint8 in one forward pass, as float16 like in FEATURES."""
         backbone = self.backbones[side]
         device = next(backbone.parameters()).device
         return np.asarray(backbone(torch.from_numpy(pixels).to(device)).half().cpu().numpy())
 
 
 def featurizer(settings: BackboneSettings, weights: Path | Artifact, sha256: str) -> Featurizer:
-    """What makes the features that `settings` describe.
+    """The Featurizer for `settings`.
 
     Args:
-        weights: of the backbone, or a checkpoint whose image towers are the backbone, fine-tuned.
-        sha256: digest that the weights must have.
+        weights: weights of the backbone, or a checkpoint whose image towers are the fine-tuned backbone.
+        sha256: expected digest of the weights.
 
     Raises:
         ConfigError: no such backbone, layer or size.
@@ -92,14 +93,14 @@ def featurizer(settings: BackboneSettings, weights: Path | Artifact, sha256: str
 
 
 def ready(model: Embedder, device: str) -> Embedder:
-    """The model on a device, its image towers folded: see `backbones.folded`. To embed with; not to store."""
+    """The model on a device, for inference only, its image towers with folded batch norms: see `backbones.folded`."""
     for name, tower in model.towers.items():
         model.towers[name] = backbones.folded(cast(backbones.Backbone, tower))
     return model.to(device)
 
 
 def vectors_of(model: Embedder, modality: str, items: np.ndarray, device: str) -> np.ndarray:
-    """Embeddings (N, P, D) float32 of raw features (N, F) or pictures (N, H, W, 3), unit length under the cosine."""
+    """Embeddings (N, P, D) float32 of raw features (N, F) or images (N, H, W, 3); unit length for the cosine metric."""
     found = []
     for block in torch.split(torch.from_numpy(items), BATCH if items.ndim == 2 else backbones.pictures_at_once(device)):
         embedded = model.encode(modality, block.to(device))

@@ -1,4 +1,4 @@
-"""A backbone fine-tuned to classify the seen classes, which SEM-PCYC and others start from."""
+"""Fine-tune a backbone to classify the seen classes, as SEM-PCYC and others do before training."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def finetune(
     output: Store,
     device: DeviceSettings = AUTO,
 ) -> Artifact:
-    """The checkpoint of model `classifier` behind this backbone, trained on the seen classes of a split.
+    """Train the model `classifier` on top of this backbone on the seen classes of a split; returns the checkpoint.
 
     Raises:
         ConfigError: see `splits.choose`, `backbones.architecture` and `train_model`.

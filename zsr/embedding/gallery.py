@@ -1,8 +1,8 @@
-"""Embeddings of a modality by a checkpoint, shard by shard: DATA / FEATURES -> EMB.
+"""Embed a modality with a checkpoint, shard by shard: DATA / FEATURES -> EMB.
 
 EMB: `id int64, part int16, key string, label string nullable, embedding fixed_size_list<float32>[D]`. `part` numbers
-several vectors of one item. Under the cosine metric embeddings are stored with unit length, so that inner product
-ranks them.
+the vectors of one item in multi-vector models. For the cosine metric, embeddings are normalized to unit length, so that
+the inner product ranks them.
 """
 
 from collections import deque
@@ -13,31 +13,31 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store
 from zsr.checkpoint import open_model
 from zsr.data.decode import COMPATIBLE, VERSION
 from zsr.data.finite import require_finite
 from zsr.data.shards import Source, encoded_rows, featured_rows, pictured
 from zsr.devices import AUTO, DeviceSettings, choose, own_device
-from zsr.embedding.ahead import NOBODY, Decoders
 from zsr.embedding.encode import ready, vectors_of
+from zsr.embedding.prefetch import NOBODY, Decoders
 from zsr.embedding.settings import Classes, Prices
 from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint, forecast
 from zsr.errors import ConfigError
 from zsr.executor import IMAGES, VECTORS
 from zsr.models.protocol import Inputs
 from zsr.preprocessing import pictures_of
-from zsr.worker import keep_freed_memory
+from zsr.process import keep_freed_memory
 
 
 def chosen_classes(checkpoint: Artifact, classes: Classes) -> tuple[str, ...] | None:
-    """The class names that a role stands for in the checkpoint's split; None for all rows, labelled or not."""
+    """The class names of a part of the checkpoint's split; None for all rows, labeled or not."""
     return None if classes == "all" else tuple(checkpoint.config["split"][classes])
 
 
 def plan(data: Artifact, source: Source, checkpoint: Artifact, modality: str, classes: Classes) -> Plan:
-    """Keyed by rows, checkpoint, and features or the decoding of images."""
+    """The plan of EMB: rows, checkpoint, and features or the version of image decoding."""
     config: dict[str, Any] = {"modality": modality, "classes": classes}
     parents = {"data": data.digest, "checkpoint": checkpoint.digest}
     if isinstance(source, Artifact):
@@ -59,12 +59,12 @@ def embed(
     decoders: int | None = None,
     device: DeviceSettings = AUTO,
 ) -> tuple[Artifact, Tally]:
-    """Embed every row of `modality` and publish EMB; see `shards.compute` for what is computed.
+    """Embed every row of `modality` and publish EMB; finished shards are reused, see `shards.compute`.
 
     Args:
-        features: FEATURES, or None for a checkpoint with an image tower, which reads the pictures themselves.
+        features: FEATURES, or None for a checkpoint with an image tower, which reads the images of `data`.
         actors, device: see `shards.compute`.
-        decoders: tasks that decode those ahead of each actor, see `shards.room_to_decode`.
+        decoders: max decoding tasks per actor, see `shards.room_to_decode`.
 
     Raises:
         ConfigError: see `source_of`.
@@ -88,7 +88,7 @@ def embed(
 
 
 def _rows(entry: FileEntry, classes: tuple[str, ...] | None) -> int:
-    """Rows of a DATA shard that are of `classes`; all for None."""
+    """Number of rows of a DATA shard with a class in `classes`; all rows for None."""
     if classes is None:
         return int(entry.facts["rows"])
     return sum(int(entry.facts["classes"].get(name, 0)) for name in classes)
@@ -105,7 +105,7 @@ def predict(
     prices: Prices,
     device: DeviceSettings = AUTO,
 ) -> dict[str, Any]:
-    """What `embed` would take, see `shards.forecast`. Raises ConfigError, see `source_of` and `devices.choose`."""
+    """Predict the cost of `embed`, see `shards.forecast`. Raises ConfigError, see `source_of` and `devices.choose`."""
     source = source_of(data, features, checkpoint, modality)
     shared = {"data": data, "source": source, "checkpoint": checkpoint, "classes": classes}
     rows = {data.shards(modality)[0].path: int((features or data).facts["rows"][modality])}
@@ -113,16 +113,16 @@ def predict(
 
 
 def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, modality: str) -> Source:
-    """What a checkpoint reads of a modality: FEATURES, or DATA's pictures where it has an image tower.
+    """The input of a checkpoint for a modality: FEATURES, or preprocessed images if it has an image tower.
 
     Raises:
-        ConfigError: the features are of other data, of another kind than the checkpoint was trained on, missing or not
-            wanted; or there is no row of this modality.
+        ConfigError: the features are of other data, different from those of the training, missing or unused; or there
+            is no row of this modality.
     """
     inputs = Inputs.model_validate(checkpoint.config["inputs"])
     if inputs.tower is not None:
         if features is not None:
-            raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds pictures; leave --features out")
+            raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds images; omit --features")
         if modality not in (inputs.query, "photo"):
             raise ConfigError(f"checkpoint {checkpoint.digest[:12]} embeds {inputs.query} and photo, not {modality}")
         return pictures_of(inputs.tower)
@@ -133,10 +133,10 @@ def source_of(data: Artifact, features: Artifact | None, checkpoint: Artifact, m
 
 
 def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, modality: str, inputs: Inputs) -> None:
-    """Raise ConfigError unless data, features and a checkpoint of features fit each other."""
+    """Raise ConfigError unless data, features and a checkpoint trained on features belong together."""
     if features.parents.get("data") != data.digest:
         raise ConfigError(
-            f"features {features.digest[:12]} were not made from data {data.digest[:12]}; run zsr features"
+            f"features {features.digest[:12]} are not of data {data.digest[:12]}; run zsr features on this data"
         )
     dims = features.facts["dims"]
     wanted = {inputs.query: inputs.sketch_dim, "photo": inputs.photo_dim}
@@ -147,7 +147,7 @@ def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, mod
     if other := unlike(checkpoint.config["features"], features.config):
         raise ConfigError(
             f"checkpoint {checkpoint.digest[:12]} was trained on other features than {features.digest[:12]}: "
-            f"{'; '.join(other)}; run zsr features as for the checkpoint, or train again"
+            f"{'; '.join(other)}; run zsr features with the same settings, or train again"
         )
     if dims[modality] != wanted[modality]:
         raise ConfigError(
@@ -157,7 +157,7 @@ def check_features(data: Artifact, features: Artifact, checkpoint: Artifact, mod
 
 
 def unlike(trained: Mapping[str, Any], these: Mapping[str, Any]) -> list[str]:
-    """What tells the features that a model was trained on from `these`; versions of decoding that agree do not."""
+    """Differences between the features that a model was trained on and `these`, except compatible decoder versions."""
     both = sorted(trained.keys() | these.keys())
     other = {name: (trained.get(name), these.get(name)) for name in both if trained.get(name) != these.get(name)}
     if set(other.get("decode", ())) <= set(COMPATIBLE):
@@ -166,13 +166,13 @@ def unlike(trained: Mapping[str, Any], these: Mapping[str, Any]) -> list[str]:
 
 
 class Encoder:
-    """Holds the model and embeds one shard after the other."""
+    """Embed shards with a loaded model."""
 
     def __init__(
         self, data: Artifact, source: Source, checkpoint: Artifact, classes: Classes, decoders: int = 0
     ) -> None:
         keep_freed_memory()
-        torch.set_num_threads(1)  # the same bits whatever the number of cores
+        torch.set_num_threads(1)  # the same bits on any number of cores
         self.data, self.source = data, source
         self.classes = chosen_classes(checkpoint, classes)
         self.device = own_device()
@@ -192,7 +192,7 @@ class Encoder:
             yield len(rows), table
 
     def _parts(self, name: str, modality: str, clocks: Clocks) -> Iterator[tuple[pa.Table, np.ndarray]]:
-        """Rows of a shard with what the model is given of them, some at a time."""
+        """Rows of a shard and their model inputs (features or pixels), in parts."""
         if isinstance(self.source, Artifact):
             with clocks.stage("read"):
                 part = featured_rows(self.data, self.source, name, self.classes)
@@ -210,7 +210,7 @@ class Encoder:
 
 
 class ShardEmbedder:
-    """A Ray actor that writes the embeddings of one shard after the other."""
+    """A Ray actor that computes and writes the embeddings of one shard per call."""
 
     def __init__(self, staging: Staging, **shared: Any) -> None:
         self.maker, self.staging = Encoder(**shared), staging
@@ -220,7 +220,7 @@ class ShardEmbedder:
         tables = [table for _, table in self.maker.made(name, clocks)]
         with clocks.stage("write"):
             table = pa.concat_tables(tables)
-            fault.here("embed.shard")
+            faults.here("embed.shard")
             self.staging.write_table(name, table, facts={"rows": len(table), MADE_FROM: piece[MADE_FROM]})
         source = self.maker.source if isinstance(self.maker.source, Artifact) else self.maker.data
         told = self.maker.decoders.as_json() if self.maker.decoders is not None else NOBODY
@@ -232,7 +232,7 @@ def embedding_table(rows: pa.Table, embeddings: np.ndarray) -> pa.Table:
     """EMB rows of N items with embeddings (N, P, D): P consecutive rows per item.
 
     Raises:
-        ConfigError: an embedding that is not finite, or too long for float32 distances; names its key.
+        ConfigError: an embedding that is not finite, or too large for float32 distances; names its key.
     """
     count, parts, dim = embeddings.shape
     items = np.repeat(np.arange(count), parts)

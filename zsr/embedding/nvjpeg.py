@@ -1,11 +1,11 @@
-"""JPEGs decoded and resized on the model's own GPU, by NVIDIA's nvImageCodec (the extra `nvjpeg`).
+"""Decode and resize JPEGs on the model's GPU, by NVIDIA's nvImageCodec (the extra `nvjpeg`).
 
-Headers are checked first, as everywhere. What the library does not decode, other formats among it, is decoded on the
-CPU, which also says what is wrong with it. A GPU's decoder rounds otherwise than the CPU's and resizing is in 32 bits,
-so that pixels differ by some of 255: FEATURES say which of the two made them. Cuts of the published preprocessing are
-rounded to whole pixels here.
+Headers are checked first, as everywhere. Images that the library does not decode, such as other formats, are decoded on
+the CPU, which also reports their errors. The GPU decoder rounds differently and resizing is in float32, so that pixels
+differ by a few of 255: the configuration of FEATURES records which decoder was used. Crops of the published
+preprocessing are rounded to whole pixels here.
 
-Nobody has run this on a GPU yet; on the CPU the library's own CPU decoder takes the same way, which the tests do.
+Not yet run on a GPU; the tests run the same code with the library's CPU decoder.
 """
 
 from collections.abc import Iterator
@@ -19,42 +19,42 @@ from torch.utils.dlpack import from_dlpack
 
 from zsr.data.decode import BadImage, Header, Limits, Pictures, Resize, check_header, turned
 from zsr.data.pictures import Decoded, pixels
-from zsr.embedding.ahead import BLOCK, NOBODY, Images
+from zsr.embedding.prefetch import BLOCK, NOBODY, Images
 from zsr.errors import ConfigError
 
 
 class DeviceDecoders:
-    """Decodes for one model, as `ahead.Decoders` does."""
+    """Decoder for one model, with the interface of `prefetch.Decoders`."""
 
     def __init__(self, pictures: Pictures, device: str) -> None:
         """Raises ConfigError: the extra is not installed."""
         try:
             from nvidia import nvimgcodec
         except ImportError:
-            raise ConfigError("JPEGs on the GPU want nvImageCodec; install zsr with the extra 'nvjpeg'") from None
+            raise ConfigError("--jpegs gpu requires nvImageCodec; install zsr with the extra 'nvjpeg'") from None
         self.pictures, self.device = pictures, device
         place: dict[str, Any] = {}
         if device == "cpu":
             backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
             place = {"device_id": nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, "backends": backends}
         self.decoder = nvimgcodec.Decoder(max_num_cpu_threads=1, **place)
-        # images are turned after they are resized, by the Exif that the CPU's decoders go by
+        # images are rotated after they are resized, by the Exif orientation as read by the CPU decoders
         self.how = nvimgcodec.DecodeParams(color_spec=nvimgcodec.ColorSpec.SRGB, apply_exif_orientation=False)
 
     def at_once(self, batch: int) -> int:
-        """Pictures of a block, for a model that takes `batch` at once."""
+        """Images per block, for a model with batch size `batch`."""
         return max(BLOCK, batch)
 
     def blocks(self, modality: str, blocks: Iterator[Images]) -> Iterator[Decoded]:
-        """Every block decoded, in order."""
+        """Decode every block, in order."""
         for images in blocks:
             yield self._decoded(images, modality)
 
     def note(self, pictures: int, decode: float, model: float) -> None:
-        """There is nothing to choose: one GPU does both."""
+        """Do nothing: there are no decoding tasks to choose."""
 
     def as_json(self) -> dict[str, Any]:
-        """For a report: no task decodes."""
+        """For a report: there are no decoding tasks."""
         return NOBODY
 
     def _decoded(self, images: Images, modality: str) -> Decoded:
@@ -74,7 +74,7 @@ class DeviceDecoders:
         return Decoded(rows, np.stack(kept) if kept else np.zeros((0, side, side, 3), np.uint8), bad)
 
     def _pixels(self, found: Any, header: Header | None, image: bytes | None, modality: str) -> np.ndarray:
-        """(S, S, 3) uint8 of what the library has found, or of the image itself. Raises BadImage."""
+        """(S, S, 3) uint8 from the library's result, or from the CPU if there is none. Raises BadImage."""
         if found is None or header is None or found.shape[2] != 3:
             return pixels(image, self.pictures, modality)
         whole = torch.from_numpy(np.asarray(found)) if self.device == "cpu" else from_dlpack(found)
@@ -83,9 +83,9 @@ class DeviceDecoders:
 
 
 def _whole_jpeg(image: bytes) -> Header | None:
-    """The header of a JPEG that may be given to the library. One that ends early may not: the CPU judges it.
+    """The header of a JPEG that may be passed to the library; None for anything else, which the CPU decodes or rejects.
 
-    None for anything else; what is refused here is refused again, on the CPU.
+    A truncated JPEG is left to the CPU, which decides whether enough of it is there.
     """
     try:
         header = check_header(image, Limits())
@@ -95,7 +95,7 @@ def _whole_jpeg(image: bytes) -> Header | None:
 
 
 def resized(pixels: Tensor, wanted: Resize) -> Tensor:
-    """Pixels (H, W, 3) uint8 as (S, S, 3) uint8 on their device, antialiased."""
+    """Resize pixels (H, W, 3) uint8 to (S, S, 3) uint8 on their device, antialiased."""
     if wanted.crop is not None:
         side = round(wanted.crop * min(pixels.shape[:2]))
         top, left = ((edge - side) // 2 for edge in pixels.shape[:2])

@@ -1,4 +1,4 @@
-"""What a caller can choose about features and embeddings; imports nothing heavy."""
+"""Settings of features and embeddings; imports nothing heavy."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from zsr.models.choices import Fit, PixelScaling
 from zsr.training.config import TrainSettings
 
-Classes = Literal["all", "unseen", "validation", "training"]  # of a checkpoint's split: whose rows are embedded
+Classes = Literal["all", "unseen", "validation", "training"]  # part of a checkpoint's split whose rows are embedded
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What an hour costs, in any currency. Zero prices nothing."""
+    """Prices per hour, in any currency; with zeros no cost is reported."""
 
     cpu_hour: float = 0.0
     gpu_hour: float = 0.0
@@ -23,18 +23,18 @@ FREE: Final = Prices()
 
 
 class BackboneSettings(BaseModel):
-    """What shapes FEATURES.
+    """Settings that determine FEATURES.
 
     Attributes:
         backbone: name in `backbones.BACKBONES`.
-        layer: which of its outputs; None takes the first.
-        size: side in pixels that pictures are resized to; None takes the backbone's own.
-        fit: `stretch` keeps the whole picture and not its aspect, as the papers of this field do; `published` cuts out
-            the middle as the backbone's publishers do.
-        scaling: of pixels: as published with the backbone, or `unit`, pixels / 255 and nothing else.
-        invert_sketches: white strokes on black, as SEM-PCYC's backbones were tuned on.
-        jpegs: what decodes them; a GPU's pixels differ by some of 255, see `zsr.embedding.nvjpeg`.
-        texts: what text rows go through, if there are any; `none` leaves them without features.
+        layer: output of the backbone; None for the first.
+        size: side in pixels to which images are resized; None for the backbone's own.
+        fit: `stretch` resizes the whole image without keeping its aspect ratio, as in the papers of this field;
+            `published` takes a center crop as the backbone's publishers do.
+        scaling: normalization of pixels: as published with the backbone, or `unit`, pixels / 255 only.
+        invert_sketches: turn sketches into white strokes on black, as in the fine-tuning of SEM-PCYC's backbones.
+        jpegs: device that decodes JPEGs; pixels of a GPU differ by a few of 255, see `zsr.embedding.nvjpeg`.
+        texts: sentence encoder of text rows; `none` computes no features of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,14 +50,14 @@ class BackboneSettings(BaseModel):
 
 
 class Finetune(BaseModel):
-    """How the backbone is fine-tuned. The specifications say that it was, not how: these numbers are ours.
+    """Fine-tuning of the backbone. The papers say that it was fine-tuned, but not how: these values are ours.
 
     Attributes:
-        shared: one backbone for both modalities; the papers tune one each.
-        lr: of the classifiers on top.
-        rate: the backbone's learning rate as a multiple of that.
-        tune: which of its parameters train, see zsr train --tower-tune.
-        training: of the run; its validation classes choose the step.
+        shared: one backbone for both modalities; the papers fine-tune one per modality.
+        lr: learning rate of the classifiers on top.
+        rate: the backbone's learning rate as a multiple of `lr`.
+        tune: parameters of the backbone to train, see zsr train --tower-tune.
+        training: settings of the training run; its validation classes choose the step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

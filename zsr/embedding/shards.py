@@ -1,8 +1,7 @@
-"""Shards of pictures or features to shards of features or embeddings: what is kept of an earlier version, what is
-computed, by which actors, and what that cost.
+"""Compute shards of features or embeddings by Ray actors: reuse of an earlier version, computation, and its cost.
 
-A shard is kept where the last version in the same ROOT has it from the same bytes: of DATA, of FEATURES, of the weights
-and of whatever else shapes it. The result is the same in every bit, and so is its digest.
+A shard is reused if the last version in the same ROOT has it with the same fingerprint: the same bytes of DATA and
+FEATURES, the same weights and settings. The result has the same bits as if computed, and so the same digest.
 """
 
 import logging
@@ -22,28 +21,28 @@ from zsr import progress
 from zsr.artifact import Artifact, FileEntry, Plan, Staging, Store, canonical, sha256
 from zsr.cluster import connect
 from zsr.devices import AUTO, Devices, DeviceSettings, capacity, choose
-from zsr.embedding.ahead import PROBE
+from zsr.embedding.prefetch import PROBE
 from zsr.embedding.settings import Prices
 from zsr.errors import DamagedArtifact, Infeasible, StorageError
 from zsr.executor import map_pieces, runs_here
-from zsr.worker import ONE_ARENA
+from zsr.process import ONE_ARENA
 
 logger = logging.getLogger("zsr")
 
-MADE_FROM: Final = "made_from"  # the fact of a file that holds its fingerprint
+MADE_FROM: Final = "made_from"  # key of the fingerprint in the metadata of a file
 STAGES: Final = ("read", "decode", "model", "write")
 END: Final = object()
-KEPT: Final = 256 << 20  # bytes that one process verifies in less time than a worker takes to start
+KEPT: Final = 256 << 20  # bytes that one process hashes in about the time that a worker takes to start
 Item = TypeVar("Item")
 
 
 def quarantine_name(shard: str) -> str:
-    """Where the rows of `shard` that could not be used are listed."""
+    """Name of the file that lists the bad rows of `shard`."""
     return f"_quarantine/{shard}.jsonl"
 
 
 def fingerprint(work: Plan, *read: FileEntry) -> str:
-    """What a shard is made from: everything that identifies the job but its data, and the files that are read."""
+    """Digest of what determines a shard: the job without its data, and the files that are read for the shard."""
     parents = {kind: digest for kind, digest in work.parents.items() if kind not in ("data", "features")}
     about = {"kind": work.kind, "config": dict(work.config), "parents": parents, "files": [e.sha256 for e in read]}
     return sha256(canonical(about))
@@ -51,7 +50,7 @@ def fingerprint(work: Plan, *read: FileEntry) -> str:
 
 @dataclass
 class Clocks:
-    """Wall seconds that an actor spends on each of STAGES; they come one after the other on its one thread."""
+    """Wall seconds that an actor spends on each of STAGES, which run sequentially in its one thread."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
@@ -60,11 +59,11 @@ class Clocks:
         began = time.perf_counter()
         try:
             yield
-        finally:  # a picture that does not decode takes its time, too
+        finally:  # count the time of bad images too
             self.seconds[name] += time.perf_counter() - began
 
     def each(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
-        """Pass `items` through; what it takes to get them is spent on a stage."""
+        """Yield `items`, and count the time to get them for a stage."""
         while True:
             with self.stage(name):
                 item = next(items, END)
@@ -75,13 +74,13 @@ class Clocks:
 
 @dataclass(frozen=True)
 class Tally:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
-        reused: shards taken from the last version. found: shards, or all of it, that a run before had finished.
-        results: of each computed shard: rows, bytes that were read, seconds of each of STAGES, and the decoders of the
-            actor that computed it, see `ahead.Decoders`.
-        seconds: wall, start-up of the actors included. actors: how many. gpus: that each held.
+        reused: number of shards reused from the last version. found: number of shards finished by an earlier run.
+        results: for each computed shard: rows, bytes read, seconds of each of STAGES, and the decoders of the actor
+            that computed it, see `prefetch.Decoders`.
+        seconds: wall time, including the start of the actors. actors: their number. gpus: GPUs per actor.
     """
 
     reused: int = 0
@@ -92,7 +91,7 @@ class Tally:
     gpus: float = 0.0
 
     def report(self, prices: Prices) -> dict[str, Any]:
-        """For the job's JSON line. `limit` is the stage that takes the most of an actor's time."""
+        """The report for the command's JSON line. `limit` is the stage with the most time of the actors."""
         shards = {"computed": len(self.results), "reused": self.reused, "finished_before": self.found}
         rows = sum(int(r["rows"]) for r in self.results)
         if not rows:
@@ -116,7 +115,7 @@ class Tally:
 
 
 def cost_of(seconds: float, gpus: float, prices: Prices, cpus: int = 1) -> dict[str, float]:
-    """What a million rows take, at `seconds` per row of an actor with `cpus` CPUs and `gpus` GPUs."""
+    """Hours and cost per million rows, given `seconds` per row of an actor with `cpus` CPUs and `gpus` GPUs."""
     hours = seconds * 1e6 / 3600
     cost = hours * (prices.cpu_hour * cpus + prices.gpu_hour * gpus)
     found = {"cpu_hours_a_million": round(hours * cpus, 3)}
@@ -125,10 +124,10 @@ def cost_of(seconds: float, gpus: float, prices: Prices, cpus: int = 1) -> dict[
 
 
 class Maker(Protocol):
-    """What an actor does: make the rows of a shard."""
+    """Interface of an actor: compute the rows of a shard."""
 
     def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, Any]]:
-        """How many rows of shard `name` were looked at, and what became of them, some rows at a time."""
+        """Compute shard `name` in parts; yields the number of input rows of each part, and its result."""
         ...
 
 
@@ -140,12 +139,12 @@ def forecast(
     prices: Prices,
     devices: Devices,
 ) -> dict[str, Any]:
-    """What it takes to compute `rows` rows by modality, told by some seconds of each modality's first shard.
+    """Predict time and cost of computing `rows`, by running a few seconds of the first shard of each modality.
 
-    A Ray task makes what one of `compute`'s actors would, on the same device, and writes nothing.
+    A Ray task computes the same as one of `compute`'s actors, on the same device, and writes nothing.
 
     Args:
-        rows: by name of a shard of the modality.
+        rows: number of rows of each modality, by the name of a shard of the modality.
         actors: see `compute`.
     """
     size = actor_count(actors, devices)
@@ -182,7 +181,7 @@ def rates_of(
 
 
 def _rates(kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Seconds a row of STAGES for each shard, start-up apart if a shard has several parts. Runs in a Ray task."""
+    """Seconds per row of STAGES for each shard, without warm-up if it has several parts. Runs in a Ray task."""
     maker, found = kind(**shared), {}
     for name in names:
         clocks, seen = Clocks(), 0
@@ -190,7 +189,7 @@ def _rates(kind: Callable[..., Maker], shared: Mapping[str, Any], names: Sequenc
             seen += count
             if number and sum(clocks.seconds.values()) >= PROBE:
                 break
-            if not number:  # a network is slow the first time; if nothing follows, that is all there is to tell by
+            if not number:  # warm-up: the first part is slow, and only used if it is the only one
                 first, seen_first = dict(clocks.seconds), seen
                 clocks.seconds, seen = dict.fromkeys(STAGES, 0.0), 0
         if not seen:
@@ -212,18 +211,18 @@ def compute(
     rows: Mapping[str, int] | None = None,
     few: int = 0,
 ) -> Tally:
-    """Finish the shards `wanted` in `staging`; those of a killed run are there, those of the last version are kept.
+    """Compute the shards `wanted` in `staging`, except those finished by a killed run or reused from the last version.
 
     Args:
-        kind: class of the actors: made with `shared`, `staging` and `decoders`, the most tasks that may decode for it;
-            called with {"name": shard, "made_from": fingerprint}.
+        kind: class of the actors: constructed with `shared`, `staging` and `decoders`, its max number of decoding
+            tasks; called with {"name": shard, "made_from": fingerprint}.
         wanted: fingerprints by name.
-        actors: at most; None for all that the cluster has room for, now or when its autoscaler has started nodes. Never
-            more than shards, nor than GPUs have room for.
+        actors: max number of actors; None for as many as fit in the cluster, now or when its autoscaler has started
+            nodes. Never more than shards, nor than fit on the GPUs.
         decoders: see `room_to_decode`.
-        device: what the actors run on.
-        rows: of each shard, for progress; left out, shards are counted.
-        few: rows that are computed in this process rather than by actors, see `executor`.
+        device: device of the actors.
+        rows: rows of each shard, for progress; None to count shards.
+        few: number of rows up to which this process computes them instead of actors, see `executor`.
 
     Raises:
         Infeasible: see `room_to_decode` and `devices.choose`.
@@ -249,51 +248,51 @@ def compute(
 
 
 def actor_count(actors: int | None, devices: Devices) -> int:
-    """Actors to start for `actors` of a job's flags; on GPUs never more than there is room for."""
+    """Number of actors to start for the flag value `actors`; on GPUs never more than fit."""
     if actors is None:
         return devices.cores or devices.most
     return min(actors, devices.most) if devices.gpus else actors
 
 
 def room_to_decode(actors: int, decoders: int | None, devices: Devices) -> int:
-    """Tasks that may decode ahead of each of `actors`: as many as requested, or as there are CPUs for beside GPUs.
+    """Max decoding tasks of each of `actors`: as many as requested, or for models on GPUs as there are free CPUs for.
 
-    CPUs of nodes that the autoscaler can start count: waiting tasks start them.
+    CPUs of nodes that the autoscaler can start count, since waiting tasks start them.
 
     Raises:
-        Infeasible: there are fewer CPUs than asked for; the tasks would wait for ever.
+        Infeasible: there are fewer CPUs than requested, so that tasks would wait forever.
     """
-    if not devices.gpus and not decoders:  # they would take the CPUs that the models run on
+    if not devices.gpus and not decoders:  # decoding tasks would take the CPUs of the models
         return 0
     room = (capacity().cpus() - actors) // actors
     if decoders is not None and decoders > room:
         raise Infeasible(
-            f"{decoders} tasks to decode for each of {actors} actors, and CPUs for {max(0, room)}; use --decoders "
+            f"{decoders} decoding tasks for each of {actors} actors, but CPUs for only {max(0, room)}; use --decoders "
             f"{max(0, room)}, fewer --num-workers, or add nodes"
         )
     return max(0, room) if decoders is None else decoders
 
 
 def _kept(what: str, wanted: Mapping[str, str], output: Store, staging: Staging) -> set[str]:
-    """Names of the shards that the last version had, and `staging` has now."""
+    """Reuse shards of the last version in `staging`; returns their names."""
     try:
         before = output.latest()
-    except (StorageError, DamagedArtifact):  # nothing is published yet, or nothing that verifies
+    except (StorageError, DamagedArtifact):  # no version is published, or none verifies
         return set()
     same = [{"name": e.path} for e in before.files if e.facts.get(MADE_FROM, "") == wanted.get(e.path)]
     small = sum(before.entry(piece["name"]).bytes for piece in same) <= KEPT
     kept = map_pieces(what, _keep, same, small=small, fn_kwargs={"before": before, "staging": staging})
     for piece in kept:
         if piece["damaged"]:
-            logger.warning("%s is not kept, but computed anew: %s", piece["name"], piece["damaged"])
+            logger.warning("%s is not reused, but computed again: %s", piece["name"], piece["damaged"])
     return {piece["name"] for piece in kept if not piece["damaged"]}
 
 
 def _keep(piece: dict[str, Any], before: Artifact, staging: Staging) -> dict[str, Any]:
-    """Take one shard over if its bytes are sound, and say what is wrong with them otherwise. Runs in a Ray task."""
+    """Reuse one shard if its bytes verify, otherwise return the error. Runs in a Ray task."""
     name = piece["name"]
     entries = {entry.path: entry for entry in before.files}
-    for path in (quarantine_name(name), name):  # the shard last: it is what tells that both are there
+    for path in (quarantine_name(name), name):  # the shard last, since its receipt marks both as finished
         if path in entries:
             try:
                 source = before.local(path)
@@ -305,7 +304,7 @@ def _keep(piece: dict[str, Any], before: Artifact, staging: Staging) -> dict[str
 
 
 def linked(source: Path, place: Path) -> None:
-    """The same file at `place`, which nobody writes to any more; a copy where the file system has no links."""
+    """Hard-link `source` to `place`, or copy it if the file system has no links. The file is immutable."""
     try:
         os.link(source, place)
     except OSError:

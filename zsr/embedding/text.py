@@ -1,4 +1,4 @@
-"""Text features: the text rows of a DATA shard through the sentence encoder, for the same FEATURES as the pictures'."""
+"""Text features: sentence embeddings of the text rows of a DATA shard, for the same FEATURES as those of images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +9,11 @@ import pyarrow as pa
 
 from zsr.data.semantics.sentences import SentenceEncoder
 
-SENTENCES: Final = 32  # in one forward pass
+SENTENCES: Final = 32  # texts per forward pass
 
 
 class TextExtractor:
-    """Holds the encoder whose files, in `folder`, have the digest `sha256`.
+    """Encodes texts with the sentence encoder in `folder`, whose files have the digest `sha256`.
 
     Attributes:
         dim: width S of its features.
@@ -28,8 +28,8 @@ class TextExtractor:
         self.dim = self.encoder.dim
 
     def __call__(self, shard: str, table: pa.Table) -> tuple[list[int], list[np.ndarray], list[dict[str, Any]]]:
-        """Ids of the N rows that have a text, their unit vectors as blocks (B, S) float16, and the other rows as they
-        go to quarantine.
+        """Ids of the rows with a text, their unit vectors as blocks (B, S) float16, and quarantine entries of the other
+        rows.
 
         Args:
             shard: its name, for the quarantine.

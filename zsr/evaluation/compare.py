@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from zsr import fault, metrics, progress
+from zsr import faults, metrics, progress
 from zsr.artifact import Artifact, Store
 from zsr.checkpoint import open_model
 from zsr.errors import ConfigError
@@ -100,7 +100,7 @@ class Work:
     shots: retrain.Shots | None = None
 
     def row(self, name: str, model: Embedder, saw: Iterable[str]) -> protocol.Evaluation:
-        fault.here("evaluate.row")
+        faults.here("evaluate.row")
         return self.bench.measure(name, model, saw, self.settings.ks)
 
     def of(self, checkpoint: Artifact) -> Artifact:

@@ -14,7 +14,7 @@ from typing import Any, Self
 from safetensors.torch import save
 from torch import Tensor
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import Artifact, Staging
 from zsr.checkpoint import parse
 from zsr.errors import ConfigError, DamagedArtifact
@@ -63,9 +63,9 @@ def save_progress(
         staging.write(weights, save(dict(model)), scratch=scratch)
     state = {f"model/{k}": v for k, v in model.items()} | {f"optimizer/{k}": v for k, v in optimizer.items()}
     facts = {"step": progress.step, "history": [list(h) for h in progress.history], "best_step": progress.best_step}
-    fault.here("train.save")
+    faults.here("train.save")
     staging.write(newest, save(state), scratch=True, facts=facts)
-    fault.here("train.saved")
+    faults.here("train.saved")
     for name in staging.pieces(scratch=True):
         if name.startswith("state/") and name < newest:
             staging.drop(name, scratch=True)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import Staging
 from zsr.batch import Batch
 from zsr.data.sampling import seed_of
@@ -101,7 +101,7 @@ def train(
             if place.rank == 0:
                 writer.write(partial(save_progress, staging, progress, weights, state, settings.keep_checkpoints))
             report({"step": float(progress.step)})
-            fault.here("train.report")
+            faults.here("train.report")
     return progress
 
 
@@ -128,7 +128,7 @@ def _epoch(
     names: list[str] = []
     values: list[Tensor] = []
     for step in range(done + 1, done + settings.steps_per_epoch + 1):
-        fault.here("train.step")
+        faults.here("train.step")
         terms = train_step(engines, sampler, settings, place, step)
         names = list(terms)
         values.append(torch.stack([terms[name].float() for name in names]))

@@ -25,7 +25,7 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from zsr import measure, progress
+from zsr import progress, telemetry
 from zsr.artifact import Artifact, Plan, Staging, Store, canonical
 from zsr.checkpoint import canonical_options, summary, tensors
 from zsr.cluster import connect, environment, set_data_context, started_here
@@ -437,7 +437,7 @@ def _worker(config: dict[str, Any]) -> None:
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # the driver's choice for all workers
     place = Place(context.get_world_rank(), context.get_world_size(), device)
     _work(run, staging, place, ray.train.report)
-    measure.spend("train", time.process_time())
+    telemetry.spend("train", time.process_time())
 
 
 def _work(run: Run, staging: Staging, place: Place, report: Callable[[dict[str, float]], None]) -> None:

@@ -95,9 +95,7 @@ def test_loose_images_of_a_published_set_are_bad_rows_with_a_reason(tmp_path: Pa
 
 def test_a_bare_folder_of_images_is_told_where_they_go(tmp_path: Path) -> None:
     files(tmp_path, "1.jpg", "2021/2.jpg")
-    with pytest.raises(
-        ConfigError, match=r"'2021'.* and 1 images beside them; expected .*photo/NAME.jpg for a gallery"
-    ):
+    with pytest.raises(ConfigError, match=r"'2021'.* and 1 images; expected .*photo/NAME.jpg for a gallery"):
         list(Folders(tmp_path).items())
 
 
@@ -377,7 +375,7 @@ def test_images_in_an_unknown_column_are_refused_by_its_name(tmp_path: Path, col
 def test_columns_that_are_not_read_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "t.csv").write_text("text,price\nkiwi,3\nlime,4\n")
     list(Pairs(tmp_path).items())
-    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}/t.csv: columns that are not read: price"]
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}/t.csv: ignored columns: price"]
 
 
 def test_a_table_in_utf16_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -394,7 +392,7 @@ def parquet(root: Path, table: pa.Table) -> Parquet:
 
 def test_columns_as_img2dataset_calls_them_are_explained(tmp_path: Path) -> None:
     source = parquet(tmp_path, pa.table({"key": ["a"], "jpg": [jpeg()], "txt": ["t"]}))
-    with pytest.raises(ConfigError, match=r"no column of \['image', 'text', 'feature'\].*--columns.image jpg"):
+    with pytest.raises(ConfigError, match=r"none of the columns \['image', 'text', 'feature'\].*--columns.image jpg"):
         list(source.items())
     source = Parquet(tmp_path, Columns(image="jpg", text="txt"))
     assert source.load(next(source.items())) == jpeg()

@@ -89,7 +89,7 @@ def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
 
 def test_a_csv_without_a_header_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("1.png,ripe,lime\n")
-    with pytest.raises(ConfigError, match=r"t.csv: the columns \['1.png'"):
+    with pytest.raises(ConfigError, match=r"t.csv: found the columns \['1.png'"):
         list(Pairs(tmp_path).items())
 
 

@@ -145,7 +145,7 @@ def test_a_binary_file_that_ends_early_is_damaged(tmp_path: Path, cut: int) -> N
 
 def test_a_packed_file_that_ends_early_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "s.ndjson.gz").write_bytes(gzip.compress(line().encode())[:-12])
-    with pytest.raises(DamagedArtifact, match="fetch it again"):
+    with pytest.raises(DamagedArtifact, match="download it again"):
         list(QuickDraw(tmp_path).items())
 
 

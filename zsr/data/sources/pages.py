@@ -1,8 +1,8 @@
-"""What the pages of a parquet file claim to unpack to, read from their headers before anything is unpacked.
+"""Check the uncompressed sizes in the page headers of a parquet file before anything is decompressed.
 
-A reader trusts a page's own header: one of some kilobytes may claim, and unpack to, 2 GiB, whatever the footer
-says. The headers are Thrift's compact encoding (apache/parquet-format, PageHeader): field 2 is the unpacked size,
-field 3 the packed.
+A parquet reader trusts page headers: a page of a few kilobytes may decompress to 2 GiB, whatever the footer says.
+The headers use Thrift's compact encoding (apache/parquet-format, PageHeader): field 2 is the uncompressed size,
+field 3 the compressed size.
 """
 
 from collections.abc import Iterable
@@ -12,16 +12,16 @@ import pyarrow.parquet as pq
 
 from zsr.errors import DamagedArtifact
 
-PAGE: Final = 1 << 30  # bytes of one unpacked page; writers aim at 1 MiB, but close a page of pictures late
-HEADER: Final = 1 << 16  # bytes of a page header, which may hold the least and the greatest value
+PAGE: Final = 1 << 30  # max bytes of an uncompressed page; writers aim at 1 MiB, but exceed it for images
+HEADER: Final = 1 << 16  # max bytes of a page header, which may hold the min and max value
 SHORT: Final = {1: 0, 2: 0, 3: 1, 7: 8}  # Thrift types of a fixed size: true, false, byte, double
 
 
 def check_pages(file: BinaryIO, metadata: pq.FileMetaData, groups: Iterable[int], name: str) -> None:
-    """Follow the page headers of every column in these row groups.
+    """Check the page headers of every column in these row groups.
 
     Raises:
-        DamagedArtifact: a page claims more than PAGE bytes, or a header cannot be read; nothing was unpacked.
+        DamagedArtifact: a page claims more than PAGE bytes, or a header cannot be read; nothing was decompressed.
     """
     for group in groups:
         for number in range(metadata.num_columns):
@@ -35,7 +35,7 @@ def check_pages(file: BinaryIO, metadata: pq.FileMetaData, groups: Iterable[int]
 
 
 def _page(file: BinaryIO, at: int, where: str) -> int:
-    """Where the page after the one at `at` begins."""
+    """Check the header of the page at offset `at`, and return the offset of the next page."""
     file.seek(at)
     try:
         header = _Compact(file.read(HEADER))
@@ -46,19 +46,19 @@ def _page(file: BinaryIO, at: int, where: str) -> int:
     if not 0 <= unpacked <= PAGE or packed < 0:
         raise DamagedArtifact(
             f"{where}: the page at byte {at} claims {unpacked} bytes unpacked from {packed}, at most {PAGE} are read; "
-            "write the file with smaller pages, or leave it out"
+            "write the file with smaller pages, or remove it"
         )
     return at + header.at + packed
 
 
 class _Compact:
-    """As much of Thrift's compact protocol as a page header needs: integers are kept, all else is passed over."""
+    """Parser of the part of Thrift's compact protocol that page headers use: keeps integers and skips the rest."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
     def struct(self) -> dict[int, int]:
-        """The integer fields of the structure that begins here, by number."""
+        """The integer fields of the struct at the current position, by field number."""
         fields: dict[int, int] = {}
         number = 0
         while head := self._byte():

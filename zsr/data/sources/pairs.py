@@ -1,15 +1,15 @@
-"""The user's own image-text pairs: tables of texts, and images that they name or that lie in folders of classes.
+"""User data of image-text pairs: tables of texts and image paths, and images in folders of classes.
 
-    ROOT/ANY.jsonl              {"image": "shop/12.jpg", "text": "ripe bananas", "label": "banana"}, an object a line
+    ROOT/ANY.jsonl              {"image": "shop/12.jpg", "text": "ripe bananas", "label": "banana"}, one object per line
     ROOT/ANY.csv                the same with a header line; .tsv with tabs
     ROOT/train/metadata.csv     Hugging Face's image folders: `file_name` is the image
-    ROOT/photo/CLASS/*.jpg      further images, whose class is the folder (optional)
+    ROOT/photo/CLASS/*.jpg      more images, whose class is the folder (optional)
 
-A line has an image (a path below the table's own folder), a text, or both; `file_name`, `class` and `caption` are read
-where `image`, `label` and `text` are missing. Both make a photo row and a text row whose `pair` is the photo; an image
-that stands in several lines is one photo row with several texts. The key of a photo is its path below ROOT, that of a
-text FILE:LINE. A line that cannot be used is a bad row of that key, as is an image that no line names outside of
-photo/CLASS. The paths of all images are held in memory.
+A line has an image (a path relative to the table's folder), a text, or both; `file_name`, `class` and `caption` are
+read if `image`, `label` and `text` are missing. A line with both becomes a photo row and a text row whose `pair` is the
+photo; an image in several lines is one photo row with several texts. The key of a photo is its path below ROOT, that of
+a text FILE:LINE. An unusable line is a bad row with that key, as is an image outside photo/CLASS that no line names.
+The paths of all images are held in memory.
 """
 
 import csv
@@ -39,8 +39,8 @@ COLUMNS: Final = {"image": ("image", "file_name"), "text": ("text", "caption"), 
 KNOWN: Final = frozenset(name for names in COLUMNS.values() for name in names)
 JSON_LINES: Final = (".jsonl", ".ndjson")
 DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
-LINE: Final = 16 << 20  # bytes of one line; more is not held in memory
-LABEL: Final = 200  # characters
+LINE: Final = 16 << 20  # max bytes of one line, to bound memory
+LABEL: Final = 200  # max characters
 UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 
 logger = logging.getLogger("zsr")
@@ -48,25 +48,25 @@ logger = logging.getLogger("zsr")
 
 @dataclass(frozen=True)
 class Pairs(TreeSource):
-    """`root` holds the tables and the images."""
+    """Source over a `root` with tables and images."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {"name": "pairs", "attribution": ""}
 
     def items(self) -> Iterator[Item]:
-        """Photo rows of all lines and folders, and text rows of all lines.
+        """Yield the photo rows of all lines and folders, and the text rows of all lines.
 
         Raises:
-            ConfigError: no table; one without a header, or whose images stand in another column; or UTF-16.
+            ConfigError: no table; a table without a header, or with its images in another column; or UTF-16.
         """
         tree, found = self.tree, _Found(self.tree)
         tables = [path for path, _ in tree.walk() if _is_table(path)]
-        tree.unread.clear()  # the whole folder is walked again
+        tree.unread.clear()  # the whole folder is walked again below
         if not tables:
             raise ConfigError(
                 f"{tree}: no *.jsonl, *.csv or *.tsv; expected a table with the columns {sorted(KNOWN)}; for images "
-                "without texts take --source folders"
+                "without texts use --source folders"
             )
         for table in tables:
             for number, row in _rows(tree, table):
@@ -90,7 +90,7 @@ def _unnamed(path: str, entry: Entry) -> Item:
 
 
 class _Found:
-    """The images that lines have named so far: their `labels` by path, and how paths are spelt on the disk."""
+    """The images named by lines so far: their `labels` by path, and the spelling of paths on disk."""
 
     def __init__(self, tree: Tree) -> None:
         self.labels: dict[str, str | None] = {}
@@ -100,16 +100,16 @@ class _Found:
         self._entries: dict[str, Entry] = {}
 
     def image(self, path: str) -> tuple[str, Entry | None]:
-        """The file that `path` means: itself, or one whose name differs in its Unicode form or its case only.
+        """Path and entry of the file `path`, or of one whose name differs only in Unicode form or case.
 
-        A file that is not there has no entry.
+        The entry is None if there is no such file.
         """
         folder, _, name = path.rpartition("/")
         if folder not in self._folders:
             self._folders[folder] = self.image(folder)[0]
         folder = self._folders[folder]
         if folder != self._listed:
-            # tables go folder by folder as a rule; one at a time is kept
+            # tables usually list images folder by folder, so caching one folder is enough
             entries = self._tree.entries(folder)
             self._listed = folder
             self._entries = {_alike(entry.name): entry for entry in entries} | {entry.name: entry for entry in entries}
@@ -123,7 +123,7 @@ def _alike(name: str) -> str:
 
 
 def _items(found: _Found, table: str, number: int, row: Mapping[str, Any] | str) -> Iterator[Item]:
-    """The rows of one line, which is its values or what is wrong with it."""
+    """The rows of one line; `row` holds its values, or the message of a problem."""
     at = f"{table}:{number}"
     entry: Entry | None = None
     try:
@@ -158,8 +158,8 @@ def _values(row: Mapping[str, Any], at: str) -> tuple[str, str, str | None]:
     """Image, text and label of a line.
 
     Raises:
-        BadImage: values that cannot be used.
-        ConfigError: the image stands in another column.
+        BadImage: unusable values.
+        ConfigError: the image is in another column.
     """
     values = {
         ours: next((row[name] for name in names if row.get(name) is not None), None) for ours, names in COLUMNS.items()
@@ -189,7 +189,7 @@ def _values(row: Mapping[str, Any], at: str) -> tuple[str, str, str | None]:
 
 
 def _refuse_other_columns(row: Mapping[str, Any], at: str) -> None:
-    """Raise ConfigError where images are named, in a column that is not read: they would be left out in silence."""
+    """Raise ConfigError if a column that is not read names images: they would be silently left out."""
     for name, value in row.items():
         if name not in KNOWN and isinstance(value, str) and "\n" not in value and called_like_an_image(value):
             raise ConfigError(
@@ -207,7 +207,7 @@ def _plain(label: str) -> bool:
 
 
 def _rows(tree: Tree, path: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """Number and values of every line of a table, or what is wrong with it; columns that are not read are named once.
+    """Line number, and values or a problem, of every line of a table; unknown columns are logged once.
 
     Raises:
         ConfigError: see `_csv`; or UTF-16.
@@ -218,11 +218,11 @@ def _rows(tree: Tree, path: str) -> Iterator[tuple[int, Mapping[str, Any] | str]
             extra.update(map(str, row.keys() - KNOWN))
         yield number, row
     if extra:
-        logger.warning("%s/%s: columns that are not read: %s", tree, path, ", ".join(sorted(extra)[:20]))
+        logger.warning("%s/%s: ignored columns: %s", tree, path, ", ".join(sorted(extra)[:20]))
 
 
 def _lines(tree: Tree, path: str) -> Iterator[str | None]:
-    """The lines of a table; None for one that is too long. Bytes that are no UTF-8 become surrogates."""
+    """The lines of a table; None for a line that is too long. Bytes that are not UTF-8 become surrogates."""
     with tree.open(path) as handle:
         first = True
         while line := handle.readline(LINE):
@@ -254,15 +254,15 @@ def _object(line: str) -> Mapping[str, Any] | str:
 
 
 def _csv(tree: Tree, path: str, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    csv.field_size_limit(LINE)  # the cap on lines bounds memory; a text that is merely long is a row to quarantine
+    csv.field_size_limit(LINE)  # LINE bounds memory already; a long text must be quarantined, not raise csv.Error
     too_long: set[int] = set()
     reader = csv.DictReader(_cut(_lines(tree, path), too_long), strict=True, delimiter=delimiter)
     try:
         columns = list(reader.fieldnames or ())
     except csv.Error as error:
-        raise ConfigError(f"{tree}/{path}: its header: {error}; expected columns of {sorted(KNOWN)}") from error
+        raise ConfigError(f"{tree}/{path}: header: {error}; expected columns of {sorted(KNOWN)}") from error
     if not set(columns) & KNOWN:
-        raise ConfigError(f"{tree}/{path}: the columns {columns[:8]}; expected some of {sorted(KNOWN)}")
+        raise ConfigError(f"{tree}/{path}: found the columns {columns[:8]}; expected some of {sorted(KNOWN)}")
     while True:
         try:
             row: Mapping[Any, Any] = next(reader)
@@ -281,8 +281,8 @@ def _csv(tree: Tree, path: str, delimiter: str) -> Iterator[tuple[int, Mapping[s
 
 
 def _cut(lines: Iterator[str | None], too_long: set[int]) -> Iterator[str]:
-    """`lines` for the parser of tables, which counts from 1; numbers of those that are missing go to `too_long`."""
+    """`lines` for the CSV parser; the numbers (from 1) of lines that are too long are added to `too_long`."""
     for number, line in enumerate(lines, 1):
         if line is None:
             too_long.add(number)
-        yield line or "-\n"  # an empty one would be skipped, and its row would vanish
+        yield line or "-\n"  # the parser skips empty lines, and the row would be lost

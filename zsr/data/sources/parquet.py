@@ -1,12 +1,12 @@
-"""The user's own parquet files, columns mapped by name; with images, with features, or with both.
+"""User data in parquet files with images, features or both; columns are mapped by name.
 
-    ROOT/modality=sketch/*.parquet      one folder a modality, any number of files in it or in folders below it
+    ROOT/modality=sketch/*.parquet      one folder per modality, any number of files in it or in folders below it
     ROOT/modality=photo/*.parquet
 
-Columns: key (string), label (string), pair (string), image (binary, or a structure with the field bytes), text
-(string), feature (list of numbers); only key and one of image, text and feature are required, each can be called
-otherwise through `Columns`; others are not read. Labels are brought to their canonical spelling. One row group is in
-memory at a time while listing, and a few while loading. A row without a key is a bad row called FILE:ROWGROUP:ROW.
+Columns: key (string), label (string), pair (string), image (binary, or a struct with the field bytes), text (string),
+feature (list of numbers); only key and one of image, text and feature are required. `Columns` maps other names; other
+columns are ignored. Labels are brought to their canonical spelling. Listing holds one row group in memory, loading a
+few. A row without a key is a bad row with the key FILE:ROWGROUP:ROW.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,11 +26,11 @@ from zsr.data.sources.pages import check_pages
 from zsr.data.sources.tree import Entry, Tree, TreeSource, elsewhere, misplaced
 from zsr.errors import ConfigError, DamagedArtifact
 
-CONTENT: Final = ("image", "text", "feature")  # of which a file must have one column
+CONTENT: Final = ("image", "text", "feature")  # a file must have at least one of these columns
 
 
 class Columns(BaseModel):
-    """What the user's columns are called."""
+    """Names of the user's columns."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,7 @@ class Columns(BaseModel):
 
 @dataclass(frozen=True)
 class Parquet(TreeSource):
-    """`root` holds a folder modality=NAME for each modality; an item's `where` is FILE:ROWGROUP:ROW."""
+    """Source over a `root` with one folder modality=NAME per modality; an item's `where` is FILE:ROWGROUP:ROW."""
 
     columns: Columns = field(default_factory=Columns)
 
@@ -53,11 +53,11 @@ class Parquet(TreeSource):
         return {"name": "parquet", "attribution": "", "columns": self.columns.model_dump()}
 
     def items(self) -> Iterator[Item]:
-        """Every row of every file.
+        """Yield every row of every file.
 
         Raises:
-            ConfigError: no modality folder, no file, no key column, or a column of another type than it must have.
-            DamagedArtifact: a file that is not parquet, is cut short, or claims pages beyond all measure.
+            ConfigError: no modality folder, no file, no key column, or a column of the wrong type.
+            DamagedArtifact: a file that is not parquet, is truncated, or claims pages of more than 1 GiB.
         """
         tree = self.tree
         folders = [name for name in tree.folders() if name.lower().startswith("modality=")]
@@ -76,10 +76,10 @@ class Parquet(TreeSource):
         yield from elsewhere(tree, folders, "the parquet files")
 
     def load(self, item: Item) -> bytes:
-        """The image of the row, b"" if it has none.
+        """The encoded image of the row, b"" if it has none.
 
         Raises:
-            BadImage: the row names its image by a path instead of holding it.
+            BadImage: the row holds a path instead of the bytes of its image.
         """
         item.refuse()
         cell = self._cell(item, self.columns.image)
@@ -120,7 +120,7 @@ class Parquet(TreeSource):
                     yield _item(modality, values, f"{name}:{group}:{row}", entry.guard)
 
     def _cell(self, item: Item, column: str) -> Any:
-        """A cell as Python has it; a list of numbers as an array of float64, whose nulls are NaN."""
+        """A cell as a Python value; a list of numbers as a float64 array with nulls as NaN."""
         name, group, row = item.where.rsplit(":", 2)
         table = _heavy(self.tree, name, int(group), (self.columns.image, self.columns.feature))
         if column not in table.column_names:
@@ -129,18 +129,18 @@ class Parquet(TreeSource):
         return cell.values.to_numpy(zero_copy_only=False) if cell.is_valid and _is_list(cell.type) else cell.as_py()
 
     def _light(self, schema: pa.Schema, file: str) -> dict[str, str]:
-        """The columns that listing needs, by the user's names, with ours. All columns must have their types."""
+        """The columns needed for listing, {user's name: our name}. Raises ConfigError for a column of a wrong type."""
         names = {getattr(self.columns, ours): ours for ours in ("key", "label", "pair", "text")}
         there = [theirs for theirs in names if theirs in schema.names]
         if self.columns.key not in there:
             raise ConfigError(f"{file}: no column {self.columns.key!r} among {schema.names}; see --columns.key")
         for theirs in there:
             kind = _plain_type(schema.field(theirs), file)
-            # a column of nothing but nulls has the type null
+            # a column with only nulls has the type null
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
                 raise ConfigError(f"{file}: column {theirs!r} is {kind}, expected string; cast it first")
         for theirs, fits, expected in (
-            (self.columns.image, _holds_bytes, "binary, or a structure with the binary field bytes"),
+            (self.columns.image, _holds_bytes, "binary, or a struct with the binary field bytes"),
             (self.columns.feature, _holds_numbers, "a list of numbers"),
         ):
             if theirs in schema.names and not fits(kind := _plain_type(schema.field(theirs), file)):
@@ -151,7 +151,7 @@ class Parquet(TreeSource):
         if not {getattr(self.columns, ours) for ours in CONTENT} & set(schema.names):
             wanted = [getattr(self.columns, ours) for ours in CONTENT]
             raise ConfigError(
-                f"{file}: no column of {wanted} is there, but {schema.names}; say what yours are called, such as "
+                f"{file}: none of the columns {wanted} is among {schema.names}; give the name of yours, such as "
                 f"--columns.image {_likely_image(schema)}"
             )
         return {theirs: names[theirs] for theirs in there}
@@ -162,12 +162,12 @@ def _is_parquet(path: str) -> bool:
 
 
 def _likely_image(schema: pa.Schema) -> str:
-    """A column that may hold images, for a message."""
+    """Name of a column that may hold images, for an error message."""
     return next((each.name for each in schema if _holds_bytes(each.type) and not pa.types.is_null(each.type)), "NAME")
 
 
 def _plain_type(column: pa.Field, file: str) -> pa.DataType:
-    """The type of a column. Raises ConfigError for an extension type: some run code when they are read."""
+    """The type of a column. Raises ConfigError for an extension type: some execute code when they are read."""
     name = (column.metadata or {}).get(b"ARROW:extension:name", b"").decode(errors="replace")
     if isinstance(column.type, pa.BaseExtensionType):
         name = column.type.extension_name
@@ -212,10 +212,10 @@ def _holds_numbers(kind: pa.DataType) -> bool:
 
 
 def _open(handle: BinaryIO, name: str, group: int | None = None) -> pq.ParquetFile:
-    """The file, after a look at its schema and at what the pages of `group`, or of all groups, claim.
+    """Open the file after checking its schema and the page headers of `group`, or of all groups.
 
     Raises:
-        DamagedArtifact: it is none to be read.
+        DamagedArtifact: it is not readable as parquet.
     """
     try:
         parquet = pq.ParquetFile(handle)
@@ -223,7 +223,7 @@ def _open(handle: BinaryIO, name: str, group: int | None = None) -> pq.ParquetFi
         return parquet
     except (DamagedArtifact, BadImage):
         raise
-    except Exception as error:  # a registered extension type parses its metadata here, and may raise anything
+    except Exception as error:  # registered extension types parse their metadata here, and may raise anything
         raise DamagedArtifact(f"{name}: not readable as parquet ({error}); restore it or leave it out") from error
 
 
@@ -234,7 +234,7 @@ def _read(parquet: pq.ParquetFile, group: int, columns: list[str], name: str) ->
         raise DamagedArtifact(f"{name}: not readable as parquet ({error}); restore it or leave it out") from error
 
 
-@lru_cache(maxsize=4)  # rows come in the order of the files, but two columns are asked for in turn
+@lru_cache(maxsize=4)  # rows are loaded in file order, but images and features are requested in turn
 def _heavy(tree: Tree, name: str, group: int, columns: tuple[str, ...]) -> pa.Table:
     with tree.open(name) as handle:
         parquet = _open(handle, f"{tree}/{name}", group)

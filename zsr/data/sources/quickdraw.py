@@ -1,12 +1,12 @@
-"""Quick, Draw! (Google, CC BY 4.0): strokes, drawn to pictures; and QuickDraw-Extended (Dey et al., CVPR 2019).
+"""Quick, Draw! (Google, CC BY 4.0): strokes rendered to images; and QuickDraw-Extended (Dey et al., CVPR 2019).
 
-    ROOT/*.ndjson, *.ndjson.gz           a drawing a line, simplified or raw; the class is the line's `word`
+    ROOT/*.ndjson, *.ndjson.gz           one drawing per line, simplified or raw; the class is the line's `word`
     ROOT/*.bin                           Google's binary format; the class is the file's name
-    ROOT/QuickDraw_sketches_final/CLASS/*.png    drawn already (or sketches/, sketch/)
+    ROOT/QuickDraw_sketches_final/CLASS/*.png    rendered already (or sketches/, sketch/)
     ROOT/QuickDraw_images_final/CLASS/*.jpg      photos (or images/, QuickDraw_images/, photo/)
 
-Any of these, one or more. The key of a drawing is CLASS/KEY_ID; where a class is there as ndjson and as bin, the
-ndjson is read. A line that is no drawing is a bad row. Drawings have no pairs.
+At least one of these is required. The key of a drawing is CLASS/KEY_ID; if a class exists as ndjson and as bin, the
+ndjson is read. A line that is not a drawing is a bad row. Drawings have no pairs.
 """
 
 import gzip
@@ -36,8 +36,8 @@ from zsr.errors import ConfigError, DamagedArtifact
 
 logger = logging.getLogger("zsr")
 
-LINE: Final = 4 << 20  # bytes: a longer line is no drawing, and is not held in memory
-RATIO: Final = 200  # a gzip file that grows more than this is no text of drawings
+LINE: Final = 4 << 20  # max bytes of a line, to bound memory; a longer line is a bad row
+RATIO: Final = 200  # max compression ratio of a gzip file of drawings; more is a decompression bomb
 WHERE: Final = re.compile(r"(.+)\|(\d{15}):(\d+)")
 STROKES: Final = (".ndjson", ".ndjson.gz", ".bin")
 HEAD: Final = struct.Struct("<Q2sbIH")  # key_id, country, recognized, timestamp, strokes
@@ -48,12 +48,12 @@ FOLDERS: Final[dict[Modality, tuple[str, ...]]] = {
 
 
 class QuickDrawOptions(Drawing):
-    """How strokes are drawn, and which.
+    """Which drawings to read, and how to render them.
 
     Attributes:
-        recognized: leave out drawings that the game did not recognize.
-        per_class: this many drawings a class and file, by a hash of their keys; 0 takes all. Google has 100,000 and
-            more a class, QuickDraw-Extended 3,000.
+        recognized: skip drawings that the game did not recognize.
+        per_class: max drawings per class and file, sampled by a hash of their keys; 0 for all. Google has at least
+            100,000 per class, QuickDraw-Extended 3,000.
     """
 
     recognized: bool = False
@@ -62,7 +62,7 @@ class QuickDrawOptions(Drawing):
 
 @dataclass(frozen=True)
 class QuickDraw(TreeSource):
-    """`root` holds files of strokes, folders of images, or both; `where` is FILE|OFFSET:LENGTH for strokes."""
+    """Source over a `root` with stroke files, folders of images, or both; `where` of strokes is FILE|OFFSET:LENGTH."""
 
     options: QuickDrawOptions = field(default_factory=QuickDrawOptions)
 
@@ -81,10 +81,10 @@ class QuickDraw(TreeSource):
         return published("quickdraw")
 
     def items(self) -> Iterator[Item]:
-        """Every drawing and image.
+        """Yield every drawing and image.
 
         Raises:
-            ConfigError: ROOT has none of the files and folders; or a gzip file that grows beyond all measure.
+            ConfigError: ROOT has none of the files and folders; or a gzip file is a decompression bomb.
         """
         tree, spelling = self.tree, Spellings(self.published.classes)
         files, folders = self._files(), self._folders()
@@ -103,7 +103,7 @@ class QuickDraw(TreeSource):
         tree.unread.subtract(_ending(file.name) for file in files)
 
     def load(self, item: Item) -> bytes:
-        """The drawing as PNG, or the bytes of an image."""
+        """The drawing as PNG, or the encoded image."""
         item.refuse()
         tree, strokes = self.tree, WHERE.fullmatch(item.where)
         if strokes is None:
@@ -116,7 +116,7 @@ class QuickDraw(TreeSource):
         return [each for each in self.tree.entries() if not each.is_folder and each.name.lower().endswith(STROKES)]
 
     def _folders(self) -> dict[Modality, str]:
-        """Where images lie, by modality."""
+        """Folders of images, by modality."""
         found = {modality: self.tree.first(*names) for modality, names in FOLDERS.items()}
         return {modality: folder for modality, folder in found.items() if folder is not None}
 
@@ -124,12 +124,12 @@ class QuickDraw(TreeSource):
         if _ending(file.name) != ".bin":
             yield from self._lines(tree, file, spelling)
         elif {f"{file.name[:-4]}.ndjson", f"{file.name[:-4]}.ndjson.gz"} & {_lower_ending(each.name) for each in files}:
-            logger.warning("%s/%s is left out: the same class is there as ndjson", tree, file.name)
+            logger.warning("%s/%s is skipped: the same class is read from ndjson", tree, file.name)
         else:
             yield from self._records(tree, file, spelling(file.name[:-4].removeprefix("full_binary_")))
 
     def _chosen(self, items: Iterator[Item]) -> Iterator[Item]:
-        """The options' number of items of each class, by a hash of their ids; bad lines are all kept."""
+        """Up to `per_class` items of each class, sampled by a hash of their ids; all bad lines are kept."""
         if not self.options.per_class:
             yield from items
             return
@@ -174,7 +174,8 @@ class QuickDraw(TreeSource):
                     _skip_strokes(handle, strokes)
                 except struct.error as error:
                     raise DamagedArtifact(
-                        f"{tree}/{file.name}: ends within drawing {number}; fetch it again, or cut it to {start} bytes"
+                        f"{tree}/{file.name}: ends within drawing {number}; download it again, or truncate it to "
+                        f"{start} bytes"
                     ) from error
                 if recognized or not self.options.recognized:
                     where = f"{file.name}|{start:015d}:{handle.tell() - start}"
@@ -186,7 +187,7 @@ def _ending(name: str) -> str:
 
 
 def _lower_ending(name: str) -> str:
-    """`name` with an ending of STROKES in lower case, by which a class's files are compared."""
+    """`name` with its extension (one of STROKES) in lower case, to compare the files of a class."""
     ending = next((each for each in STROKES if name.lower().endswith(each)), "")
     return name[: len(name) - len(ending)] + ending
 
@@ -200,7 +201,7 @@ def _bad(file: Entry, number: int, problem: str) -> Item:
 
 
 def _read_lines(tree: Tree, file: Entry, handle: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """Offset, length and bytes of every line; of one that is too long, only the beginning."""
+    """Offset, length and bytes of every line; only the beginning of a line that is too long."""
     offset = 0
     try:
         while line := handle.readline(LINE):
@@ -211,7 +212,7 @@ def _read_lines(tree: Tree, file: Entry, handle: BinaryIO) -> Iterator[tuple[int
             yield offset, length, line
             offset += length
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedArtifact(f"{tree}/{file.name}: {error}; fetch it again") from error
+        raise DamagedArtifact(f"{tree}/{file.name}: {error}; download it again") from error
 
 
 def _line(line: bytes) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def _skip_strokes(handle: BinaryIO, strokes: int) -> None:
 
 
 def _binary_strokes(data: bytes) -> list[np.ndarray]:
-    """Strokes (2, P) of one record of the binary format: for each a count, the x and the y, a byte each."""
+    """Strokes (2, P) of one record of the binary format: for each a uint16 count, then the x and the y as uint8."""
     strokes, at = [], HEAD.size
     for _ in range(HEAD.unpack_from(data)[-1]):
         (points,) = struct.unpack_from("<H", data, at)
@@ -247,23 +248,23 @@ def _binary_strokes(data: bytes) -> list[np.ndarray]:
 
 
 class _Bounded(gzip.GzipFile):
-    """A gzip file that is not followed beyond RATIO times its size: a bomb is no reason to read for hours."""
+    """A gzip file that raises ConfigError beyond RATIO times its size, against decompression bombs."""
 
     ceiling: int = 0
 
     def read(self, size: int | None = -1) -> bytes:
         if self.tell() > self.ceiling:
-            raise ConfigError(f"{self.name}: more than {RATIO} times its size unpacked; no text of drawings does that")
+            raise ConfigError(f"{self.name}: more than {RATIO} times its size unpacked; this is not a file of drawings")
         return super().read(size)
 
     def readline(self, size: int | None = -1) -> bytes:
         if self.tell() > self.ceiling:
-            raise ConfigError(f"{self.name}: more than {RATIO} times its size unpacked; no text of drawings does that")
+            raise ConfigError(f"{self.name}: more than {RATIO} times its size unpacked; this is not a file of drawings")
         return super().readline(size)
 
 
 def _plain(tree: Tree, file: Entry) -> BinaryIO:
-    """`file` as text, unpacked where its name ends in .gz."""
+    """Open `file`, decompressed if its name ends in .gz."""
     return _unpacked(tree, file.name) if _packed(file.name) else tree.open(file.name)
 
 
@@ -282,7 +283,7 @@ def _kept_open(tree: Tree, name: str) -> BinaryIO:
 
 
 def _inflated(tree: Tree, name: str, offset: int, length: int) -> bytes:
-    """Part of a gzip file, which stays open: rows of a shard are loaded in the order of the file."""
+    """Bytes of a gzip file, which stays open: rows of a shard are loaded in the order of the file."""
     handle = _kept_open(tree, name)
     handle.seek(offset)
     return handle.read(length)

@@ -1,4 +1,4 @@
-"""The sources by name. One more source is one new file and one line here, or an entry point of another package."""
+"""Registry of data sources. A new source is one new file and one line here, or an entry point of another package."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -14,8 +14,8 @@ from zsr.data.sources.sketchy import SketchyOptions
 from zsr.data.sources.tree import Tree
 from zsr.errors import ConfigError
 
-# a class that is made with the root of the data, and with those of its own options that `Options` has; one that reads
-# no input, because it brings its data, has `embedded = True`
+# a source class is called with the root of the data and its own options from `Options`; one that includes its data and
+# reads no input has `embedded = True`
 SOURCES: Final[plugins.Registry[Any]] = plugins.Registry(
     plugins.SOURCES,
     "source",
@@ -34,14 +34,14 @@ SOURCES: Final[plugins.Registry[Any]] = plugins.Registry(
 
 
 class Options(BaseModel):
-    """Options of the sources; those of other sources than the chosen one say nothing.
+    """Options of all sources; only those of the chosen source are used.
 
     Attributes:
-        classes: rows of other classes are quarantined: "published" for the data set's own list, or a file of a name
-            a line.
-        columns: what the columns of parquet files are called.
-        sketchy: which photos, and which rendering.
-        quickdraw: how strokes are drawn, and which.
+        classes: rows of other classes are quarantined: "published" for the data set's own list, or a file with one
+            name per line.
+        columns: names of the parquet columns.
+        sketchy: which photos and which rendering of Sketchy to read.
+        quickdraw: which drawings of QuickDraw to read, and how to render them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,16 +52,16 @@ class Options(BaseModel):
     quickdraw: QuickDrawOptions = QuickDrawOptions()
 
     def of(self, name: str) -> list[BaseModel]:
-        """What the source called `name` is made with beside its root."""
+        """Arguments of the source `name` after its root."""
         own: dict[str, BaseModel] = {"parquet": self.columns, "sketchy": self.sketchy, "quickdraw": self.quickdraw}
         return [own[name]] if name in own else []
 
 
 def open_source(name: str, root: str | Path | None, options: Options) -> Source:
-    """The source called `name` over `root`, a path or a URL such as s3://bucket/prefix.
+    """Open the source `name` over `root`, a path or a URL such as s3://bucket/prefix.
 
     Raises:
-        ConfigError: no such source; `root` is missing or holds nothing; the list of classes cannot be read.
+        ConfigError: no such source; `root` is missing or empty; the list of classes cannot be read.
         StorageError: `root` cannot be listed.
     """
     kind = SOURCES[name]
@@ -72,5 +72,5 @@ def open_source(name: str, root: str | Path | None, options: Options) -> Source:
             )
         return restricted(kind(), options.classes)
     if root is None or not Tree.at(root).entries():
-        raise ConfigError(f"--source {name} requires --input, a directory with something in it; found {root}")
+        raise ConfigError(f"--source {name} requires --input, a directory that is not empty; found {root}")
     return restricted(kind(str(root), *options.of(name)), options.classes)

@@ -1,4 +1,4 @@
-"""Any source with a list of classes that its rows may have: a row of another class is bad, and quarantined as such."""
+"""Restrict a source to a list of classes: rows of other classes are quarantined."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from zsr.storage import read_text
 
 @dataclass(frozen=True)
 class Restricted:
-    """`source`, whose labels must be among `classes` and take their spelling. A row without a label stays."""
+    """`source` with labels restricted to `classes` and spelled like them. Rows without a label are kept."""
 
     source: Source
     classes: tuple[str, ...]
@@ -33,7 +33,7 @@ class Restricted:
         return self.source.unread if isinstance(self.source, Walked) else Counter()
 
     def items(self) -> Iterator[Item]:
-        """The source's items, those of other classes with a problem."""
+        """Yield the source's items; those of other classes have a problem."""
         spelling = Spellings(self.classes)
         for item in self.source.items():
             label = None if item.label is None else spelling(item.label)
@@ -48,15 +48,15 @@ class Restricted:
         return self.source.load(item)
 
     def feature(self, item: Item) -> np.ndarray | None:
-        """The source's own feature of `item`."""
+        """The source's feature of `item`."""
         return self.source.feature(item)
 
 
 def restricted(source: Source, classes: str) -> Source:
-    """`source` with the classes that the flag `classes` names: "" for all, "published", or a file of a name a line.
+    """`source` restricted by the flag `classes`: "" for all, "published", or a file with one name per line.
 
     Raises:
-        ConfigError: nothing is published about the source; the file is missing, empty or names a class twice.
+        ConfigError: the source has no published list; the file is missing, empty or names a class twice.
     """
     if not classes:
         return source

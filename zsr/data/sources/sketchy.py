@@ -1,14 +1,14 @@
-"""The Sketchy database (Sangkloy et al., SIGGRAPH 2016), and its extension by more photos (Liu et al., CVPR 2017).
+"""The Sketchy database (Sangkloy et al., SIGGRAPH 2016), and its extension with more photos (Liu et al., CVPR 2017).
 
     ROOT/photo/CLASS/n02691156_10151.jpg            flat
     ROOT/sketch/CLASS/n02691156_10151-3.png         drawn from the photo n02691156_10151
 
-    ROOT/photo/tx_000000000000/CLASS/...            as published; ROOT may also hold 256x256/ or
-    rendered_256x256/256x256/ ROOT/sketch/tx_000000000000/CLASS/... ROOT/EXTEND_image_sketchy/CLASS/...
-    the extension (or extended_photo/): 73,002 photos
+    ROOT/photo/tx_000000000000/CLASS/...            as published; also below ROOT/256x256/ or
+    ROOT/sketch/tx_000000000000/CLASS/...           ROOT/rendered_256x256/256x256/
+    ROOT/EXTEND_image_sketchy/CLASS/...             the extension (or extended_photo/): 73,002 photos
 
-A sketch's `pair` is the key of the photo that it was drawn from. Keys are paths below ROOT. The extension holds
-12,499 of the 12,500 photos of the original already: `photos` says which are taken.
+A sketch's `pair` is the key of the photo that it was drawn from. Keys are paths below ROOT. The extension includes
+12,499 of the 12,500 original photos: the option `photos` selects which are read.
 """
 
 import re
@@ -27,7 +27,7 @@ from zsr.errors import ConfigError
 
 EXTENDED: Final = ("EXTEND_image_sketchy", "extended_photo", "EXTEND_image_sketchy_ready")
 PREFIXES: Final = ("", "256x256/", "rendered_256x256/256x256/")
-SKETCH_NAME: Final = re.compile(r"n\d{8}_\d+-\d+\.png", re.IGNORECASE)  # as the database calls all of its sketches
+SKETCH_NAME: Final = re.compile(r"n\d{8}_\d+-\d+\.png", re.IGNORECASE)  # names of all sketches of the database
 
 
 def _is_image(entry: Entry) -> bool:
@@ -35,14 +35,14 @@ def _is_image(entry: Entry) -> bool:
 
 
 class SketchyOptions(BaseModel):
-    """What is taken of the Sketchy database.
+    """Which photos and which rendering of the Sketchy database to read.
 
     Attributes:
-        photos: auto takes the extension where it is there, and the original otherwise; original, extended; union
-            adds to the extension what it lacks of the original; doubled takes both whole, as the file lists of SAKE
-            and of later papers do: base photos then stand twice in the gallery (85,502 rows).
-        rendering: of sketches and original photos, where ROOT has several; 000 is the drawing as it was on its canvas,
-            tx_000100000000, which Yelamarthi et al. use, is centred on the object's box.
+        photos: original; extended; auto reads the extension if it is there, otherwise the original; union adds to the
+            extension the original photos that it lacks; doubled reads all of both, as the file lists of SAKE and of
+            later papers do: the original photos are then in the gallery twice (85,502 rows).
+        rendering: rendering of sketches and original photos, if ROOT has several; tx_000000000000 is the drawing as it
+            was on its canvas, tx_000100000000 (used by Yelamarthi et al.) is centered on the object's bounding box.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +53,7 @@ class SketchyOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Sketchy(TreeSource):
-    """`root` holds photo and sketch, and EXTEND_image_sketchy where photos of the extension are wanted."""
+    """Source over a `root` with photo and sketch, and with EXTEND_image_sketchy for photos of the extension."""
 
     options: SketchyOptions = field(default_factory=SketchyOptions)
 
@@ -74,11 +74,10 @@ class Sketchy(TreeSource):
         return replace(found, compared=self._is_the_database)
 
     def items(self) -> Iterator[Item]:
-        """Photos and sketches, class by class.
+        """Yield photos and sketches, class by class.
 
         Raises:
-            ConfigError: a folder is missing or holds no image; or there are several renderings, and not the
-            wanted one.
+            ConfigError: a folder is missing or holds no image; or it lacks the requested rendering.
         """
         counts = {"photo": 0, "sketch": 0}
         for label, names in self._classes.items():
@@ -97,7 +96,7 @@ class Sketchy(TreeSource):
         yield from self._rest()
 
     def _rest(self) -> Iterator[Item]:
-        """Images that lie in no class folder; those that the options leave out are counted."""
+        """Bad rows of images outside class folders; images that the options exclude are counted in `unread`."""
         tree, taken = self.tree, {*self._photo_folders, self._folder("sketch")}
         claimed = {f"{folder}/{name}" for folder in taken for name in tree.folders(folder)}
         for place in tree.named(*(f"{prefix}{name}" for prefix in PREFIXES for name in ("photo", "sketch", *EXTENDED))):
@@ -114,7 +113,7 @@ class Sketchy(TreeSource):
 
     @cached_property
     def _is_the_database(self) -> bool:
-        """Whether the sketches are called as the database's own: it alone has its license and its numbers."""
+        """Whether the sketches are named as in the database; otherwise its license and counts do not apply."""
         folder = self._folder("sketch")
         classes = (self.tree.entries(f"{folder}/{name}") for name in self.tree.folders(folder))
         first = next((found for entries in classes if (found := [e.name for e in entries if _is_image(e)])), [])
@@ -126,17 +125,17 @@ class Sketchy(TreeSource):
 
     @cached_property
     def _photo_folders(self) -> tuple[str, ...]:
-        """Where photos lie, the one that pairs point into first."""
+        """Folders of photos, first the one that pairs refer to."""
         wanted, extended = self.options.photos, self._extended
         if wanted == "original" or (wanted == "auto" and extended is None):
             return (self._folder("photo"),)
         if extended is None:
-            raise ConfigError(f"{self.tree}: no {EXTENDED[0]}; --sketchy.photos {wanted} requires it beside photo/")
+            raise ConfigError(f"{self.tree}: no {EXTENDED[0]}; --sketchy.photos {wanted} requires it next to photo/")
         return (extended,) if wanted in ("auto", "extended") else (extended, self._folder("photo"))
 
     @cached_property
     def _classes(self) -> dict[str, list[str]]:
-        """Names of the folders of each class, by its label: the two modalities may spell it in two ways."""
+        """Folder names of each class, by label: the two modalities may spell a class differently."""
         folders, spelling = (*self._photo_folders, self._folder("sketch")), Spellings(self.published.classes)
         found: dict[str, list[str]] = {}
         for name in sorted({name for folder in folders for name in self.tree.folders(folder)}):
@@ -147,16 +146,16 @@ class Sketchy(TreeSource):
         return self.tree.first(*(f"{prefix}{modality}" for prefix in PREFIXES))
 
     def _folder(self, modality: str) -> str:
-        """Where the images of `modality` lie in folders of classes."""
+        """The folder of `modality` that holds the class folders."""
         place = self._place(modality)
         if place is None:
             raise ConfigError(
                 f"{self.tree}/{modality}: missing; --source sketchy requires ROOT/photo/CLASS/*.jpg and "
-                "ROOT/sketch/CLASS/*.png, or the folders as published; for your own images take --source folders"
+                "ROOT/sketch/CLASS/*.png, or the folders as published; for your own images use --source folders"
             )
         renderings = [name for name in self.tree.folders(place) if name.startswith("tx_")]
         if renderings and self.options.rendering not in renderings:
-            raise ConfigError(f"{place} has the renderings {renderings}; --sketchy.rendering names one of them")
+            raise ConfigError(f"{place} has the renderings {renderings}; --sketchy.rendering must be one of them")
         return f"{place}/{self.options.rendering}" if renderings else place
 
     def _images(self, folder: str, names: list[str]) -> Iterator[tuple[str, Entry]]:
@@ -164,7 +163,7 @@ class Sketchy(TreeSource):
             yield from self.tree.images(f"{folder}/{name}")
 
     def _photos(self, names: list[str]) -> Iterator[tuple[str, Entry]]:
-        """Paths of a class's photos; those of the extension once, unless they are to stand twice."""
+        """Paths of a class's photos; a photo in both folders is listed once, unless `photos` is doubled."""
         first, *others = self._photo_folders
         taken: set[str] = set()
         for path, entry in self._images(first, names):

@@ -1,8 +1,8 @@
-"""Folders of raw files, on a disk or in an object store: listed in order, one folder in memory at a time.
+"""List folders of raw files, on disk or in an object store, in order, with one folder in memory at a time.
 
-Links are followed: whoever made the folder made them. Names that come out of tables and archives are not the owner's
-own; they go through `plain_name` first. Whatever looks like an image becomes a row, used or quarantined; all other
-files are counted in `Tree.unread`, so that nothing is overlooked in silence.
+Links are followed, since the owner of the folder made them. Names from tables and archives are not trusted and go
+through `plain_name` first. Every file that looks like an image becomes a row, used or quarantined; all other files are
+counted in `Tree.unread`, so that no file is silently ignored.
 """
 
 import os
@@ -26,8 +26,8 @@ from zsr.errors import ConfigError, StorageError
 from zsr.storage import filesystem, local_path, remote_errors, url_of
 
 KNOWN_TYPES: Final = MimeTypes(filenames=())  # Python's own table, the same on every machine
-HEAD: Final = 64  # bytes that tell an image by its magic number
-PART: Final = 255  # bytes of one part of a name; no usual file system has longer ones
+HEAD: Final = 64  # bytes read to detect an image by its magic number
+PART: Final = 255  # max bytes of one path component, the limit of common file systems
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class Entry:
     """One name in a folder.
 
     Attributes:
-        guard: size and modification time, or an object store's own mark.
-        problem: "KIND: message" if it cannot be followed: a link to nowhere, a loop, a folder that cannot be listed.
+        guard: size and modification time, or an object store's ETag.
+        problem: "KIND: message" for a dangling link, a loop, or a folder that cannot be listed.
         inode: device and inode of a local folder.
     """
 
@@ -51,12 +51,12 @@ class Entry:
         return self.name.startswith(".")
 
 
-@dataclass(frozen=True, eq=False)  # caches of what was read are by object: a later one may find other files
+@dataclass(frozen=True, eq=False)  # caches are keyed by object identity: a later Tree may find other files
 class Tree:
     """Everything below `root`, a path or a URL such as s3://bucket/prefix. Names are relative, with slashes.
 
     Attributes:
-        unread: files that `images` and `others` passed over, by ending or reason.
+        unread: number of files that `images` and `files` skipped, by extension or reason.
     """
 
     root: str
@@ -78,14 +78,14 @@ class Tree:
         return filesystem(self.root)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root}  # connections stay behind
+        return {"root": self.root}  # connections are not pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         object.__setattr__(self, "root", state["root"])
         object.__setattr__(self, "unread", Counter())
 
     def entries(self, folder: str = "") -> list[Entry]:
-        """What `folder` holds, hidden names left out, sorted by name; nothing if there is no such folder.
+        """The entries of `folder` without hidden names, sorted by name; empty if there is no such folder.
 
         Raises:
             StorageError: it cannot be listed.
@@ -117,17 +117,17 @@ class Tree:
             return
         for one in listed:
             name = PurePosixPath(str(one["name"])).name
-            if str(one["name"]).rstrip("/") != place:  # a store may list the folder's own mark
+            if str(one["name"]).rstrip("/") != place:  # a store may list the folder's own marker object
                 mark = one.get("ETag") or one.get("etag") or one.get("mtime") or ""
                 yield Entry(name, one["type"] == "directory", f"{one.get('size')}:{mark}")
 
     def walk(self, folder: str = "", skip: Collection[str] = ()) -> Iterator[tuple[str, Entry]]:
-        """Path and entry of every file below `folder`, in the order of names; also of folders that cannot be entered.
+        """Path and entry of every file below `folder`, in name order; also of folders that cannot be entered.
 
-        Hidden files and folders are counted in `unread`, and not entered.
+        Hidden files and folders are counted in `unread` and skipped.
 
         Args:
-            skip: paths of folders that are left out.
+            skip: paths of folders to leave out.
         """
         yield from self._walk(folder, frozenset(skip), self._above(folder))
 
@@ -151,7 +151,7 @@ class Tree:
                     yield path, replace(entry, problem=f"unreadable: The folder {error}.")
 
     def _above(self, folder: str) -> frozenset[tuple[int, int]]:
-        """Device and inode of the local `folder` and of all that hold it: a link to one of them is a loop."""
+        """Device and inode of the local `folder` and of its parents: a link to one of them is a loop."""
         if self._local is None:
             return frozenset()
         place = (self._local / folder).resolve()
@@ -165,7 +165,7 @@ class Tree:
     def files(
         self, wanted: Callable[[str], bool], folder: str = "", skip: Collection[str] = ()
     ) -> Iterator[tuple[str, Entry]]:
-        """As `images`, and also the files whose paths are `wanted`."""
+        """Like `images`, and also the files for whose paths `wanted` is true."""
         for path, entry in self.walk(folder, skip):
             if wanted(path) or self._is_image(path, entry):
                 yield path, entry
@@ -173,13 +173,13 @@ class Tree:
                 self.unread[_sort_of(entry)] += 1
 
     def _is_image(self, path: str, entry: Entry) -> bool:
-        """Whether the file is called like an image, begins like one, or may hide some."""
+        """Whether the file has an image extension or header, or may contain images."""
         if entry.is_folder or called_like_an_image(entry.name):
             return True
         if not may_be_an_image(entry.name):
             return False
         if entry.problem:
-            return True  # a link to nowhere may have been a folder of images
+            return True  # a dangling link may have been a folder of images
         try:
             return begins_like_an_image(self.read(path, length=HEAD))
         except (OSError, BadImage):
@@ -190,15 +190,15 @@ class Tree:
         return [entry.name for entry in self.entries(folder) if entry.is_folder]
 
     def first(self, *names: str) -> str | None:
-        """The first of `names` that is a folder with something in it, as it is spelt there: case does not count."""
+        """The first of `names` that is a non-empty folder, as it is spelled on disk; case-insensitive."""
         return next(iter(self.named(*names)), None)
 
     def named(self, *names: str) -> list[str]:
-        """All folders called like one of `names`, in whatever case, in the order of `names`."""
+        """All non-empty folders with one of `names`, case-insensitive, in the order of `names`."""
         return [found for name in names for found in self._spelt("", name.split("/")) if self.entries(found)]
 
     def _spelt(self, folder: str, parts: list[str]) -> list[str]:
-        """Paths below `folder` whose parts differ from `parts` in case only, the exact one first."""
+        """Paths below `folder` whose components equal `parts` up to case, the exact one first."""
         if not parts:
             return [folder]
         alike = [name for name in self.folders(folder) if name.casefold() == parts[0].casefold()]
@@ -206,18 +206,18 @@ class Tree:
         return [p for name in alike for p in self._spelt(f"{folder}/{name}" if folder else name, parts[1:])]
 
     def open(self, name: str) -> BinaryIO:
-        """A plain file, opened for reading.
+        """Open a regular file for reading.
 
         Raises:
             BadImage: a device, a socket or a named pipe, which might never end.
-            OSError: missing or not to be read.
+            OSError: missing or not readable.
             StorageError: the object store cannot be reached.
         """
         if self._local is None:
             files, prefix = self._store
             with remote_errors(self.root):
                 return cast(BinaryIO, files.open(f"{prefix}/{name}", "rb"))
-        # a named pipe would block without O_NONBLOCK; plain files ignore it
+        # opening a named pipe would block without O_NONBLOCK; regular files ignore it
         handle = os.fdopen(os.open(self._local / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
         if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
             handle.close()
@@ -225,11 +225,11 @@ class Tree:
         return handle
 
     def read(self, name: str, start: int = 0, length: int = -1, cap: int = Limits().encoded) -> bytes:
-        """`length` bytes of `name` from `start`; -1 means all of it.
+        """Read `length` bytes of `name` from `start`; -1 means all of it.
 
         Raises:
-            BadImage: more than `cap` bytes, of which none is read; or no plain file.
-            OSError: missing or not to be read.
+            BadImage: more than `cap` bytes, in which case none is read; or not a regular file.
+            OSError: missing or not readable.
             StorageError: the object store cannot be reached.
         """
         with self.open(name) as handle:
@@ -251,7 +251,7 @@ def _part(handle: BinaryIO, start: int, length: int, cap: int) -> bytes:
 def _local_entry(one: os.DirEntry[str]) -> Entry:
     try:
         info = one.stat()
-    except OSError as error:  # a link to nowhere or to itself
+    except OSError as error:  # a dangling link or a link to itself
         info = one.stat(follow_symlinks=False)
         problem = f"bad_link: The link leads nowhere ({error.strerror}); fix or remove it."
         return Entry(one.name, False, f"{info.st_size}:{info.st_mtime_ns}", problem)
@@ -261,9 +261,9 @@ def _local_entry(one: os.DirEntry[str]) -> Entry:
 
 
 def _sort_of(entry: Entry) -> str:
-    """Under what `unread` counts a file: its ending, or its name where systems write it everywhere."""
+    """The key under which `unread` counts a file: its extension, or a name that operating systems create."""
     if entry.name.startswith("._"):
-        return "._*"  # macOS keeps attributes of a file beside it
+        return "._*"  # macOS stores attributes of a file next to it
     if entry.name == ".DS_Store":
         return entry.name
     if entry.is_hidden:
@@ -272,28 +272,28 @@ def _sort_of(entry: Entry) -> str:
 
 
 def called_like_an_image(name: str) -> bool:
-    """Whether the ending of `name`, in whatever case, is one that images have."""
+    """Whether `name` has an image extension, in any case."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def may_be_an_image(name: str) -> bool:
-    """Whether the ending of `name` does not tell what the file holds."""
+    """Whether the extension of `name` is of no known type."""
     return KNOWN_TYPES.guess_type(name)[0] is None
 
 
 def begins_like_an_image(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of an image that is read, or would be with an extra."""
+    """Whether the first bytes are those of an image format that is supported, with or without an extra."""
     return any(re.match(pattern, head, re.DOTALL) for _, pattern in READ)
 
 
 def plain_name(name: str) -> str:
-    """The relative path that `name`, found in a table or an archive, spells: `./a//b` and `a\\b` are a/b.
+    """Normalize the relative path `name` from a table or an archive: `./a//b` and `a\\b` become a/b.
 
-    It is only read from, so any letters may stand in it, composed or not; an artifact's own names are stricter.
+    It is only read from, so any characters are allowed, composed or not; names in artifacts are stricter.
 
     Raises:
         BadImage: absolute, a drive, `..`, a control character, a look-alike of `.` or `/` that spells one of these, or
-            a part longer than 255 bytes.
+            a component longer than 255 bytes.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     folded = unicodedata.normalize("NFKC", name.replace("\\", "/"))
@@ -317,12 +317,12 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class TreeSource:
-    """What sources over folders of files have in common. `root` is a path, which is made absolute, or a URL."""
+    """Base class of sources over folders of files. `root` is a path, which is made absolute, or a URL."""
 
     root: str | Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "root", str(Tree.at(self.root)))  # tasks run in another working directory
+        object.__setattr__(self, "root", str(Tree.at(self.root)))  # absolute: tasks run in another working directory
 
     @cached_property
     def tree(self) -> Tree:
@@ -330,21 +330,21 @@ class TreeSource:
 
     @property
     def unread(self) -> Counter[str]:
-        """Files that are no rows, by ending or reason; complete when `items` has ended."""
+        """Number of files that are not rows, by extension or reason; complete when `items` is exhausted."""
         return self.tree.unread
 
     def load(self, item: Item) -> bytes:
-        """The file of the item; b"" for one without."""
+        """The bytes of the item's file; b"" for an item without a file."""
         item.refuse()
         return self.tree.read(item.where) if item.where else b""
 
     def feature(self, item: Item) -> np.ndarray | None:
-        """Files of images come without features."""
+        """None: image files have no precomputed features."""
         return None
 
 
 def picture_item(modality: Modality, path: str, label: str | None, entry: Entry, pair: str | None = None) -> Item:
-    """The item of the picture file at `path`, which is its key as well."""
+    """The item of the image file at `path`, which is also its key."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -357,19 +357,19 @@ def picture_item(modality: Modality, path: str, label: str | None, entry: Entry,
 
 
 def misplaced(path: str, entry: Entry, expected: str) -> Item:
-    """The bad row of an image that lies where the source has no place for one."""
+    """The bad row of an image in a place where the source expects none."""
     item = picture_item("photo", path, None, entry)
     return item if item.problem else replace(item, where="", problem=f"misplaced: {expected}")
 
 
 def elsewhere(tree: Tree, claimed: Iterable[str], expected: str) -> Iterator[Item]:
-    """The images outside of the folders `claimed`, as bad rows that say where they were `expected`."""
+    """Bad rows of the images outside the folders `claimed`, with a message where they were `expected`."""
     for path, entry in tree.images(skip=list(claimed)):
         yield misplaced(path, entry, f"The image lies outside of {expected}; move or remove it.")
 
 
 def left_out(tree: Tree, folders: Iterable[str], reason: str) -> None:
-    """Count the images in `folders`, which an option or a fuller copy leaves out, as not read, for this `reason`."""
+    """Count the images in `folders` in `unread` for this `reason`: an option excludes them, or another copy is read."""
     for folder in folders:
         for _ in tree.images(folder):
             tree.unread[f"{folder}/ {reason}"] += 1
@@ -378,13 +378,13 @@ def left_out(tree: Tree, folders: Iterable[str], reason: str) -> None:
 def class_items(
     tree: Tree, modality: Modality, folder: str, spelling: Callable[[str], str], unlabeled: bool = False
 ) -> Iterator[Item]:
-    """The images of FOLDER/CLASS/FILE and of folders below CLASS; `spelling` makes labels of the classes' names.
+    """Items of the images FOLDER/CLASS/FILE, also in folders below CLASS; `spelling` maps class names to labels.
 
     Args:
-        unlabeled: images in FOLDER itself are rows without a class; they are bad rows otherwise.
+        unlabeled: whether images directly in FOLDER are rows without a class; otherwise they are bad rows.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no image.
     """
     empty = True
     for path, entry in tree.images(folder):

@@ -3,9 +3,9 @@
     ROOT/png/CLASS/1.png                 250 classes of 80 sketches (or sketches/, png_ready/, sketch/)
     ROOT/ImageResized/CLASS/*.jpg        204,489 photos (or images/, ImageResized_ready/, photo/)
 
-Sketches and photos share no objects: rows have no pairs. Keys are paths below ROOT. The same class is spelt with
-spaces, hyphens or underscores (`frying-pan`, `hot air balloon`), and differently in the two folders at times;
-labels have one spelling.
+Sketches and photos show different objects, so rows have no pairs. Keys are paths below ROOT. Class names have spaces,
+hyphens or underscores (`frying-pan`, `hot air balloon`), sometimes differently in the two folders; labels have one
+spelling.
 """
 
 import re
@@ -29,7 +29,7 @@ SKETCH_NAME: Final = re.compile(r"\d+\.png", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class TUBerlin(TreeSource):
-    """`root` holds both archives, unpacked."""
+    """Source over a `root` with both archives, unpacked."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -42,7 +42,7 @@ class TUBerlin(TreeSource):
 
     @cached_property
     def _is_the_database(self) -> bool:
-        """Whether classes and sketches are called as the database's own: it alone is attributed to its authors."""
+        """Whether classes and sketches are named as in the database; otherwise its authors are not attributed."""
         folders = self._folders()
         classes = {name for folder in folders.values() for name in self.tree.folders(folder)}
         sketches = self.tree.entries(f"{folders['sketch']}/{next(iter(self.tree.folders(folders['sketch'])), '')}")
@@ -54,7 +54,7 @@ class TUBerlin(TreeSource):
         return published("tuberlin-extended")
 
     def items(self) -> Iterator[Item]:
-        """Every sketch and photo.
+        """Yield every sketch and photo.
 
         Raises:
             ConfigError: one of the two folders is missing or holds no image.
@@ -70,7 +70,7 @@ class TUBerlin(TreeSource):
         yield from elsewhere(self.tree, claimed, f"{' and '.join(f'{name}/' for name in folders.values())}")
 
     def _folders(self) -> dict[Modality, str]:
-        """Where the images of each modality lie. Raises ConfigError."""
+        """The folder of each modality. Raises ConfigError if one is missing."""
         found: dict[Modality, str] = {}
         for modality, names in FOLDERS.items():
             folder = self.tree.first(*names)

@@ -1,15 +1,15 @@
-"""WebDataset tars: what belongs together has one base name, and the ending says what it is.
+"""WebDataset tars: members of one sample share a base name, and the extension gives their type.
 
     ROOT/00000.tar: a/17.jpg  a/17.txt  a/17.cls  a/17.json  a/18.jpg ...
 
-Endings: jpg, png and all others of images (a photo), sketch.png and the like (a sketch), photo.jpg (a photo beside a
-sketch), txt (a text, UTF-8), cls (the class, as a name or a number), json (an object; label or class, text or
-caption). Sketches and texts of a base name are paired with its photo. Keys are TAR/BASE.ENDING.
+Extensions: jpg, png and other image extensions (a photo), sketch.png and the like (a sketch), photo.jpg (a photo in a
+sample with a sketch), txt (a text, UTF-8), cls (the class, as a name or a number), json (an object; label or class,
+text or caption). Sketches and texts are paired with the photo of their sample. Keys are TAR/BASE.EXTENSION.
 
-Tars are read from front to back, headers only, and never unpacked: an item remembers where its bytes lie, and
-loading reads those alone. The members of a base name may lie anywhere in their tar: the list of one tar's members is
-held in memory. Packed tars (.tar.gz) are refused. Members that are no plain files, or whose names leave the archive,
-are bad rows.
+Listing reads the headers of a tar sequentially and never unpacks it: an item holds the offset of its bytes, and loading
+reads only those. The members of a sample may be anywhere in their tar: the member list of one tar is held in memory.
+Compressed tars (.tar.gz) are rejected. Members that are not regular files, or whose names lead out of the archive, are
+bad rows.
 """
 
 import json
@@ -34,14 +34,14 @@ from zsr.data.sources.tree import (
 )
 from zsr.errors import ConfigError, DamagedArtifact
 
-SMALL: Final = 1 << 20  # bytes of a txt, cls or json member
+SMALL: Final = 1 << 20  # max bytes of a txt, cls or json member
 DESCRIPTIONS: Final = frozenset(("txt", "cls", "json"))
 PACKED: Final = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file in a tar: its place in bytes, or what is wrong with it."""
+    """One file in a tar: its offset and size in bytes, or its problem."""
 
     base: str
     ending: str
@@ -53,36 +53,36 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Tar:
-    """One tar: its path below the root, and its mark."""
+    """One tar: its path below the root, and its guard."""
 
     path: str
     guard: str
 
     @property
     def name(self) -> str:
-        """What keys begin with."""
+        """The prefix of the keys."""
         return self.path[: -len(".tar")]
 
 
 @dataclass(frozen=True)
 class WebDataset(TreeSource):
-    """`root` holds the tars, in folders or not; an item's `where` is TAR|OFFSET:LENGTH."""
+    """Source over a `root` with tars, also in folders; an item's `where` is TAR|OFFSET:LENGTH."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {"name": "webdataset", "attribution": ""}
 
     def items(self) -> Iterator[Item]:
-        """The rows of every tar, in the order of names and members.
+        """Yield the rows of every tar, in the order of names and members.
 
         Raises:
-            ConfigError: no tar, or a packed one.
-            DamagedArtifact: a file that is no tar.
+            ConfigError: no tar, or a compressed one.
+            DamagedArtifact: a file that is not a tar.
         """
         tree, empty = self.tree, True
         for path, entry in tree.files(lambda path: path.lower().endswith((".tar", *PACKED))):
             if path.lower().endswith(PACKED):
-                raise ConfigError(f"{tree}/{path}: packed; unpack the tars (gunzip *.gz), so that one row can be read")
+                raise ConfigError(f"{tree}/{path}: compressed; decompress it (gunzip *.gz) for random access to rows")
             if not path.lower().endswith(".tar"):
                 yield misplaced(path, entry, "The image lies beside the tars, and in none of them; move or remove it.")
                 continue
@@ -94,7 +94,7 @@ class WebDataset(TreeSource):
             raise ConfigError(f"{tree}: no *.tar file")
 
     def load(self, item: Item) -> bytes:
-        """The image; b"" for a text."""
+        """The encoded image; b"" for a text."""
         item.refuse()
         if not item.where:
             return b""
@@ -104,7 +104,7 @@ class WebDataset(TreeSource):
 
 
 class _Headers:
-    """What `tarfile` reads: headers only, so that one that claims to be huge is a damaged tar and not a full memory."""
+    """File object for `tarfile` that reads small headers only: one that claims to be huge must not fill the memory."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self.seek, self.tell, self._read = handle.seek, handle.tell, handle.read
@@ -116,7 +116,7 @@ class _Headers:
 
 
 def _groups(where: str, handle: BinaryIO, unread: Counter[str]) -> Iterator[list[Member]]:
-    """The members of each base name, wherever they lie in the tar; others are counted in `unread`."""
+    """The members of each base name, from anywhere in the tar; other members are counted in `unread`."""
     groups: dict[str, list[Member]] = {}
     for member in _members(where, handle):
         name = PurePosixPath(member.base).name
@@ -131,11 +131,11 @@ def _members(where: str, handle: BinaryIO) -> Iterator[Member]:
     try:
         with tarfile.open(fileobj=_Headers(handle), mode="r:") as tar:  # type: ignore[call-overload]
             for info in tar:
-                tar.members = []  # it would keep all of them
+                tar.members = []  # otherwise tarfile keeps all of them
                 if not info.isdir():
                     yield _member(info, handle)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise DamagedArtifact(f"{where}: not readable as a tar: {error}; fetch it again or leave it out") from error
+        raise DamagedArtifact(f"{where}: not readable as a tar: {error}; download it again or remove it") from error
 
 
 def _member(info: tarfile.TarInfo, handle: BinaryIO) -> Member:
@@ -149,7 +149,7 @@ def _member(info: tarfile.TarInfo, handle: BinaryIO) -> Member:
     except UnicodeEncodeError:
         problem = "bad_path: The name of the member is not valid UTF-8; rename it."
     folder, _, name = path.rpartition("/")
-    # a hidden file's name is all before the ending: ._17.jpg is no part of any base name
+    # the whole name of a hidden file is its base name: ._17.jpg belongs to no sample
     stem, _, ending = name.partition(".") if not name.startswith(".") else (name, "", "")
     base = f"{folder}/{stem}" if folder else stem
     is_image = not problem and (
@@ -161,7 +161,7 @@ def _member(info: tarfile.TarInfo, handle: BinaryIO) -> Member:
 
 def _peek(handle: BinaryIO, info: tarfile.TarInfo) -> bytes:
     """The first bytes of a member."""
-    back = handle.tell()  # tarfile goes on from here
+    back = handle.tell()  # tarfile continues from here
     handle.seek(info.offset_data)
     head = handle.read(min(HEAD, info.size))
     handle.seek(back)
@@ -169,7 +169,7 @@ def _peek(handle: BinaryIO, info: tarfile.TarInfo) -> bytes:
 
 
 def _rows(tar: Tar, handle: BinaryIO, group: list[Member]) -> Iterator[Item]:
-    """The rows of the members of one base name; whatever is wrong with one of them is a bad row."""
+    """The rows of the members of one base name; a member with a problem is a bad row."""
     bad = [m for m in group if m.problem]
     texts: dict[str, str] = {}
     twice = ""
@@ -210,7 +210,7 @@ def _small(handle: BinaryIO, member: Member) -> str:
 
 
 def _described(texts: Mapping[str, str]) -> tuple[str | None, str | None, str]:
-    """Label, text and problem as the members cls, txt and json say; json counts where the others are missing."""
+    """Label, text and problem from the members cls, txt and json; json is used where the others are missing."""
     label, text, more = texts.get("cls"), texts.get("txt"), {}
     if "json" in texts:
         try:
@@ -231,6 +231,6 @@ def _modality(member: Member) -> Modality:
 
 
 def _key(tar: Tar, member: Member) -> str:
-    """TAR/BASE.ENDING, made plain where the archive's own names are not."""
+    """TAR/BASE.EXTENSION, with undecodable characters escaped."""
     name = f"{tar.name}/{member.base}" + (f".{member.ending}" if member.ending else "")
     return name.encode(errors="backslashreplace").decode().replace("\0", "\\0")

@@ -1,13 +1,13 @@
 """The Wikipedia image-text set (Rasiwasia et al., ACM MM 2010): its lists and raw features, as published.
 
-    ROOT/categories.list                 the names of the 10 classes, a line each
-    ROOT/trainset_txt_img_cat.list       TEXT <tab> IMAGE <tab> CLASS (from 1), a line a pair; testset_... likewise
-    ROOT/raw_features.mat                I_tr, I_te (128 numbers a picture), T_tr, T_te (10 a text), in the lists' order
+    ROOT/categories.list                 the names of the 10 classes, one per line
+    ROOT/trainset_txt_img_cat.list       TEXT <tab> IMAGE <tab> CLASS (from 1), one pair per line; testset_... likewise
+    ROOT/raw_features.mat                I_tr, I_te (128 numbers per image), T_tr, T_te (10 per text), in list order
 
-Images and texts themselves are not among these files, so rows have neither, and the features are imported with
-`--features-output`; images that the lists name may lie below ROOT, and are not read. Keys begin with the part, train/
-or test/, since the field ranks the test part of the unseen classes against itself. A text's `pair` is its photo.
-Whoever has images and texts takes the source `pairs`.
+These files contain no images or texts, so rows have neither, and the features are imported with `--features-output`;
+images below ROOT that the lists name are ignored. Keys begin with the part, train/ or test/, since the literature
+retrieves within the test part of the unseen classes. A text's `pair` is its photo. If you have the images and texts,
+use the source `pairs`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,14 +30,14 @@ PARTS: Final = {"train": "tr", "test": "te"}
 
 @dataclass(frozen=True)
 class Wikipedia(TreeSource):
-    """`root` holds the lists and the features; an item's `where` is MATRIX:ROW."""
+    """Source over a `root` with the lists and the features; an item's `where` is MATRIX:ROW."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {"name": "wikipedia", "attribution": "Wikipedia image-text set, Rasiwasia et al., ACM MM 2010"}
 
     def items(self) -> Iterator[Item]:
-        """A photo row and a text row for every line of both lists.
+        """Yield a photo row and a text row for every line of both lists.
 
         Raises:
             ConfigError: a list is missing, malformed, or not as long as its features.
@@ -51,7 +51,7 @@ class Wikipedia(TreeSource):
             lines = read_text(path, "list").splitlines()
             for matrix in (f"I_{short}", f"T_{short}"):
                 if (rows := len(_matrix(str(file), matrix, guard))) != len(lines):
-                    raise ConfigError(f"{path}: {len(lines)} lines, but {rows} rows in {matrix}; they go line by line")
+                    raise ConfigError(f"{path}: {len(lines)} lines, but {rows} rows in {matrix}; they must be equal")
             for row, line in enumerate(lines):
                 text, image, label = _fields(line, names, f"{path}:{row + 1}")
                 photo = f"{part}/{image}"
@@ -65,7 +65,7 @@ class Wikipedia(TreeSource):
                 yield misplaced(found, entry, "No list names the image; remove it, or take the source pairs.")
 
     def load(self, item: Item) -> bytes:
-        """No bytes: the set has no images."""
+        """b"": the data set has no images."""
         item.refuse()
         return b""
 
@@ -83,7 +83,7 @@ class Wikipedia(TreeSource):
 
 
 def _fields(line: str, names: list[str], where: str) -> tuple[str, str, str]:
-    """Text, image and class of a line of a list."""
+    """Text, image and class of one line of a list."""
     fields = line.split()
     if len(fields) != 3 or not fields[2].isdigit() or not 1 <= int(fields[2]) <= len(names):
         raise ConfigError(f"{where}: {line!r}; expected TEXT, IMAGE and a class of 1 to {len(names)}")
@@ -92,15 +92,15 @@ def _fields(line: str, names: list[str], where: str) -> tuple[str, str, str]:
 
 @lru_cache(maxsize=4)
 def _matrix(file: str, name: str, guard: str) -> np.ndarray:
-    """One matrix of a file, read again when its guard is another."""
+    """One matrix of a file, read again when its guard changes."""
     try:
         from scipy.io import loadmat
     except ImportError:
         raise ConfigError("MATLAB files are read by scipy; install zsr with the extra 'text'") from None
     try:
         matrix = np.asarray(loadmat(file, variable_names=[name])[name], dtype=np.float32)
-    except Exception as error:  # the parser raises whatever damaged bytes make of it
-        raise DamagedArtifact(f"{file}: no readable matrix {name} ({error!r}); fetch the file again") from error
+    except Exception as error:  # on damaged bytes the parser may raise anything
+        raise DamagedArtifact(f"{file}: no readable matrix {name} ({error!r}); download the file again") from error
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
         raise DamagedArtifact(f"{file}: {name} is {matrix.shape} or not finite, expected rows of numbers")
     return matrix

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Staging, Store
 from zsr.clock import Clock
 from zsr.errors import ConfigError, DamagedArtifact
@@ -266,7 +266,7 @@ def train(job: Job, staging: Staging) -> None:
     key = job.chosen.index_key
     with progress.stage("train", unit="") as shown, staging.piece(TEMPLATE, scratch=True) as path:
         shown.note = f"{key} on {len(vectors):,} vectors"
-        fault.here("index.train")
+        faults.here("index.train")
         index = faiss_backend.train(key, job.chosen.metric, vectors, job.config.seed, job.config.threads)
         path.write_bytes(faiss_backend.to_bytes(index))
     # one in eight: the drift report needs averages, not every vector
@@ -314,7 +314,7 @@ def _add_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging, key
     with faiss_backend.threads(1):
         index.add_with_ids(vectors, np.arange(len(vectors), dtype=np.int64))
     with staging.piece(added_name(shard), scratch=True) as path:
-        fault.here("index.add")
+        faults.here("index.add")
         path.write_bytes(faiss_backend.to_bytes(index))
     facts = {"rows": len(vectors), "dtype": block.vectors.dtype.name, "source": gallery.shards[shard].sha256}
     if refine := _refine(block.vectors, staging, key):

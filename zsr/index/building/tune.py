@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.errors import QualityGateFailed
 from zsr.index import faiss_backend
 from zsr.index.ground_truth import K, Truth
@@ -56,7 +56,7 @@ def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tupl
     Raises:
         QualityGateFailed: none does; the message names the best.
     """
-    fault.here("index.tune")
+    faults.here("index.tune")
     if faiss_backend.is_exact(str(searcher.facts["index_key"])):
         target = min(target, 1 - ROUNDING)
     curve = tuple(measure(searcher, sketches, own, target))

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import Artifact, Plan, Staging, Store, sha256
 from zsr.errors import AlreadyPublished, ConfigError, DamagedArtifact, QualityGateFailed, StorageError
 from zsr.index import faiss_backend
@@ -338,7 +338,7 @@ def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[st
         QualityGateFailed: see `delete`; or the golden queries do not find what the live version finds.
     """
     staging = live.store.staging(work)
-    fault.here("index.change")
+    faults.here("index.change")
     facts = {**live.artifact.facts, "segments": [spec.as_json() for spec in change.specs]}
     opened = {(spec.name, spec.object): s for spec, s in zip(live.specs(), live.searcher.segments, strict=True)}
     key, space = str(facts["index_key"]), live.searcher.space

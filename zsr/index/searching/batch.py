@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import ray
 
-from zsr import fault, progress
+from zsr import faults, progress
 from zsr.artifact import Artifact, Plan, Store
 from zsr.clock import Clock
 from zsr.cluster import connect, resources
-from zsr.embedding.ahead import PROBE
+from zsr.embedding.prefetch import PROBE
 from zsr.embedding.settings import FREE, Prices
 from zsr.embedding.shards import cost_of
 from zsr.errors import StorageError
@@ -180,7 +180,7 @@ def answered(searcher: Searches, work: Work, piece: dict[str, Any]) -> dict[str,
         )
     progress.advance(sum(rows_of(work, [piece])))
     table = answers_table(answers)
-    fault.here("search.shard")
+    faults.here("search.shard")
     facts = {"queries": len(answers.ids), "hits": len(table)}
     work.staging.write_table(piece["name"], table, facts=facts)
     return {"rows": len(answers.ids), "queries": len(answers.ids), **clock.spent()}

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import Artifact, Staging
 from zsr.clock import Clock
 from zsr.errors import ConfigError
@@ -107,7 +107,7 @@ class Assigner:
         queries = flattened(queries_of(self.work.source.read(shard))[1])
         probes = self.searcher.coarse(queries, self.work.reach[1])
         columns = {name: _column(getattr(probes, name)) for name in COLUMNS}
-        fault.here("search.assign")
+        faults.here("search.assign")
         self.work.staging.write_table(probes_name(shard), pa.table(columns), scratch=True)
         return {"rows": len(queries), **clock.spent()}
 
@@ -140,7 +140,7 @@ class Scanner:
         ordinals, scores = self.searcher.coded_in(probes, self.work.reach[0] + 1)
         query, rank = np.nonzero(ordinals >= 0)
         found = {"query": rows[query].astype(np.int32), "ordinal": ordinals[query, rank], "score": scores[query, rank]}
-        fault.here("search.scan")
+        faults.here("search.scan")
         self.work.staging.write_table(self.work.found_name(number, shard), pa.table(found), scratch=True)
         return len(rows)
 

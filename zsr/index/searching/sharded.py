@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.cluster import connect
 from zsr.errors import ConfigError, StorageError
@@ -172,7 +172,7 @@ class Host:
 
     def names(self, held: Held, *words: Any) -> tuple[np.ndarray, np.ndarray]:
         """See Part."""
-        fault.here("search.names")
+        faults.here("search.names")
         return self._part(held).names(*words)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from zsr import fault
+from zsr import faults
 from zsr.artifact import CHUNK, Json, Staging, mapped
 from zsr.errors import DamagedArtifact
 from zsr.index import faiss_backend
@@ -60,7 +60,7 @@ def write(staging: Staging, name: str, parts: Sequence[Added], code_size: int) -
     starts = np.cumsum([0, *(_rows(part) for part in parts)])
     sizes = np.zeros(len(parts[0].sizes), np.int64)
     with staging.piece(name) as path, open(path, "wb", buffering=CHUNK) as out:
-        fault.here("index.merge")
+        faults.here("index.merge")
         for number in range(len(sizes)):
             codes, ordinals = [], []
             for part, start in zip(parts, starts, strict=False):

@@ -1,6 +1,7 @@
-"""What every Ray worker process of ours does first: keep advice and known noise out of the jobs' logs.
+"""Set up worker processes: silence known third-party warnings, and tune the allocator.
 
-Ray calls `setup` through the runtime environment. Nothing heavy is imported here, since each process pays for it.
+Ray calls `setup` in every worker process through the runtime environment. Nothing heavy is imported here, since it
+would slow down the start of each process.
 """
 
 import ctypes
@@ -11,15 +12,14 @@ import threading
 import warnings
 from collections.abc import Callable
 
-# Ray looks for an address that other machines can reach, unless it takes itself to be on a laptop's system, which it
-# decides when it is imported
+# without this, Ray uses an address that other machines can reach; it reads the variable when it is imported
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# Ray Train reports each `report` call at INFO, a starting node that a signal came, and Ray that another cluster runs on
-# this machine
+# Ray Train logs each `report` call at INFO, a starting node logs a received signal, and Ray logs that another cluster
+# runs on this machine
 ADVICE = ("ray.train", "ray._private.utils", "DeepSpeed", "ray._private.node")
-# Ray Data, and Ray Train's worker, print the stack of each exception that they also raise. Ray Train's placement-group
-# cleaner asks the dashboard each second whether its controller lives, and complains where none runs or where several
-# clusters share a machine
+# Ray Data and Ray Train's worker log the stack of each exception that they also raise. Ray Train's placement-group
+# cleaner asks the dashboard each second whether its controller is alive, and logs errors if there is no dashboard or
+# several clusters share a machine
 COMPLAINTS = (
     "ray.data",
     "ray.train.v2._internal.util",
@@ -31,8 +31,8 @@ CLEANER = "PlacementGroupCleanerMonitor"  # Ray's name of the thread of that cle
 
 
 def local_cpus() -> int:
-    """CPUs that a cluster of this machine alone offers: two training workers and the tasks that feed them fit, also on
-    a laptop with two cores.
+    """CPUs of a local cluster: at least 4, so that two training workers and their data loading fit, also on a laptop
+    with two cores.
     """
     return max(4, os.cpu_count() or 1)
 
@@ -50,9 +50,9 @@ def setup() -> None:
 
 
 def _thread_failed(inherited: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs) -> None:
-    """Print a failed thread's traceback, but not the cleaner's: it fails when its cluster ends, as that of a job does.
+    """Print a failed thread's traceback, except that of the cleaner, which fails when its cluster ends.
 
-    It is there to remove what a killed controller leaves behind, and the end of the cluster removes that, too.
+    The cleaner removes the remains of a killed controller, which the end of the cluster removes too.
     """
     if args.thread is None or args.thread.name != CLEANER:
         inherited(args)
@@ -60,18 +60,18 @@ def _thread_failed(inherited: Callable[[threading.ExceptHookArgs], object], args
 
 # runtime environment of actors that call `keep_freed_memory`
 ONE_ARENA = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
-# of malloc.h
+# constants of malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next batch, in place of handing it back to the system.
+    """Make glibc keep freed memory for the next batch instead of returning it to the operating system.
 
-    Activations of a batch of pictures are hundreds of MB in blocks that glibc maps and unmaps one by one; the system
-    fills each page with zeros again. For EfficientNet-Lite0 that was more than half of all time on a CPU. It reaches
-    the main arena only: another thread's, and Ray calls actors on such a thread, gives memory back all the same, so
-    actors are to be started with ONE_ARENA. Does nothing under other C libraries.
+    Activations of a batch of images are hundreds of MB in blocks that glibc maps and unmaps one by one, and the kernel
+    zeroes each page again. For EfficientNet-Lite0 this was more than half of all time on a CPU. It only affects the
+    main arena: arenas of other threads, on which Ray calls actors, still return memory, so actors must be started with
+    ONE_ARENA. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

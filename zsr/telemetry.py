@@ -1,13 +1,12 @@
-"""What stages count while they run: pieces, rows, seconds and CPU seconds, for Prometheus and for a job's timeline.
+"""Stage counters: work items, rows, seconds and CPU seconds, for Prometheus and for a command's timeline.
 
-Prometheus reads the `ray.util.metrics` from every node's metrics port (`cluster/grafana.json` shows them). The timeline
-wants sums over processes that may be gone by then, so `spend` also leaves them in the cluster's key-value store, and
-`spent` takes them out there.
+Prometheus scrapes `ray.util.metrics` from every node's metrics port (`cluster/grafana.json` shows them). The timeline
+needs sums over processes that may have ended, so `spend` also writes them to the cluster's key-value store, from which
+`spent` collects them.
 
-For the progress of a stage a task keeps its own count of rows and writes it to that store at most once a second, under
-the number of its work item; the driver reads the counts of unfinished items when it refreshes what it shows. So
-progress moves within a shard, costs the main path an addition, and a task that runs again after the loss of its worker
-begins at 0 again.
+For progress, a task counts its rows and writes the count to that store at most once per second, under the number of its
+work item; the driver reads the counts of unfinished items when it refreshes the display. So progress advances within a
+shard, costs one addition on the main path, and a task that is retried after the loss of its worker restarts at 0.
 """
 
 import json
@@ -26,18 +25,18 @@ from ray.util import metrics
 from zsr import progress
 
 COUNTERS: Final = {
-    "zsr_pieces": "pieces of work (shards) that a stage has finished",
-    "zsr_rows": "rows that a stage has written",
-    "zsr_cpu_seconds": "CPU seconds that a stage's tasks and actors have used",
+    "zsr_pieces": "work items (shards) finished by a stage",
+    "zsr_rows": "rows written by a stage",
+    "zsr_cpu_seconds": "CPU seconds used by the tasks and actors of a stage",
 }
-SECONDS: Final = ("zsr_piece_seconds", "how long one piece took", (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000))
-NUMBER: Final = "zsr_number"  # keys that `Items.numbered` adds to a work item, and `reported` takes out again
+SECONDS: Final = ("zsr_piece_seconds", "duration of one work item", (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000))
+NUMBER: Final = "zsr_number"  # keys that `Items.numbered` adds to a work item, and `reported` removes again
 PREFIX: Final = "zsr_prefix"
-STAGE: Final = ("zsr_stage_seconds", "how long the last run of a stage took, as its driver saw it")
+STAGE: Final = ("zsr_stage_seconds", "duration of the last run of a stage, measured by its driver")
 
 
 def exported() -> list[str]:
-    """The names under which Prometheus finds them: Ray puts `ray_` before, and `_total` behind what only grows."""
+    """The metric names in Prometheus: Ray adds the prefix `ray_`, and the suffix `_total` to counters."""
     return [*(f"ray_{name}_total" for name in COUNTERS), f"ray_{SECONDS[0]}_bucket", f"ray_{STAGE[0]}"]
 
 
@@ -59,7 +58,7 @@ def _gauge() -> metrics.Gauge:
 
 
 def count(stage: str, *, rows: int, seconds: float) -> None:
-    """One finished piece of `stage`: its rows, and how long it took."""
+    """Record a finished work item of `stage`, with its rows and duration."""
     tags = {"stage": stage}
     _counter("zsr_pieces").inc(1, tags)
     if rows:
@@ -68,7 +67,7 @@ def count(stage: str, *, rows: int, seconds: float) -> None:
 
 
 def stage_took(stage: str, seconds: float) -> None:
-    """The driver's clock of a whole stage. Before the driver has connected to a cluster there is nobody to tell."""
+    """Record the duration of a whole stage in the driver. Does nothing without a connection to a cluster."""
     if ray.is_initialized():
         _gauge().set(seconds, {"stage": stage})
 
@@ -78,14 +77,14 @@ def _prefix() -> bytes:
 
 
 def spend(stage: str, cpu_seconds: float) -> None:
-    """CPU seconds that this process has used for `stage` and not reported yet. For tasks, actors and workers."""
+    """Record CPU seconds of this process for `stage`, not reported before. For tasks, actors and workers."""
     _counter("zsr_cpu_seconds").inc(cpu_seconds, {"stage": stage})
     value = json.dumps({"stage": stage, "cpu_seconds": cpu_seconds}).encode()
     internal_kv._internal_kv_put(_prefix() + uuid.uuid4().hex.encode(), value)
 
 
 def spent() -> Counter[str]:
-    """CPU seconds by stage that this job's processes have reported since the last call."""
+    """CPU seconds by stage that the processes of this job have reported since the last call."""
     found: Counter[str] = Counter()
     if not ray.is_initialized():
         return found
@@ -99,7 +98,7 @@ def spent() -> Counter[str]:
 
 @contextmanager
 def _measured(stage: str, results: dict[str, Any], cpu: float) -> Iterator[None]:
-    """Count the piece that the block fills `results` with; `cpu` is the processor's clock since when it counts."""
+    """Record the work item whose `results` the block fills; `cpu` is the process's CPU time from which it counts."""
     began = time.monotonic()
     yield
     spend(stage, time.process_time() - cpu)
@@ -107,7 +106,7 @@ def _measured(stage: str, results: dict[str, Any], cpu: float) -> Iterator[None]
 
 
 class Items:
-    """The work items of one stage: how many rows each has, and how many of them are done.
+    """The work items of one stage: the rows of each, and how many of them are done.
 
     Attributes:
         sizes: rows of each item.
@@ -116,22 +115,22 @@ class Items:
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = sizes
         self.prefix = f"zsr/progress/{ray.get_runtime_context().get_job_id()}/{uuid.uuid4().hex}/"
-        self.results = 0  # items whose results have come; they come in order
+        self.results = 0  # number of items with results, which arrive in order
         self.rows = 0
 
     def numbered(self, pieces: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The items with what `reported` needs to know."""
+        """The items with the keys that `reported` needs."""
         return [{**piece, NUMBER: number, PREFIX: self.prefix} for number, piece in enumerate(pieces)]
 
     def passed(self, results: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Pass the results through, counting their items as done."""
+        """Yield the results, and count their items as done."""
         for result in results:
             self.rows += self.sizes[self.results]
             self.results += 1
             yield result
 
     def done(self) -> int:
-        """Rows done: those of items with results, and what tasks have told of others."""
+        """Rows done: those of items with results, and those reported by tasks for other items."""
         rows, results = self.rows, self.results
         for key in internal_kv._internal_kv_list(self.prefix.encode()):
             number = int(key.rpartition(b"/")[2])
@@ -147,7 +146,7 @@ class Items:
 
 
 class _Report:
-    """The count of one work item, told to the driver at most once every `progress.REFRESH` seconds."""
+    """The row count of one work item, reported to the driver at most once every `progress.REFRESH` seconds."""
 
     def __init__(self, key: str) -> None:
         self.key, self.rows, self.told = key.encode(), 0, time.monotonic()
@@ -159,24 +158,24 @@ class _Report:
 
     def tell(self) -> None:
         """Write the count."""
-        with suppress(Exception):  # a count is not worth a task
+        with suppress(Exception):  # an error here must not fail the task
             internal_kv._internal_kv_put(self.key, str(self.rows).encode(), overwrite=True)
         self.told = time.monotonic()
 
 
 @contextmanager
 def reported(piece: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Count what the body does for a work item of `Items.numbered`, and yield the item as it was. Runs in a task."""
+    """Report the body's progress on a work item of `Items.numbered`; yields the original item. Runs in a task."""
     number, prefix = piece.pop(NUMBER), piece.pop(PREFIX)
     report = _Report(f"{prefix}{number}")
     with progress.counting(report):
         yield piece
     if report.rows:
-        report.tell()  # results come in order, and this one may wait for an earlier item's
+        report.tell()  # results arrive in order, so this one may wait for that of an earlier item
 
 
 def task(piece: dict[str, Any], *, stage: str, function: Callable[..., Any], shared: Mapping[str, Any]) -> Any:
-    """`function(piece, **shared)`, counted; runs in a Ray task."""
+    """Call `function(piece, **shared)` with telemetry; runs in a Ray task."""
     results: dict[str, Any] = {}
     with _measured(stage, results, time.process_time()), reported(piece) as own:
         results |= function(own, **shared)
@@ -184,7 +183,7 @@ def task(piece: dict[str, Any], *, stage: str, function: Callable[..., Any], sha
 
 
 class Actor:
-    """An object of `kind`, whose calls are counted; runs as a Ray actor. What making it cost goes to its first call."""
+    """Ray actor that calls an object of `kind` with telemetry. Its construction counts for the first call."""
 
     def __init__(self, *, stage: str, kind: Callable[..., Any], shared: Mapping[str, Any]) -> None:
         self.stage, self.cpu = stage, time.process_time()
@@ -192,9 +191,7 @@ class Actor:
         try:
             self.inner = kind(**shared)
         except Exception as error:
-            self.failed = (
-                error  # raised by the first call: of an actor that fails to start, Ray passes on the text alone
-            )
+            self.failed = error  # raised by the first call: of an actor that fails to start, Ray passes on only text
 
     def __call__(self, piece: dict[str, Any]) -> Any:
         if self.inner is None:

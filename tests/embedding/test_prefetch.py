@@ -12,8 +12,8 @@ from tests import toy
 from tests.pipeline import job, ok
 from zsr.artifact import open_artifact
 from zsr.data.decode import Pictures, Resize
-from zsr.embedding.ahead import Decoders
 from zsr.embedding.backbone import Extractor
+from zsr.embedding.prefetch import Decoders
 from zsr.embedding.settings import BackboneSettings
 from zsr.embedding.shards import Clocks
 from zsr.models import backbones

@@ -1,8 +1,8 @@
-"""Pictures for a model: decoded in turn with it on its own CPU, or by Ray tasks ahead of a model that has a GPU.
+"""Image decoding for a model: alternating with it in its own process, or prefetched by Ray tasks for a model on a GPU.
 
-A GPU takes pictures faster than one CPU decodes them. How many tasks decode for a model follows from a probe: for some
-seconds it decodes and computes in turn, and both are timed. Where the model itself runs on CPUs, tasks would only take
-from each other what they share.
+A GPU processes images faster than one CPU decodes them. The number of decoding tasks per model follows from a probe:
+for a few seconds the actor alternates between decoding and computing, and both are timed. For models on CPUs,
+decoding tasks would only compete for the same CPUs.
 """
 
 import math
@@ -15,13 +15,13 @@ import ray
 
 from zsr.data.decode import Pictures
 from zsr.data.pictures import Decoded, decoded
-from zsr.worker import keep_freed_memory
+from zsr.process import keep_freed_memory
 
-PROBE: Final = 3.0  # seconds of decoding and computing in turn, after the first block: a GPU starts slowly
-AHEAD: Final = 2  # blocks for each of those CPUs: one is decoded, one lies ready
-BLOCK: Final = 64  # pictures of a task
+PROBE: Final = 3.0  # seconds of the probe, after the first block, since a GPU starts slowly
+AHEAD: Final = 2  # blocks in flight per decoding task: one is being decoded, one is ready
+BLOCK: Final = 64  # images per task
 
-NOBODY: Final[dict[str, Any]] = {"running": None}  # decodes, or nobody knows yet who shall
+NOBODY: Final[dict[str, Any]] = {"running": None}  # there are no decoding tasks, or their number is not known yet
 
 Images = Sequence[bytes | None]
 
@@ -34,12 +34,12 @@ def _task(images: Images, pictures: Pictures, modality: str) -> Decoded:
 
 @dataclass
 class Decoders:
-    """Decodes for one model.
+    """Decoder of the images of one model.
 
     Attributes:
-        most: CPUs that tasks may decode on for it; with 0 its own process decodes.
-        running: how many of them keep the model busy; None until the probe has told.
-        decode, model: seconds a picture, as the probe found them; 0 before.
+        most: max decoding tasks (one CPU each); with 0 the model's own process decodes.
+        running: number of tasks that keep the model busy; None until the probe has ended.
+        decode, model: seconds per image of both stages, measured by the probe; 0 before.
     """
 
     pictures: Pictures
@@ -51,31 +51,31 @@ class Decoders:
     _seen: int = 0
 
     def at_once(self, batch: int) -> int:
-        """Pictures of a block, for a model that takes `batch` at once."""
+        """Images per block, for a model with batch size `batch`."""
         return BLOCK if self.most else batch
 
     def blocks(self, modality: str, blocks: Iterator[Images]) -> Iterator[Decoded]:
-        """Every block decoded, in order. Ray runs the task of a lost worker again."""
+        """Decode every block, in order. Ray reruns the task of a lost worker."""
         waiting: deque[Any] = deque()
         while True:
             while len(waiting) < AHEAD * (self.running or 0) and (images := next(blocks, None)) is not None:
                 waiting.append(_task.remote(images, self.pictures, modality))
             if waiting:
                 found = ray.get(waiting.popleft())
-                yield replace(found, pixels=found.pixels.copy())  # what lies in the object store may not be written to
+                yield replace(found, pixels=found.pixels.copy())  # memory of the object store is read-only
             elif (images := next(blocks, None)) is not None:
                 yield decoded(images, self.pictures, modality)
             else:
                 return
 
     def as_json(self) -> dict[str, Any]:
-        """For a report: seconds a picture of both stages as the probe found them, and the tasks that decode."""
+        """For a report: seconds per image of both stages, and the number of decoding tasks."""
         if self.running is None:
             return NOBODY
         return {"decode": round(self.decode, 6), "model": round(self.model, 6), "running": self.running}
 
     def note(self, pictures: int, decode: float, model: float) -> None:
-        """A block took so many seconds, one stage after the other. When enough are known, `running` is chosen."""
+        """Record a block's stage times in seconds. Once the probe has enough of them, choose `running`."""
         if self.running is not None or self._first:
             self._first = False
             return

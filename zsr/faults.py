@@ -1,10 +1,9 @@
-"""Named points at which a test may kill the process or fill the disk.
+"""Fault injection: named points at which a test may kill the process or simulate a full disk.
 
-`here("artifact.seal")` is one dictionary look-up in production. A test arms a point through the environment variable
+`here("artifact.seal")` is one dictionary lookup in production. A test arms a point through the environment variable
 ZSR_FAULT, `NAME=kill` (SIGKILL to this process), `NAME=enospc` (OSError ENOSPC) or `NAME=wait` (ten minutes), with `@N`
-to fire at the N-th passing, and with `@N@FILE` to do so only in the one process that can create FILE, so that its peers
-and a restart are spared. `POINTS` lists every name, so that a test which iterates it covers a new point on the day it
-appears.
+to fire at the N-th call, and with `@N@FILE` to fire only in the one process that can create FILE, but not in its peers
+or after a restart. `POINTS` lists every name, so that tests that iterate over it cover new points automatically.
 """
 
 import errno
@@ -64,7 +63,7 @@ def here(point: str) -> None:
 
 
 def _first(marker: str) -> bool:
-    """Whether no process has fired before, by a file that only one can create; always where there is no file."""
+    """Whether no process has fired before, by a file that only one can create; True without a file."""
     if not marker:
         return True
     try:

@@ -10,7 +10,7 @@ import torch
 from zsr.artifact import Plan, Store
 from zsr.embedding.shards import compute
 from zsr.errors import ConfigError
-from zsr.worker import keep_freed_memory
+from zsr.process import keep_freed_memory
 
 MEGABYTES = (51, 25, 154, 38, 10, 58, 58, 10, 58, 14, 5)  # activations of a batch of pictures, layer after layer
 TIMES = 10
