@@ -1,4 +1,4 @@
-"""Things by name, of which installed packages may bring more: models, data sources, backbones.
+"""Registries of models, data sources and backbones, which installed packages extend.
 
 A package adds one by an entry point, `NAME = "PACKAGE.MODULE:ATTRIBUTE"`, in the group of its kind. What stands behind
 a name is imported when it is first asked for.
@@ -19,7 +19,7 @@ BACKBONES: Final = "zsr.backbones"
 
 
 class Registry(Mapping[str, T]):
-    """Entries by name: ours in their order, then those of other packages. No package takes over a name of ours.
+    """Entries by name: the built-in ones in their order, then those of other packages, which cannot replace a name.
 
     Args:
         group: of entry points.

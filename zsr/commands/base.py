@@ -48,6 +48,13 @@ class JobConfig(BaseModel):
 
     dry_run: bool = False
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """List required flags first in --help, and what every command has last; inherited ones would come first."""
+        shared = JobConfig.__annotations__
+        order = sorted(cls.model_fields.items(), key=lambda item: (not item[1].is_required(), item[0] in shared))
+        cls.__pydantic_fields__ = dict(order)
+
     @field_validator("*", mode="after")
     @classmethod
     def _located(cls, value: Any) -> Any:
