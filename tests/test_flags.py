@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from zsr import commands
+from zsr.commands.base import JobConfig
 from zsr.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,3 +56,11 @@ def used(flag: str) -> bool:
 @pytest.mark.parametrize("name", sorted(kinds()))
 def test_every_flag_is_run_or_explained(name: str) -> None:
     assert [flag for flag in flags(kinds()[name]) if not used(flag)] == []
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in kinds().items() if issubclass(kind, JobConfig)))
+def test_required_flags_come_first_and_the_common_ones_last(name: str) -> None:
+    fields = kinds()[name].model_fields
+    required = [about.is_required() for about in fields.values()]
+    assert required == sorted(required, reverse=True)
+    assert list(fields)[-1] == "dry_run"

@@ -15,7 +15,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 # in the order in which they are read: each goes on with what those before have made
 DOCUMENTS: Final = ("README.md", "docs/guide.md", "docs/data.md", "docs/training.md", "docs/models.md",
                     "docs/indexing.md", "docs/evaluation.md", "docs/results.md", "docs/scaling.md",
-                    "docs/cluster.md", "docs/contributing.md")  # fmt: skip
+                    "docs/cluster.md", "docs/concepts.md", "docs/contributing.md")  # fmt: skip
 REASONS: Final = frozenset({"make", "install", "cluster", "gpu", "data"})
 FENCE: Final = re.compile(r"^ *```(.*)$")
 
