@@ -131,6 +131,11 @@ def _refusal(address: str) -> str:
         except grpc.RpcError as error:
             if error.code() not in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return f"the server at {address} is not a Ray head"
+            if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":  # Ray would try for 20 s and not say this
+                return (
+                    f"the cluster at {address} requires a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to "
+                    "its token file"
+                )
     return ""
 
 

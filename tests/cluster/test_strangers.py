@@ -109,3 +109,13 @@ def test_a_driver_without_the_token_cannot_connect(local: LocalCluster) -> None:
         out, _ = stranger.communicate()
     assert stranger.returncode != 0
     assert "auth" in out.lower()
+
+
+def test_a_command_without_the_token_says_so_at_once(local: LocalCluster) -> None:
+    environment = {k: v for k, v in local.environment.items() if not k.startswith("RAY_AUTH")}
+    environment["RAY_ADDRESS"] = local.about["address"]
+    command = [sys.executable, "-m", "zsr", "doctor"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "requires a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
