@@ -13,8 +13,8 @@ from tests.pipeline import features_only, job, ok
 from zsr.artifact import Artifact, Store, open_artifact
 from zsr.errors import ConfigError, Leakage
 from zsr.evaluation import retrain
-from zsr.evaluation.bench import Bench, Pool, Task, draw
 from zsr.evaluation.compare import by_split, named
+from zsr.evaluation.eval_set import Bench, Pool, Task, draw
 from zsr.evaluation.protocol import Evaluation
 from zsr.training.checkpoint import open_model
 

@@ -77,8 +77,8 @@ class Config(DeviceSettings, JobConfig):
         Raises:
             What opening raises; ConfigError where the inputs do not fit each other.
         """
-        from zsr.evaluation.bench import Task
         from zsr.evaluation.compare import Given, by_split
+        from zsr.evaluation.eval_set import Task
 
         task = Task(
             query=self.query_modality,

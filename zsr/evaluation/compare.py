@@ -15,7 +15,7 @@ from zsr import fault, progress
 from zsr.artifact import Artifact, Store
 from zsr.errors import ConfigError
 from zsr.evaluation import metrics, protocol, published, retrain
-from zsr.evaluation.bench import Bench
+from zsr.evaluation.eval_set import Bench
 from zsr.evaluation.protocol import Search, evaluate_hits
 from zsr.evaluation.report import (
     Backbone,

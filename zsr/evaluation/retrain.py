@@ -18,7 +18,7 @@ from zsr.data.features import seal_features
 from zsr.data.splits import Split
 from zsr.errors import ConfigError
 from zsr.evaluation import metrics
-from zsr.evaluation.bench import Bench
+from zsr.evaluation.eval_set import Bench
 from zsr.executor import VECTORS, map_pieces
 from zsr.models.protocol import Inputs
 from zsr.training.config import TrainSettings

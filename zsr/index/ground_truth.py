@@ -19,7 +19,7 @@ GROUPS: Final = 64  # tasks at most: what they return is bounded whatever the nu
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class GroundTruth:
     """Queries with their exact neighbours.
 
     Attributes:
@@ -46,19 +46,19 @@ class Truth:
         hits = (found[:, : self.k, None] == near[:, None, :]).any(axis=2).sum(axis=1)
         return float(round(hits.mean() / self.k, 6))
 
-    def rows(self, chosen: np.ndarray | slice) -> "Truth":
+    def rows(self, chosen: np.ndarray | slice) -> "GroundTruth":
         """Some of the queries."""
-        return Truth(self.queries[chosen], self.ordinals[chosen], self.scores[chosen], self.floor[chosen])
+        return GroundTruth(self.queries[chosen], self.ordinals[chosen], self.scores[chosen], self.floor[chosen])
 
-    def without(self, dead: np.ndarray) -> "Truth":
+    def without(self, dead: np.ndarray) -> "GroundTruth":
         """What is left when the ordinals `dead` are gone."""
         gone = np.isin(self.ordinals, dead)
         order = np.argsort(gone, axis=1, kind="stable")
         ordinals = np.take_along_axis(np.where(gone, -1, self.ordinals), order, 1)
         scores = np.take_along_axis(np.where(gone, np.float32(-np.inf), self.scores), order, 1)
-        return Truth(self.queries, ordinals, scores, self.floor)
+        return GroundTruth(self.queries, ordinals, scores, self.floor)
 
-    def joined(self, other: "Truth") -> "Truth":
+    def joined(self, other: "GroundTruth") -> "GroundTruth":
         """The neighbours of the same queries in two galleries together, as far down as both lists are whole."""
         ordinals, scores = best(
             np.concatenate([self.ordinals, other.ordinals], axis=1),
@@ -67,16 +67,18 @@ class Truth:
         )
         floor = np.maximum(np.maximum(self.floor, other.floor), floor_of(ordinals, scores))
         known = scores >= floor[:, None]
-        return Truth(self.queries, np.where(known, ordinals, -1), np.where(known, scores, -np.inf), floor)
+        return GroundTruth(self.queries, np.where(known, ordinals, -1), np.where(known, scores, -np.inf), floor)
 
-    def sure(self) -> "Truth":
+    def sure(self) -> "GroundTruth":
         """Those queries whose K nearest are known, deletes and all."""
         known = ((self.ordinals >= 0) & (self.scores >= self.floor[:, None])).sum(axis=1)
         return self.rows((known >= K) | np.isneginf(self.floor))
 
-    def renumbered(self, numbers: np.ndarray) -> "Truth":
+    def renumbered(self, numbers: np.ndarray) -> "GroundTruth":
         """With ordinal i called numbers[i]."""
-        return Truth(self.queries, np.where(self.ordinals >= 0, numbers[self.ordinals], -1), self.scores, self.floor)
+        return GroundTruth(
+            self.queries, np.where(self.ordinals >= 0, numbers[self.ordinals], -1), self.scores, self.floor
+        )
 
 
 def best(ordinals: np.ndarray, scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +106,7 @@ def exact(
     share: float = 1.0,
     seed: int = 0,
     shards: Sequence[int] | None = None,
-) -> Truth:
+) -> GroundTruth:
     """The nearest of `queries` (Q, D) float32 by exact search, in Ray tasks.
 
     Args:
@@ -121,7 +123,7 @@ def exact(
     near = best(np.concatenate(ordinals, axis=1), np.concatenate(scores, axis=1), depth)
     short = ((0, 0), (0, max(0, depth - near[0].shape[1])))
     padded = np.pad(near[0], short, constant_values=-1), np.pad(near[1], short, constant_values=-np.inf)
-    return Truth(queries, *padded, floor_of(*padded))
+    return GroundTruth(queries, *padded, floor_of(*padded))
 
 
 def _exact_shards(

@@ -33,7 +33,7 @@ from zsr.index.building.plan import (
     require_budget,
 )
 from zsr.index.building.report import note
-from zsr.index.ground_truth import K, Truth, exact
+from zsr.index.ground_truth import GroundTruth, K, exact
 from zsr.index.storage.embeddings import Vectors
 
 POPULATION: Final = 1_000_000
@@ -56,7 +56,7 @@ PROMISED: Final = ((0.45, 0.67, 0.88, 0.99), (1.0, 2.0, 4.0, 8.0))
 
 
 @dataclass(frozen=True)
-class Ground:
+class BenchmarkData:
     """What a trial works on.
 
     Attributes:
@@ -67,7 +67,7 @@ class Ground:
 
     sample: np.ndarray
     near: np.ndarray
-    truth: Truth
+    truth: GroundTruth
     population: int
     quarter: np.ndarray
     decoded: dict[str, np.ndarray] = field(default_factory=dict)
@@ -81,17 +81,17 @@ class Ground:
         return faiss_backend.exact_scores(self.truth.queries, self.decoded[kind][found], metric)
 
 
-def ground_of(gallery: Vectors, queries: Vectors, seed: int) -> Ground:
+def ground_of(gallery: Vectors, queries: Vectors, seed: int) -> BenchmarkData:
     """Two passes over the gallery in Ray tasks: the neighbours and the sample, then the neighbours' vectors."""
     share = min(1.0, POPULATION / gallery.rows)
     sketches = queries.sample(QUERIES, seed)
     truth = exact(gallery, sketches, depth=NEAR, share=share, seed=seed)
     chosen = np.unique(truth.ordinals[truth.ordinals >= 0])
     places = np.where(truth.ordinals >= 0, np.searchsorted(chosen, truth.ordinals), -1)
-    truth = Truth(truth.queries, places, truth.scores, truth.floor)
+    truth = GroundTruth(truth.queries, places, truth.scores, truth.floor)
     quarter = np.random.default_rng(seed).random(len(chosen)) < 0.25
     size = min(SAMPLE, max(SMALLEST_SAMPLE, gallery.rows // SAMPLED))
-    return Ground(gallery.sample(size, seed), gallery.take(chosen), truth, round(gallery.rows * share), quarter)
+    return BenchmarkData(gallery.sample(size, seed), gallery.take(chosen), truth, round(gallery.rows * share), quarter)
 
 
 def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evidence]:
@@ -167,7 +167,7 @@ class Moved:
     distance: float
 
 
-def _move(ground: Ground, transform: str, metric: str) -> Moved:
+def _move(ground: BenchmarkData, transform: str, metric: str) -> Moved:
     clock = time.process_time()
     sample, near, queries = ground.sample, ground.near, ground.truth.queries
     if transform:
@@ -191,7 +191,7 @@ def _move(ground: Ground, transform: str, metric: str) -> Moved:
 class _Trial:
     """Measures one code after the other; what codes behind one transform share is made once."""
 
-    def __init__(self, ground: Ground, metric: str, count: int, fitting: set[str], target: float) -> None:
+    def __init__(self, ground: BenchmarkData, metric: str, count: int, fitting: set[str], target: float) -> None:
         self.ground, self.metric, self.count, self.fitting, self.target = ground, metric, count, fitting, target
         self.moved = cache(lambda transform: _move(ground, transform, metric))
 
@@ -232,7 +232,7 @@ class _Timing:
         return nlist * self.moved.distance + PROBED * count / nlist * self.scan
 
 
-def _coded(ground: Ground, moved: Moved, code: str, metric: str, timing: _Timing) -> np.ndarray:
+def _coded(ground: BenchmarkData, moved: Moved, code: str, metric: str, timing: _Timing) -> np.ndarray:
     """Rows of `near` in the order that the codes give them, for every query: (Q, NEAR and more)."""
     index = faiss_backend.trial_index(code, moved.centroids, metric, CODE_ITERATIONS, CODE_POINTS)
     clock = time.process_time()
@@ -250,7 +250,9 @@ def _coded(ground: Ground, moved: Moved, code: str, metric: str, timing: _Timing
     return ordinals
 
 
-def _recall(ground: Ground, key: str, found: np.ndarray, metric: str, count: int, target: float) -> tuple[float, int]:
+def _recall(
+    ground: BenchmarkData, key: str, found: np.ndarray, metric: str, count: int, target: float
+) -> tuple[float, int]:
     """recall@10 at full size, and the smallest factor of re-ranking that reaches the target, or the best."""
     factors = FACTORS if _refines(key) else (1,)
     scores = (
@@ -276,7 +278,7 @@ def _refines(key: str) -> bool:
     return bool(parts["refine"] or parts["exact"])
 
 
-def _ranked(truth: Truth, found: np.ndarray, scores: np.ndarray, factor: int) -> float:
+def _ranked(truth: GroundTruth, found: np.ndarray, scores: np.ndarray, factor: int) -> float:
     """recall@10 of the first candidates (Q, C), the best by `scores` (Q, C) first."""
     near, scores = found[:, : K * factor], scores[:, : K * factor]
     return truth.recall(faiss_backend.top(near, np.where(near >= 0, scores, -np.inf), K))

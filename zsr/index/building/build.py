@@ -21,7 +21,7 @@ from zsr.index.building import benchmark, drift, report
 from zsr.index.building.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
 from zsr.index.building.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.building.tune import queries_of, tune
-from zsr.index.ground_truth import Truth, exact
+from zsr.index.ground_truth import GroundTruth, exact
 from zsr.index.searching.searcher import GOLDEN, Searcher, golden_table
 from zsr.index.storage import inverted_lists
 from zsr.index.storage.embeddings import Vectors
@@ -197,7 +197,7 @@ def build(job: Job, store: Store) -> Published:
     if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
         progress.up_to_date("index build", store, store.versions())
         return Published(made, version_of(store, made.digest))
-    staging, clock, key = store.staging(task), report.Ledger(), job.chosen.index_key
+    staging, clock, key = store.staging(task), report.BuildReport(), job.chosen.index_key
     report.note("%s", "; ".join(job.chosen.reasons))
     asked = job.queries.sample(queries_of(key), job.config.seed)  # first: one that is not finite ends the job now
     with clock.stage("sample"):
@@ -428,7 +428,7 @@ def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any
     return facts, report.Tuning.of(Searcher(segments, facts, np.empty(0, np.int64), {}), sketches, point, curve)
 
 
-def truths(gallery: Vectors, sketches: np.ndarray, count: int, seed: int) -> tuple[Truth, Truth]:
+def truths(gallery: Vectors, sketches: np.ndarray, count: int, seed: int) -> tuple[GroundTruth, GroundTruth]:
     """Exact neighbors of queries (Q, D) float32, and of `count` gallery vectors."""
     own = gallery.sample(count, seed + 1)
     both = exact(gallery, np.concatenate([sketches, own]))

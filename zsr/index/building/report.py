@@ -15,7 +15,7 @@ from zsr.artifact import Artifact, Store, write_atomically
 from zsr.clock import Clock
 from zsr.index.building.plan import IndexPlan
 from zsr.index.building.tune import Point, timed
-from zsr.index.ground_truth import Truth
+from zsr.index.ground_truth import GroundTruth
 from zsr.index.searching.searcher import Searcher
 
 logger = logging.getLogger("zsr")
@@ -26,7 +26,7 @@ def note(line: str, *values: object) -> None:
     logger.warning(f"index: {line}", *values)  # as `zsr.cluster.track` does: this level is shown without a set-up
 
 
-class Ledger:
+class BuildReport:
     """Cost of every stage."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Tuning:
     target: float
 
     @classmethod
-    def of(cls, searcher: Searcher, sketches: Truth, point: Point, curve: Sequence[Point]) -> "Tuning":
+    def of(cls, searcher: Searcher, sketches: GroundTruth, point: Point, curve: Sequence[Point]) -> "Tuning":
         rows = timed(searcher, curve, point, sketches)
         return cls(rows, point, float(searcher.facts["recall_target"]))
 
@@ -96,7 +96,7 @@ class Tuning:
         return out.getvalue()
 
 
-def write(store: Store, artifact: Artifact, ledger: Ledger, plan: IndexPlan, tuning: Tuning) -> None:
+def write(store: Store, artifact: Artifact, ledger: BuildReport, plan: IndexPlan, tuning: Tuning) -> None:
     """Write what the build of `artifact` cost, with the plan's own measurements, and the plot of its curve."""
     place = store.place / "reports" / artifact.digest
     report = {"stages": ledger.stages, "plan": plan.as_json(), "curve": tuning.rows}

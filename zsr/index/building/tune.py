@@ -12,7 +12,7 @@ from typing import Any, Final
 from zsr import fault, progress
 from zsr.errors import QualityGateFailed
 from zsr.index import faiss_backend
-from zsr.index.ground_truth import K, Truth
+from zsr.index.ground_truth import GroundTruth, K
 from zsr.index.searching.searcher import Searcher
 
 QUERIES: Final = 1000  # of each kind: recall@10 of 0.9 is then known to about 0.01
@@ -50,7 +50,7 @@ def queries_of(key: str) -> int:
     return EXACT_QUERIES if faiss_backend.is_exact(key) else QUERIES
 
 
-def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tuple[Point, tuple[Point, ...]]:
+def tune(searcher: Searcher, sketches: GroundTruth, own: GroundTruth, target: float) -> tuple[Point, tuple[Point, ...]]:
     """The point that reads the fewest bytes a query among those whose recall on the sketches meets `target`; the curve.
 
     Raises:
@@ -75,7 +75,7 @@ def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tupl
     )
 
 
-def at_point(searcher: Searcher, point: Point, sketches: Truth, own: Truth | None = None) -> Point:
+def at_point(searcher: Searcher, point: Point, sketches: GroundTruth, own: GroundTruth | None = None) -> Point:
     """`point` with the recall that a search at it has now."""
     found = [
         truth.recall(searcher.nearest(truth.queries, K, point.nprobe, point.refine_factor)[0])
@@ -85,7 +85,7 @@ def at_point(searcher: Searcher, point: Point, sketches: Truth, own: Truth | Non
     return replace(point, recall_sketch=found[0], recall_self=found[-1] if own is not None else point.recall_self)
 
 
-def measure(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> Iterator[Point]:
+def measure(searcher: Searcher, sketches: GroundTruth, own: GroundTruth, target: float) -> Iterator[Point]:
     """The curve: powers of two of nprobe with every refine factor, on from one list until nothing more is gained."""
     factors = _factors(searcher)
     last, after = 0.0, 0
@@ -109,7 +109,7 @@ def _factors(searcher: Searcher) -> tuple[int, ...]:
 
 
 def _at(
-    searcher: Searcher, truths: tuple[Truth, Truth], nprobe: int, scanned: float, factors: Sequence[int]
+    searcher: Searcher, truths: tuple[GroundTruth, GroundTruth], nprobe: int, scanned: float, factors: Sequence[int]
 ) -> list[Point]:
     found = [searcher.candidates(t.queries, K * factors[-1], nprobe) for t in truths]
     row = faiss_backend.ivf_of(searcher.segments[0].stored).code_size + faiss_backend.ID_BYTES
@@ -126,7 +126,7 @@ def _at(
     return points
 
 
-def _nprobes(searcher: Searcher, truth: Truth) -> list[tuple[int, float]]:
+def _nprobes(searcher: Searcher, truth: GroundTruth) -> list[tuple[int, float]]:
     """Values of nprobe to try, each with the vectors that a query scans."""
     nlist = int(searcher.facts["nlist"])
     values = [2**i for i in range(nlist.bit_length()) if 2**i <= nlist]
@@ -136,7 +136,7 @@ def _nprobes(searcher: Searcher, truth: Truth) -> list[tuple[int, float]]:
     return costs[:1] + [pair for pair in costs[1:] if pair[1] <= MOST_SCANNED]
 
 
-def timed(searcher: Searcher, curve: Sequence[Point], point: Point, truth: Truth) -> list[dict[str, float]]:
+def timed(searcher: Searcher, curve: Sequence[Point], point: Point, truth: GroundTruth) -> list[dict[str, float]]:
     """Queries a second on one thread, in one batch, along the curve at the operating point's refine factor.
 
     Timings differ from run to run, so they are for the report beside the versions and never in a manifest.

@@ -20,7 +20,7 @@ from zsr.index import faiss_backend
 from zsr.index.building import build, drift
 from zsr.index.building.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.building.tune import Point, at_point, tune
-from zsr.index.ground_truth import DEPTH, K, Truth, exact, floor_of
+from zsr.index.ground_truth import DEPTH, GroundTruth, K, exact, floor_of
 from zsr.index.searching.searcher import DEAD, GOLDEN, Searcher, golden_table
 from zsr.index.storage import inverted_lists
 from zsr.index.storage.embeddings import Vectors
@@ -75,7 +75,7 @@ class Change:
 
     specs: Sequence[Spec]
     dead: np.ndarray
-    truth: Truth
+    truth: GroundTruth
     seen: drift.Spread | None = None
 
 
@@ -254,7 +254,7 @@ def _extend(
 
 def _new_segment(
     live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], dead: np.ndarray, workers: int | None
-) -> tuple[Spec, Truth, drift.Spread | None]:
+) -> tuple[Spec, GroundTruth, drift.Spread | None]:
     """Stage a segment of some shards of `gallery`.
 
     Returns:
@@ -362,7 +362,7 @@ def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[st
     return publish(live.store, artifact, live.newest), told
 
 
-def _golden(live: Live, new: Searcher, truth: Truth) -> Truth:
+def _golden(live: Live, new: Searcher, truth: GroundTruth) -> GroundTruth:
     """The golden queries whose exact neighbors in the new version are known.
 
     Raises:
@@ -370,7 +370,7 @@ def _golden(live: Live, new: Searcher, truth: Truth) -> Truth:
     """
     if faiss_backend.is_exact(str(new.facts["index_key"])):  # finds the neighbors itself, whatever a change took away
         ordinals, scores = new.nearest(truth.queries, DEPTH)
-        return Truth(truth.queries, ordinals, scores, floor_of(ordinals, scores))
+        return GroundTruth(truth.queries, ordinals, scores, floor_of(ordinals, scores))
     known, fewest = truth.sure(), min(FEWEST_GOLDEN, len(live.searcher.golden.queries))
     if len(known.queries) < fewest:
         raise QualityGateFailed(
@@ -380,7 +380,7 @@ def _golden(live: Live, new: Searcher, truth: Truth) -> Truth:
     return known
 
 
-def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(searcher: Searcher, truth: GroundTruth, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts of the new version: the old operating point if it still meets the target, otherwise a new one."""
     target, point = float(facts["recall_target"]), Point(**facts["operating_point"])
     found = at_point(searcher, point, truth)
@@ -394,7 +394,7 @@ def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dic
     return {**counted, "parts": parts, "golden_k": truth.k, "operating_point": found.as_json(), "curve": curve}
 
 
-def agree(old: Searcher, new: Searcher, truth: Truth) -> float:
+def agree(old: Searcher, new: Searcher, truth: GroundTruth) -> float:
     """Share of what `old` finds for the golden queries, and is in `new` as it was, that `new` finds too; 1 of nothing.
 
     Raises:

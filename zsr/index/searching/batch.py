@@ -21,7 +21,7 @@ from zsr.errors import StorageError
 from zsr.executor import QUERIES, map_pieces, runs_here
 from zsr.index.searching import list_major
 from zsr.index.searching.list_major import Merged, Work, actors, rows_of
-from zsr.index.searching.results import Asked, Searches, answer_block, answers_table, queries_of
+from zsr.index.searching.results import Searches, SearchParams, answer_block, answers_table, queries_of
 from zsr.index.searching.searcher import Searcher, classes_of, resolved
 from zsr.index.searching.sharded import ShardedSearcher
 from zsr.index.storage.embeddings import Vectors
@@ -30,7 +30,7 @@ WARMED: Final = 256  # queries that a plan asks first and does not time
 TRIED: Final = 2048  # queries that it asks before it looks at the clock; fewer at once take more each
 
 
-def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
+def plan(index: Artifact, queries: Artifact, asked: SearchParams) -> Plan:
     """Keyed by index, queries and what is asked, the operating point as it is in the index."""
     point = index.facts["operating_point"]
     config = asdict(asked) | {"nprobe": asked.nprobe or point["nprobe"], "labels": sorted(asked.labels)}
@@ -38,7 +38,7 @@ def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
     return Plan("neighbours", config, {"index": index.digest, "queries": queries.digest})
 
 
-def spelled(index: Artifact, asked: Asked) -> Asked:
+def spelled(index: Artifact, asked: SearchParams) -> SearchParams:
     """`asked` with its labels as the index spells them. Raises ConfigError for a class that no item has."""
     return replace(asked, labels=resolved(asked.labels or None, lambda: classes_of(index)) or ())
 
@@ -46,7 +46,7 @@ def spelled(index: Artifact, asked: Asked) -> Asked:
 def search_all(
     index: Artifact,
     queries: Artifact,
-    asked: Asked,
+    asked: SearchParams,
     output: Store,
     *,
     replicas: int = 0,
@@ -96,7 +96,7 @@ def search_all(
 
 
 def predict(
-    index: Artifact, queries: Artifact, asked: Asked, *, workers: int | None = None, prices: Prices = FREE
+    index: Artifact, queries: Artifact, asked: SearchParams, *, workers: int | None = None, prices: Prices = FREE
 ) -> dict[str, Any]:
     """What `search_all` would take with actors that map the whole index, told by some seconds of the first shard.
 
@@ -118,7 +118,7 @@ def predict(
     return {"seconds_a_row": seconds, "workers": size, "hours": round(hours / size, 6), **whole, **priced}
 
 
-def _seconds_a_row(index: Artifact, source: Vectors, asked: Asked) -> float:
+def _seconds_a_row(index: Artifact, source: Vectors, asked: SearchParams) -> float:
     """Wall seconds that a row of the first shard takes. Runs in a Ray task."""
     searcher = Searcher.of(index)
     searcher.check(source.artifact)

@@ -26,7 +26,7 @@ from zsr.clock import Clock
 from zsr.errors import ConfigError
 from zsr.executor import map_pieces
 from zsr.index import faiss_backend
-from zsr.index.searching.results import Asked, queries_of
+from zsr.index.searching.results import SearchParams, queries_of
 from zsr.index.searching.searcher import Hits, Labels, Searcher, flattened, merge_best, reach
 from zsr.index.storage.embeddings import Vectors
 from zsr.index.storage.inverted_lists import staged
@@ -40,7 +40,7 @@ def probes_name(shard: int) -> str:
     return f"assign/part-{shard:05d}.parquet"
 
 
-def require(index: Artifact, asked: Asked, replicas: int) -> None:
+def require(index: Artifact, asked: SearchParams, replicas: int) -> None:
     """Raise ConfigError for what is not answered by ranges of lists."""
     key = str(index.facts["index_key"])
     if replicas:
@@ -66,7 +66,7 @@ class Work:
 
     index: Artifact
     source: Vectors
-    asked: Asked
+    asked: SearchParams
     staging: Staging
     ranges: int
 

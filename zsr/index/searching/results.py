@@ -46,7 +46,7 @@ class Searches(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SearchParams:
     """What is asked of every query; see `Searcher.search`. `labels` empty admits all."""
 
     k: int
@@ -59,7 +59,7 @@ class Asked:
         return searcher.search(queries, self.k, self.nprobe, self.refine_factor, labels=self.labels or None)
 
 
-def answer(searcher: Searches, embeddings: Artifact, asked: Asked) -> Answers:
+def answer(searcher: Searches, embeddings: Artifact, asked: SearchParams) -> Answers:
     """The nearest items of every item of `embeddings`; several parts of one query merge by best score.
 
     Raises:
@@ -72,7 +72,7 @@ def answer(searcher: Searches, embeddings: Artifact, asked: Asked) -> Answers:
     return answer_block(searcher, whole, asked)
 
 
-def answer_block(searcher: Searches, block: Block, asked: Asked) -> Answers:
+def answer_block(searcher: Searches, block: Block, asked: SearchParams) -> Answers:
     """The nearest items of the items of one block, whose parts are all in it."""
     first, queries = queries_of(block)
     hits = asked.of(searcher, queries)

@@ -16,9 +16,9 @@ from zsr.data.finite import require_finite
 from zsr.data.published import Spellings
 from zsr.errors import ConfigError
 from zsr.index import faiss_backend
-from zsr.index.ground_truth import K, Truth
+from zsr.index.ground_truth import GroundTruth, K
 from zsr.index.storage.embeddings import Space
-from zsr.index.storage.id_map import Names
+from zsr.index.storage.id_map import IdMap
 from zsr.index.storage.segment import Segment, Spec, ids_name, object_of, segment_files
 
 GOLDEN: Final = "golden.parquet"
@@ -100,7 +100,7 @@ class Searcher:
         self.segments, self.facts, self.dead, self.files = segments, facts, dead, files
         self.space = segments[0].space
         self.starts = starts_of([segment.spec for segment in segments])
-        self.names = Names.joined([segment.names for segment in segments])
+        self.names = IdMap.joined([segment.names for segment in segments])
         self.ids = self.names.ids
 
     @classmethod
@@ -366,7 +366,7 @@ class Searcher:
         return Hits(ids, named[0], named[1], scores)
 
     @cached_property
-    def golden(self) -> Truth:
+    def golden(self) -> GroundTruth:
         """The queries that the index was tuned on, with their exact neighbours."""
         return golden_truth(pq.read_table(self.files[GOLDEN]), self.space.dim)
 
@@ -392,7 +392,7 @@ def classes_of(index: Artifact) -> frozenset[str]:
     return frozenset(found)
 
 
-def golden_table(truth: Truth) -> pa.Table:
+def golden_table(truth: GroundTruth) -> pa.Table:
     """Queries and their exact neighbours, kept in the index so that any reader can measure its recall again."""
 
     def column(matrix: np.ndarray) -> pa.Array:
@@ -408,7 +408,7 @@ def golden_table(truth: Truth) -> pa.Table:
     )
 
 
-def golden_truth(table: pa.Table, dim: int) -> Truth:
+def golden_truth(table: pa.Table, dim: int) -> GroundTruth:
     """What `golden_table` wrote."""
 
     def matrix(name: str) -> np.ndarray:
@@ -416,7 +416,7 @@ def golden_truth(table: pa.Table, dim: int) -> Truth:
         return np.asarray(column.flatten()).reshape(len(table), -1)
 
     queries = matrix("query").reshape(-1, dim)
-    return Truth(queries, matrix("ordinals"), matrix("scores"), table.column("floor").to_numpy())
+    return GroundTruth(queries, matrix("ordinals"), matrix("scores"), table.column("floor").to_numpy())
 
 
 def as_queries(queries: np.ndarray, dim: int) -> np.ndarray:

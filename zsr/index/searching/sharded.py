@@ -143,7 +143,7 @@ class Part:
         return objects(rows.column("key")), objects(rows.column("label"))
 
 
-class Host:
+class ShardActor:
     """An actor of one node. Every call says what it is about, so that a host that Ray started again needs no more."""
 
     def __init__(self, threads: int) -> None:
@@ -494,4 +494,4 @@ def started(node: str, threads: int) -> Any:
         "max_concurrency": 2,  # so that it says that it lives while it searches
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
     }
-    return ray.remote(Host).options(**options).remote(threads)
+    return ray.remote(ShardActor).options(**options).remote(threads)

@@ -23,7 +23,7 @@ ROWS: Final = 131_072  # in one batch
 
 
 @dataclass(frozen=True)
-class Names:
+class IdMap:
     """Names of N vectors by ordinal.
 
     Attributes:
@@ -37,7 +37,7 @@ class Names:
     starts: np.ndarray
 
     @classmethod
-    def read(cls, files: Sequence[Path]) -> "Names":
+    def read(cls, files: Sequence[Path]) -> "IdMap":
         """Id maps one after the other, which the caller has verified.
 
         Raises:
@@ -52,7 +52,7 @@ class Names:
         return cls(_ids(batch.column("id").to_numpy() for batch in batches), batches, _starts(batches))
 
     @classmethod
-    def joined(cls, parts: Sequence["Names"]) -> "Names":
+    def joined(cls, parts: Sequence["IdMap"]) -> "IdMap":
         """Names one after the other."""
         if len(parts) == 1:
             return parts[0]

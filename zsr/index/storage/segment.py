@@ -18,7 +18,7 @@ from zsr.artifact import Artifact, Json, Store, mapped
 from zsr.errors import DamagedArtifact
 from zsr.index import faiss_backend
 from zsr.index.storage.embeddings import Space
-from zsr.index.storage.id_map import Names
+from zsr.index.storage.id_map import IdMap
 
 INDEX: Final = "index.faiss"
 LISTS: Final = "index.ivfdata"
@@ -87,7 +87,7 @@ class Segment:
             faiss_backend.from_bytes(files[REFINE].read_bytes(), str(files[REFINE])) if REFINE in files else None
         )
         self.refine = [self._map(files[refine_name(i)]) for i in shards if refine_name(i) in files]
-        self.names = Names.read([files[ids_name(i)] for i in shards])
+        self.names = IdMap.read([files[ids_name(i)] for i in shards])
         self._check_fit()
 
     def _map(self, path: Path) -> np.ndarray:
