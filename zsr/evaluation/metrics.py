@@ -570,7 +570,7 @@ def _unit(x: NDArray[Any]) -> Scores:
 def _euclidean(q: NDArray[Any], g: NDArray[Any]) -> tuple[Scores, Scores]:
     """Rows whose inner product is -|q - g|^2: [2q, -|q|^2, 1] and [g, 1, -|g|^2].
 
-    Both are centred near the gallery's mean first, as a common offset would cost float32 its digits; on a multiple of
+    Both are centered near the gallery's mean first, as a common offset would cost float32 its digits; on a multiple of
     a power of two, so that integer vectors at equal distances still tie.
     """
     centre, spread = g.mean((0, 1), dtype=np.float64), float(g.std(dtype=np.float64))

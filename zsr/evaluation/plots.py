@@ -1,4 +1,4 @@
-"""The pictures of the report, as inline SVG in the page's own colours: one picture for light and dark.
+"""The pictures of the report, as inline SVG in the page's own colors: one picture for light and dark.
 
 Curves are matplotlib's. The confusion matrix and the scatter of embeddings are written by hand, since theirs would be
 many times as large.
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 CURVES: Final = 6  # lines that a plot still tells apart
 
-# Matplotlib draws in these colours, and the page's own variables replace them: one SVG for light and dark.
+# Matplotlib draws in these colors, and the page's own variables replace them: one SVG for light and dark.
 INK: Final = "#010101"
 MUTED: Final = "#020202"
 LINE: Final = "#030303"
@@ -194,7 +194,7 @@ EDGE: Final = 16
 
 
 def _scatter(values: Json) -> Markup:
-    """Gallery items as dots, queries as crosses, a colour a class, its name at the middle of its dots."""
+    """Gallery items as dots, queries as crosses, a color a class, its name at the middle of its dots."""
     parts, names = [], []
     for label, name in enumerate(values["labels"]):
         colour = f"hsl({360 * label / len(values['labels']):.0f} 62% 52%)"

@@ -1,7 +1,7 @@
 """The report of an evaluation: report.json holds every number, report.html is one page that shows them.
 
 The page is rendered from the JSON values alone, so the two cannot differ. It is self-contained: style, plots (SVG that
-takes the page's colours) and thumbnails are inlined; there is no script and nothing is fetched.
+takes the page's colors) and thumbnails are inlined; there is no script and nothing is fetched.
 
     exact = evaluate("contrastive", query, gallery)
     write(output, Report("Sketch to photo", "sketchy-21", (Row(exact), Row(ridge, "floor"))), pictures)

@@ -31,7 +31,7 @@ class Scatter:
 def scatter(model: str, query: Side, gallery: Side, metric: Metric, seed: int = 0) -> Scatter | None:
     """At most 400 items of either side, drawn by the seed, laid out by one t-SNE of both.
 
-    t-SNE keeps neighbours together; distances between groups and their sizes mean nothing. It compares by the model's
+    t-SNE keeps neighbors together; distances between groups and their sizes mean nothing. It compares by the model's
     own metric; of several parts of an item the first is shown.
 
     Returns:

@@ -31,7 +31,7 @@ logger = logging.getLogger("zsr")
 ATTEMPTS: Final = 5  # at one change, while others publish theirs in between
 AGREEMENT: Final = 0.95  # of what the live version finds for its golden queries, where it is still there
 DRIFT_ROWS: Final = 8192
-FEWEST_GOLDEN: Final = 30  # queries whose neighbours are still known; with fewer, recall is anybody's guess
+FEWEST_GOLDEN: Final = 30  # queries whose neighbors are still known; with fewer, recall is anybody's guess
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Change:
     """What becomes of the live version.
 
     Attributes:
-        specs: segments of the new version, `dead` their deleted ordinals, `truth` the golden queries' new neighbours.
+        specs: segments of the new version, `dead` their deleted ordinals, `truth` the golden queries' new neighbors.
         seen: how vectors that are new lie under the template.
     """
 
