@@ -77,7 +77,7 @@ class Work:
         return reach(facts, asked.k * int(facts["parts"]), asked.nprobe, asked.refine_factor)
 
     def found_name(self, number: int, shard: int) -> str:
-        """Name of the candidates in range `number` for a shard of queries; includes the count, which sets the ranges."""
+        """Name of the candidates in range `number` for a shard of queries; the count determines the ranges."""
         return f"scan/{number:05d}-of-{self.ranges:05d}/part-{shard:05d}.parquet"
 
     def lacks(self, name: str) -> bool:

@@ -124,7 +124,7 @@ def write_answers(answers: Answers, output: Path) -> None:
 def into_file(output: Path) -> bool:
     """Whether `output` is a single file, and not the ROOT of an artifact.
 
-    A suffix of letters only means a file, unless it is a directory; in neighbors-v1.0, ".0" is part of the name.
+    A suffix of letters only means a file, unless it is a directory; in neighbours-v1.0, ".0" is part of the name.
     """
     return output.suffix[1:].isalpha() and not output.is_dir()
 
