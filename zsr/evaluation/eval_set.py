@@ -267,7 +267,7 @@ class Bench:
         others, g = gallery.merged()
         return metrics.mean_average_precision(q, g, items.labels, others.labels, model.metric, device=self.device)
 
-    # ---- what the backbone saw ----
+    # ---- training classes of the backbone ----
 
     @property
     def backbone(self) -> str:

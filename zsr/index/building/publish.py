@@ -26,7 +26,7 @@ class Published:
     version: int
 
     def as_json(self) -> dict[str, Any]:
-        """What a job prints."""
+        """JSON output of the job."""
         facts = self.artifact.facts
         named = ("ntotal", "index_key", "exact", "operating_point", "imbalance", "dim", "metric", "checkpoint")
         return {

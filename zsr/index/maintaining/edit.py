@@ -88,7 +88,7 @@ class Changed:
     told: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """What a job prints."""
+        """JSON output of the job."""
         return {**self.published.as_json(), **self.told}
 
 
@@ -376,7 +376,7 @@ def _golden(live: Live, new: Searcher, truth: GroundTruth) -> GroundTruth:
     if len(known.queries) < fewest:
         raise QualityGateFailed(
             f"{live.artifact.directory}: after this change the exact neighbors of {len(known.queries)} golden queries "
-            f"are still known, and recall needs {fewest}; build the index again"
+            f"are still known, and recall requires {fewest}; build the index again"
         )
     return known
 

@@ -39,7 +39,7 @@ class Purged:
     scanned: int
 
     def as_json(self) -> dict[str, Any]:
-        """What a job prints."""
+        """JSON output of the job."""
         counts = {"purged": self.items, "versions_removed": self.versions, "objects_removed": self.objects}
         return {**self.published.as_json(), **counts, "bytes_scanned": self.scanned}
 

@@ -47,7 +47,7 @@ def require(index: Artifact, asked: SearchParams, replicas: int) -> None:
         raise ConfigError("--list-ranges and --replicas exclude each other; give one of them")
     if asked.labels:
         raise ConfigError(
-            "--labels probes more lists until k hits are found, which ranges cannot; leave --list-ranges out"
+            "--labels probes more lists until k hits are found, which ranges do not support; leave --list-ranges out"
         )
     if faiss_backend.lists_interact(key):
         raise ConfigError(
