@@ -191,7 +191,7 @@ def _role(process: psutil.Process) -> str:
     words = process.cmdline()
     name = os.path.basename(words[0]) if words else str(process.name())
     if name.startswith("ray::") or any("default_worker.py" in word for word in words):
-        return {"ray::MapWorker": "actor", "ray::RayTrainWorker": "trainer", "ray::Host": "host"}.get(
+        return {"ray::MapWorker": "actor", "ray::RayTrainWorker": "trainer", "ray::ShardActor": "host"}.get(
             name.split("(")[0].split(".")[0], "worker"
         )
     return next((os.path.basename(word) for word in words if word.endswith(".py")), name)

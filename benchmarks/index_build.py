@@ -30,10 +30,10 @@ from zsr.clock import Clock
 from zsr.index import faiss_backend
 from zsr.index.building.build import Job, build
 from zsr.index.building.plan import IndexConfig
-from zsr.index.ground_truth import K, Truth, exact
+from zsr.index.ground_truth import GroundTruth, K, exact
 from zsr.index.maintaining import edit
 from zsr.index.searching.batch import search_all
-from zsr.index.searching.results import Asked
+from zsr.index.searching.results import SearchParams
 from zsr.index.searching.searcher import Searcher
 from zsr.index.storage.embeddings import Vectors
 from zsr.index.storage.segment import INDEX
@@ -92,7 +92,7 @@ class Bench:
         """Gallery and sketches."""
         return open_artifact(self.root / "photo", "embeddings"), open_artifact(self.root / "sketch", "embeddings")
 
-    def truth(self) -> Truth:
+    def truth(self) -> GroundTruth:
         """The sketches that every index is measured with, and their exact neighbours."""
         return Searcher.open(self.root / f"index-{self.truth_of}").golden
 
@@ -118,7 +118,7 @@ class Bench:
         return results
 
 
-def curve_of(truth: Truth, search: Any) -> list[dict[str, float]]:
+def curve_of(truth: GroundTruth, search: Any) -> list[dict[str, float]]:
     """Recall@10 and queries a second on one thread, for each of PROBES. `search`: nprobe -> ordinals (Q, 10)."""
     rows = []
     with faiss_backend.threads(1):
@@ -270,7 +270,7 @@ def do_offline(bench: Bench) -> None:
     queries = write(replace(bench.world, sketches=bench.queries), bench.root / f"sketch-{bench.queries}", "sketch")
     index, place = bench.store.latest(), bench.root / f"neighbours-{bench.name}"
     shutil.rmtree(place, ignore_errors=True)
-    wish = Asked(K, bench.nprobe)
+    wish = SearchParams(K, bench.nprobe)
     made, told = search_all(index, queries, wish, Store.at(place / "whole"), workers=bench.workers)
     if bench.ranges:
         output = Store.at(place / "ranges")

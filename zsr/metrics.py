@@ -1,25 +1,26 @@
-"""Retrieval metrics: pure functions from embeddings and labels to one number a query, and the means over them.
+"""Retrieval metrics: pure functions from embeddings and labels to one value per query, and their means.
 
-Symbols: Q queries, N gallery items, D width, P parts an item, R relevant items of a query, k a cut-off, K cut-offs.
+Symbols: Q queries, N gallery items, D dimensions, P vectors per item, R relevant items of a query, k a cut-off, K
+cut-offs.
 
-A query's average precision sums the precision at each relevant item and divides by R. Papers cut the list at k and
-divide by three different numbers, so each has its name here:
+A query's average precision is the sum of the precision at each relevant item, divided by R. Papers cut the list at k
+and divide by three different numbers, so each has its own name here:
 
     mAP@all         / R, over the whole ranking
     mAP@k(k)        / k                  Yelamarthi et al. 2018
     mAP@k(hits)     / hits in the top k  Dey et al. 2019, SEM-PCYC: lenient, it may exceed P@k
     mAP@k(min)      / min(k, R)          SAKE and later
-    VOC             the same with each precision replaced by the best at that recall or a higher one (SAKE-line papers)
+    VOC             the same with each precision replaced by the max at that or a higher recall (SAKE and successors)
 
-Precision at k has three kinds as well: P@k divides the hits in the top k by k, P@k(min) divides them by min(k, R), and
-P@k(cut) is P@min(k, R), as ZSE-SBIR's code has it. They are one where R is at least k.
+Precision at k also has three variants: P@k divides the hits in the top k by k, P@k(min) divides them by min(k, R), and
+P@k(cut) is P@min(k, R), as in ZSE-SBIR's code. They are equal if R is at least k.
 
-Tied scores form one group: each relevant item of a group counts the precision at the end of the group, which is what
-scikit-learn's `average_precision_score` does. A group that crosses the cut k is shared: of its h hits in g items, h m/g
-are taken to lie in the m places above the cut. So no score depends on the order of the gallery. A query without a
-relevant item, or without a hit, scores 0 and stays in the mean.
+Tied scores form one group: each relevant item of a group counts the precision at the end of the group, as in
+scikit-learn's `average_precision_score`. A group that crosses the cut k counts in proportion: if it has h hits in g
+items, h m/g of them count for the m ranks above the cut. So no score depends on the order of the gallery. A query
+without a relevant item, or without a hit, scores 0 and is included in the mean.
 
-Work is done block by block in numpy, or with torch on the device that is named; both count the same way.
+Scores are computed block by block, in numpy or with torch on the given device; both give the same counts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,22 +42,22 @@ Scores = NDArray[np.float32]
 Labels = NDArray[np.str_]
 
 BLOCK: Final = 16 << 20  # bytes of scores held at once
-DEVICE_BLOCK: Final = 512 << 20  # the same on a GPU; sorting them takes about five times as much
-DRAWS: Final = 4 << 20  # bootstrap draws held at once
+DEVICE_BLOCK: Final = 512 << 20  # the same on a GPU; sorting takes about five times as much memory
+DRAWS: Final = 4 << 20  # bootstrap samples held at once
 RECALL_LEVELS: Final = 101
 
 
 @dataclass(frozen=True)
 class RankScores:
-    """What the ranking of each query is worth. Every published number is a mean over one of these arrays.
+    """Per-query scores of a ranking; every reported metric is a mean over an array derived from these.
 
     Attributes:
         gallery: N, the number of items ranked.
         relevant: (Q,) R of each query.
         ap, voc: (Q,) average precision over the whole ranking, plain and VOC-interpolated.
         ks: the K cut-offs.
-        hits: (K, Q) relevant items in the top k; a fraction where a tied group crosses the cut.
-        hits_cut: (K, Q) the same in the top min(k, R).
+        hits: (K, Q) relevant items in the top k; fractional if a tied group crosses the cut.
+        hits_cut: (K, Q) the same for the top min(k, R).
         ap_sum, voc_sum: (K, Q) summed precision at those hits: the numerator of every mAP@k.
         curve: (101,) interpolated precision at recall 0, .01, ... 1, the mean over queries.
     """
@@ -106,7 +107,7 @@ class RankScores:
         return _ratio(self.voc_sum[self._row(k)], np.minimum(k, self.relevant))
 
     def means(self) -> dict[str, float]:
-        """Every metric by its name, the mean over queries."""
+        """The mean over queries of every metric, by name."""
         named = {"mAP@all": self.ap, "mAP@all(VOC)": self.voc}
         for k in self.ks:
             named |= {
@@ -142,16 +143,16 @@ def rank_scores(
     block: int | None = None,
     device: str | None = None,
 ) -> RankScores:
-    """Rank the whole gallery for every query, exactly.
+    """Rank the whole gallery for every query by exact search.
 
     Args:
-        query, gallery: (Q, D), (N, D), or (Q, P, D), (N, P, D): an item with P parts scores by its best pair of parts.
+        query, gallery: (Q, D), (N, D), or (Q, P, D), (N, P, D): multi-vector items score by their best pair of vectors.
             Floating point for cosine and l2; packed bits uint8 (.., D/8) for hamming. Numpy arrays or torch tensors.
-        query_label, gallery_label: (Q,), (N,) class names: an item is relevant if its class is the query's.
+        query_label, gallery_label: (Q,), (N,) class names; an item is relevant if it has the query's class.
         metric: cosine, l2 (nearest first) or hamming (nearest first).
-        ks: cut-offs; one beyond N ranks the whole gallery and still divides by k where the metric's name says so.
-        block: bytes of scores held at once; None takes what suits the device.
-        device: a torch device such as cuda; None ranks on the CPU in numpy, which is the faster way there.
+        ks: cut-offs; a cut-off above N ranks the whole gallery, and metrics defined with / k still divide by k.
+        block: bytes of scores held at once; None is the default of the device.
+        device: a torch device such as cuda; None ranks on the CPU in numpy, which is faster there.
 
     Raises:
         ConfigError: no query, no gallery, lengths or widths that do not match, or a value that is not finite.
@@ -185,21 +186,23 @@ def rank_hits(
     ks: Sequence[int] = (100, 200),
     scores: ArrayLike | None = None,
 ) -> RankScores:
-    """Score lists that an index returned: what it did not return counts zero, the divisors stay those of exact search.
+    """Score the result lists of an index: items not returned count zero, with the same divisors as exact search.
 
     Args:
-        right: (Q, L) whether the item at each rank is relevant; False where the list is padded.
+        right: (Q, L) whether the item at each rank is relevant; False for padding.
         relevant: (Q,) R, all relevant items of the gallery, returned or not.
         gallery: N.
-        ks: cut-offs; beyond L, the missing ranks hold no hit.
-        scores: (Q, L) scores, highest first, so that ties are grouped; None takes the ranks as they stand.
+        ks: cut-offs; ranks beyond L hold no hit.
+        scores: (Q, L) scores in descending order, to group ties; None means no ties.
 
     Raises:
-        ConfigError: shapes that do not match, no query, or scores that rise along a list.
+        ConfigError: shapes that do not match, no query, or scores that increase along a list.
     """
     hit, total = np.atleast_2d(np.asarray(right, dtype=bool)), np.asarray(relevant, dtype=np.int64)
     if not hit.size or len(hit) != len(total):
-        raise ConfigError(f"{hit.shape} retrieved flags for {len(total)} queries; one non-empty list a query is needed")
+        raise ConfigError(
+            f"{hit.shape} retrieved flags for {len(total)} queries; one non-empty list per query is required"
+        )
     first, last = _groups(hit.shape, scores)
     step = max(1, BLOCK // (80 * hit.shape[1]))  # about ten int64 or float64 arrays of this width are alive
     rows = [slice(at, at + step) for at in range(0, len(hit), step)]
@@ -215,7 +218,7 @@ def top(
     *,
     device: str | None = None,
 ) -> Ints:
-    """Gallery positions (Q, min(k, N)) of the best items, best first, equal ones in gallery order."""
+    """Gallery positions (Q, min(k, N)) of the best items, best first, ties in gallery order."""
     scorer = _scorer(query, gallery, metric, None, device)
     return np.concatenate([_top_block(scorer(rows), k) for rows in scorer.steps()])
 
@@ -227,14 +230,14 @@ def _top_block(scores: Scores | torch.Tensor, k: int) -> Ints:
 
 
 def per_class(values: Floats, labels: Labels) -> dict[str, float]:
-    """Mean of `values` (Q,) over the queries of each class, classes in sorted order."""
+    """Mean of `values` (Q,) over the queries of each class, sorted by class name."""
     names, code, count = np.unique(labels, return_inverse=True, return_counts=True)
     means = np.bincount(code, values) / count
     return dict(zip(names.tolist(), means.tolist(), strict=True))
 
 
 def count_relevant(query_label: Labels, gallery_label: Labels) -> Ints:
-    """R (Q,) of each query: the gallery items of its class."""
+    """R (Q,): the number of gallery items of each query's class."""
     ordered = np.sort(gallery_label)
     found: Ints = np.searchsorted(ordered, query_label, "right") - np.searchsorted(ordered, query_label, "left")
     return found
@@ -245,14 +248,14 @@ def count_relevant(query_label: Labels, gallery_label: Labels) -> Ints:
 
 @dataclass(frozen=True)
 class PairRanks:
-    """Where the item that a query was drawn from stands, the best one if there are several.
+    """Rank of each query's own item (the photo that a sketch depicts), the best one if there are several.
 
     Attributes:
         query: (M,) rows of the queries that have such an item in the gallery.
-        above: (M,) gallery items that score higher than it.
-        tied: (M,) items that score as it does, itself included.
-        items: (M,) how many items of the gallery would be right.
-        gallery: (M,) how many items were ranked.
+        above: (M,) number of gallery items with a higher score.
+        tied: (M,) number of items with the same score, itself included.
+        items: (M,) number of correct items in the gallery.
+        gallery: (M,) number of items ranked.
     """
 
     query: Ints
@@ -262,12 +265,12 @@ class PairRanks:
     gallery: Ints
 
     def accuracy(self, k: int) -> Floats:
-        """Acc@k (M,): 1 if it is in the top k; a tied group that crosses the cut gives its share."""
+        """Acc@k (M,): 1 if it is in the top k; fractional if its tied group crosses the cut."""
         share: Floats = np.clip((k - self.above) / self.tied, 0.0, 1.0)
         return share
 
     def chance(self, k: int) -> float:
-        """Acc@k of a random ranking: 1 - C(N - T, k) / C(N, k) with T right items, the mean over queries."""
+        """Acc@k of a random ranking: 1 - C(N - T, k) / C(N, k) with T correct items, averaged over queries."""
         miss = np.ones(len(self.query))
         for draw in range(k):
             miss *= np.clip(self.gallery - self.items - draw, 0, None) / np.maximum(self.gallery - draw, 1)
@@ -284,13 +287,13 @@ def pair_ranks(
     within: tuple[ArrayLike, ArrayLike] | None = None,
     device: str | None = None,
 ) -> PairRanks | None:
-    """Rank of the gallery item with the query's own pair, or None if no query has one in the gallery.
+    """Rank of the gallery item with the query's own pair id, or None if no query has one in the gallery.
 
     Args:
         query, gallery, metric, device: as in `rank_scores`.
-        query_pair, gallery_pair: (Q,), (N,) what tells that two items belong together, such as the id of the photo.
-        within: class names of queries and gallery; only items of the query's class are then ranked, as fine-grained
-            retrieval does, and a query whose own item is of another class is left out. None ranks the whole gallery.
+        query_pair, gallery_pair: (Q,), (N,) ids that are equal for items that belong together, such as the photo's id.
+        within: class names of queries and gallery; then only items of the query's class are ranked, as in fine-grained
+            retrieval, and a query whose own item is of another class is left out. None ranks the whole gallery.
 
     Raises:
         ConfigError: see `rank_scores`.
@@ -298,9 +301,9 @@ def pair_ranks(
     wanted, pairs = np.asarray(query_pair), np.asarray(gallery_pair)
     classes = None
     if within is not None:
-        # numbers of classes: comparing them is much faster than comparing names
+        # integer class codes: comparing them is much faster than comparing names
         classes = _codes(*(np.asarray(side, dtype=str) for side in within))
-        # only what is of the query's class, too, is its own
+        # the own item must also have the query's class
         wanted, pairs = (
             pair * (1 + max(part.max() for part in classes)) + code
             for pair, code in zip(_codes(wanted, pairs), classes, strict=True)
@@ -318,7 +321,7 @@ def pair_ranks(
 
 
 def _codes(one: NDArray[Any], other: NDArray[Any]) -> tuple[Ints, Ints]:
-    """Small integers that are equal where the values are."""
+    """Encode values as small integers: equal codes for equal values."""
     _, code = np.unique(np.concatenate([one, other]), return_inverse=True)
     return code[: len(one)], code[len(one) :]
 
@@ -326,7 +329,7 @@ def _codes(one: NDArray[Any], other: NDArray[Any]) -> tuple[Ints, Ints]:
 def _pair_block(
     scorer: "_Scorer", rows: Ints, first: Ints, last: Ints, inside: tuple[Ints, Ints] | None
 ) -> tuple[Ints, Ints, Ints]:
-    """Items above, items tied and items ranked (b,) of queries `rows`, whose own items are at first to last."""
+    """Items above, items tied and items ranked (b,) for queries `rows`, whose own items are at first:last."""
     scores = scorer(rows)
     scores = scores.cpu().numpy() if isinstance(scores, torch.Tensor) else scores
     counts = np.empty((3, len(rows)), dtype=np.int64)
@@ -341,13 +344,14 @@ def _pair_block(
 
 @dataclass(frozen=True)
 class Spread:
-    """How AP varies over the queries that belong to one item, such as sketches that different people drew of one photo.
+    """Variation of AP over the queries of one item, such as sketches of one photo by different people.
 
     Attributes:
-        groups, queries: items with two or more queries, and these queries.
-        within: standard deviation of AP within an item, pooled: the root of the mean of its variances.
-        overall: standard deviation of AP over the same queries.
-        range: highest less lowest AP of an item, the mean over items.
+        groups, queries: number of items with two or more queries, and of these queries.
+        within: pooled std of AP within an item: the square root of the variance within items, weighted by degrees of
+            freedom.
+        overall: std of AP over the same queries.
+        range: max minus min AP of an item, averaged over items.
     """
 
     groups: int
@@ -358,7 +362,7 @@ class Spread:
 
 
 def spread(values: Floats, pair: ArrayLike) -> Spread | None:
-    """The spread of `values` (Q,) over queries of equal `pair` (Q,), or None if no pair has two queries."""
+    """Spread of `values` (Q,) over queries with equal `pair` (Q,), or None if no pair has two queries."""
     _, code, count = np.unique(np.asarray(pair), return_inverse=True, return_counts=True)
     several = count[code] > 1
     if not several.any():
@@ -376,7 +380,7 @@ def spread(values: Floats, pair: ArrayLike) -> Spread | None:
 
 
 def harmonic(seen: float, unseen: float) -> float:
-    """2 s u / (s + u): the generalised setting's single number; 0 if both are 0."""
+    """Harmonic mean 2 s u / (s + u), the summary of the generalised setting; 0 if both are 0."""
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
 
 
@@ -386,12 +390,13 @@ def harmonic(seen: float, unseen: float) -> float:
 def chance(relevant: Ints, gallery: int, ks: Sequence[int] = ()) -> dict[str, float]:
     """Expected metrics of a random ranking without ties, in closed form; keys are those of `RankScores.means`.
 
-    A relevant item at rank i finds 1 + (i-1)(R-1)/(N-1) hits at or above it, so with H the harmonic numbers
+    For a relevant item at rank i, the expected number of hits at or above it is 1 + (i-1)(R-1)/(N-1), so with the
+    harmonic numbers H
 
         E[AP] = H_N/N + (R-1)/(N-1) (1 - H_N/N),      E[sum at k] = R/N (H_k + (R-1)/(N-1) (k - H_k))
 
-    and given h >= 1 hits in the top k, AP@k(hits) is E[AP] with R = h, N = k. VOC-interpolated scores have no such form
-    and are left out.
+    and given h >= 1 hits in the top k, E[AP@k(hits)] is E[AP] with R = h, N = k. VOC-interpolated scores have no closed
+    form and are left out.
 
     Args:
         relevant: (Q,) R of each query.
@@ -424,7 +429,7 @@ def _harmonic(n: int) -> float:
 
 
 def _no_hit(relevant: Ints, n: int, k: int) -> Floats:
-    """Probability (Q,) that k draws of N without replacement miss all R: the product of (N-R-i)/(N-i), i < k."""
+    """Probability (Q,) that k samples of N without replacement miss all R: the product of (N-R-i)/(N-i), i < k."""
     counts, code = np.unique(relevant, return_inverse=True)
     draws = np.arange(k)
     missed = np.clip(n - counts[:, None] - draws, 0, None) / (n - draws)
@@ -435,15 +440,15 @@ def _no_hit(relevant: Ints, n: int, k: int) -> Floats:
 
 
 def bootstrap(values: Floats, labels: Labels, samples: int = 1000, seed: int = 0) -> Floats:
-    """Means (samples,) over resampled queries: classes are drawn first, then queries within each drawn class.
+    """Two-level bootstrap: means (samples,) over resampled classes, and resampled queries within each class.
 
-    New classes are what a zero-shot score generalises to, so they are the larger part of its spread. Draws depend on
-    the labels and the seed alone: two models on the same queries get the same draws, and the difference of their
-    replicates is a paired comparison.
+    A zero-shot score generalizes to new classes, so these cause most of its variance. Samples depend on the labels and
+    the seed only: two models on the same queries get the same samples, and the difference of their replicates is a
+    paired comparison.
 
     Args:
-        values: (Q,) one score a query.
-        labels: (Q,) its class.
+        values: (Q,) one score per query.
+        labels: (Q,) class of each query.
     """
     names, code = np.unique(labels, return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -472,9 +477,9 @@ def interval(replicates: Floats, level: float = 0.95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Scores (rows, N) of some queries, highest best. `compare` sees (rows * P, W) and all (N * P', W).
+    """Scores (rows, N) of some queries, higher is better. `compare` gets (rows * P, W) and all (N * P', W).
 
-    Queries and gallery are numpy arrays, or tensors on the device on which the ranking is done.
+    Queries and gallery are numpy arrays, or tensors on the device used for ranking.
     """
 
     query: Any
@@ -482,21 +487,21 @@ class _Scorer:
     compare: Callable[[Any, Any], Any]
 
     def rows(self, block: int | None = None) -> int:
-        """Queries of which `block` bytes hold the scores, parts included."""
+        """Number of queries whose scores fit into `block` bytes, all vectors of multi-vector items included."""
         cells = int(self.query.shape[1] * self.gallery.shape[0] * self.gallery.shape[1])
         on_device = isinstance(self.query, torch.Tensor)
         return max(1, (block or (DEVICE_BLOCK if on_device else BLOCK)) // (4 * cells))
 
     def steps(self, count: int | None = None) -> Iterator[Ints]:
-        """Numbers 0 to `count` (all queries), some at a time."""
+        """Row numbers 0 to `count` (default: all queries), in blocks."""
         places = np.arange(len(self.query) if count is None else count)
         step = self.rows()
         return (places[at : at + step] for at in range(0, len(places), step))
 
     def __call__(self, rows: Ints) -> Any:
         parts, (items, others, width) = self.query.shape[1], self.gallery.shape
-        # BLAS turns a single row into a matrix-vector product, whose tail columns round differently: equal items
-        # would no longer tie
+        # BLAS computes a single row as a matrix-vector product, whose tail columns round differently: equal items
+        # would not tie any more
         padded = np.repeat(rows, 2) if len(rows) * parts == 1 else rows
         scores = self.compare(self.query[padded].reshape(-1, width), self.gallery.reshape(-1, width))
         if parts == others == 1:
@@ -515,7 +520,7 @@ def _scorer(
 ) -> _Scorer:
     q, g = _embeddings(query, "query", metric), _embeddings(gallery, "gallery", metric)
     if q.shape[2] != g.shape[2]:
-        raise ConfigError(f"queries are {q.shape[2]} wide and gallery items {g.shape[2]}; they share no space")
+        raise ConfigError(f"queries are {q.shape[2]} wide and gallery items {g.shape[2]}; they must be equal")
     g = g if order is None else g[order]
     if metric == "hamming" and device is None:
         return _Scorer(_words(q), _words(g), _minus_hamming)
@@ -534,10 +539,10 @@ def _embeddings(values: ArrayLike | torch.Tensor, side: str, metric: Metric) -> 
     if array.ndim not in (2, 3) or not array.size:
         raise ConfigError(f"{side} embeddings have shape {array.shape}; expected a non-empty (items, [parts,] width)")
     if (array.dtype == np.uint8) != (metric == "hamming"):
-        raise ConfigError(f"{side} embeddings are {array.dtype}; {metric} wants {_wanted(metric)}")
+        raise ConfigError(f"{side} embeddings are {array.dtype}; {metric} requires {_wanted(metric)}")
     array = array if metric == "hamming" else array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
-        raise ConfigError(f"{side} embeddings hold a value that is not finite; a ranking of them means nothing")
+        raise ConfigError(f"{side} embeddings hold a value that is not finite; they cannot be ranked")
     return array[:, None] if array.ndim == 2 else array
 
 
@@ -550,13 +555,13 @@ def _cosine(q: NDArray[Any], g: NDArray[Any]) -> tuple[Scores, Scores]:
 
 
 def _signs(q: NDArray[Any], g: NDArray[Any]) -> tuple[Scores, Scores]:
-    """Bits as -1 and 1, whose inner product is the number of bits less twice the Hamming distance."""
+    """Bits as -1 and 1, whose inner product is the number of bits minus twice the Hamming distance."""
     left, right = (np.unpackbits(x, axis=2).astype(np.float32) * 2 - 1 for x in (q, g))
     return left, right
 
 
 def _by_column(g: NDArray[Any]) -> NDArray[Any]:
-    """`g` (N, P, W) stored so that its transpose, which the product wants, lies in memory in order."""
+    """`g` (N, P, W) stored so that its transpose, used in the matrix product, is contiguous."""
     flat = np.ascontiguousarray(g.reshape(-1, g.shape[2]).T).T
     return flat.reshape(g.shape)
 
@@ -570,8 +575,8 @@ def _unit(x: NDArray[Any]) -> Scores:
 def _euclidean(q: NDArray[Any], g: NDArray[Any]) -> tuple[Scores, Scores]:
     """Rows whose inner product is -|q - g|^2: [2q, -|q|^2, 1] and [g, 1, -|g|^2].
 
-    Both are centred near the gallery's mean first, as a common offset would cost float32 its digits; on a multiple of
-    a power of two, so that integer vectors at equal distances still tie.
+    Both are first centered near the gallery's mean, since a common offset costs float32 precision; the offset is a
+    multiple of a power of two, so that integer vectors at equal distances still tie.
     """
     centre, spread = g.mean((0, 1), dtype=np.float64), float(g.std(dtype=np.float64))
     step = 2.0 ** np.floor(np.log2(spread)) if spread > 0 else 1.0
@@ -603,14 +608,16 @@ def _minus_hamming(q: NDArray[Any], g: NDArray[Any]) -> Scores:
 def _same_length(scorer: _Scorer, query_label: Labels, gallery_label: Labels) -> None:
     for side, items, labels in (("query", scorer.query, query_label), ("gallery", scorer.gallery, gallery_label)):
         if len(items) != len(labels):
-            raise ConfigError(f"{len(items)} {side} embeddings and {len(labels)} labels; one label an item is needed")
+            raise ConfigError(
+                f"{len(items)} {side} embeddings and {len(labels)} labels; one label per item is required"
+            )
 
 
 # ---- ranking ---------------------------------------------------------------------------------------------------------
 
 
 class _Block(NamedTuple):
-    """Queries of one class, and where its items stand in a gallery ordered by class."""
+    """Queries of one class, and the range of its items in a gallery sorted by class."""
 
     rows: Ints
     relevant: slice
@@ -630,12 +637,12 @@ class _Ranked(NamedTuple):
 
 
 class _Hits(NamedTuple):
-    """The hits of b queries, (b, W) from worst to best, queries with fewer padded in front.
+    """The hits of b queries, (b, W) from worst to best, padded in front.
 
     Attributes:
-        seen: items ranked at or above the hit, its tied group included.
-        found: relevant items among those.
-        valid: False where padded.
+        seen: number of items ranked at or above the hit, its tied group included.
+        found: number of relevant items among those.
+        valid: False for padding.
     """
 
     seen: Ints
@@ -648,7 +655,7 @@ def _blocks(query_label: Labels, gallery_label: Labels, rows: int) -> Iterator[_
     names, first, count = np.unique(query_label[order], return_index=True, return_counts=True)
     left, right = (np.searchsorted(gallery_label, names, side) for side in ("left", "right"))
     for c in range(len(names)):
-        # about eight float64 arrays as wide as the relevant items are alive beside the scores
+        # besides the scores, about eight float64 arrays with a column per relevant item are alive
         share = 1 + 16 * (right[c] - left[c]) / len(gallery_label)
         step = max(1, int(rows / share))
         for at in range(first[c], first[c] + count[c], step):
@@ -676,11 +683,14 @@ Counted = tuple[Scores, Ints, list[Ints]]
 
 
 def _count_binned(scores: Scores, relevant: slice, ks: tuple[int, ...]) -> Counted:
-    """Sorted scores of the relevant items (b, R), how many of `scores` (b, N) reach each (b, R), and, a cut of `ks`,
-    how many are higher than the best hit that is not wholly inside (b,): where its tied group starts.
+    """Rank the relevant items of each row by counting, without sorting the row.
 
-    Counted by bins, and sorted only within bins that hold a relevant item: 2.5 times as fast as sorting the row. The
-    bin is a monotone function of the score, so the count is exact.
+    Returns the sorted scores of the relevant items (b, R); how many of `scores` (b, N) are at least as high as each
+    (b, R); and per cut of `ks` how many are higher than the best hit that is not entirely inside (b,), which is the
+    start of its tied group.
+
+    Scores are counted in bins and sorted only in bins that hold a relevant item: 2.5 times as fast as sorting the row.
+    The bin is a monotone function of the score, so the count is exact.
     """
     own = np.sort(scores[:, relevant], axis=1)
     bins = min(max(1 << (scores.shape[1] - 1).bit_length(), 1 << 10), 1 << 16)
@@ -709,7 +719,7 @@ def _count_binned(scores: Scores, relevant: slice, ks: tuple[int, ...]) -> Count
 
 
 def _count_sorted(scores: torch.Tensor, relevant: slice, ks: tuple[int, ...]) -> Counted:
-    """The same with whole rows sorted, which a GPU does fast."""
+    """The same by sorting whole rows, which is fast on a GPU."""
     own = scores[:, relevant].sort(dim=1).values
     ordered = scores.sort(dim=1).values
     seen = scores.shape[1] - torch.searchsorted(ordered, own)
@@ -722,7 +732,7 @@ def _count_sorted(scores: torch.Tensor, relevant: slice, ks: tuple[int, ...]) ->
 
 
 def _first_of_equals(ordered: Scores) -> Ints:
-    """For each place of sorted rows (b, R), the first place with the same value."""
+    """For each position in sorted rows (b, R), the first position with the same value."""
     place = np.broadcast_to(np.arange(ordered.shape[1]), ordered.shape)
     same = ordered[:, 1:] == ordered[:, :-1]
     if not same.any():
@@ -733,13 +743,13 @@ def _first_of_equals(ordered: Scores) -> Ints:
 
 
 def _crossing(hits: _Hits, limit: Ints) -> Ints:
-    """Column (b,) of the best hit that is not wholly inside the top `limit` (b,); -1 if there is none."""
+    """Column (b,) of the best hit that is not entirely inside the top `limit` (b,); -1 if there is none."""
     column: Ints = hits.seen.shape[1] - 1 - (hits.valid & (hits.seen <= limit[:, None])).sum(1)
     return column
 
 
 def _groups(shape: tuple[int, ...], scores: ArrayLike | None) -> tuple[Ints, Ints]:
-    """First and last place (Q, L) of each place's tied group."""
+    """First and last position (Q, L) of the tied group of each position."""
     place = np.broadcast_to(np.arange(shape[1]), shape)
     if scores is None:
         return place, place
@@ -755,7 +765,7 @@ def _groups(shape: tuple[int, ...], scores: ArrayLike | None) -> tuple[Ints, Int
 
 def _list_block(hit: Bools, total: Ints, groups: tuple[Ints, Ints], ks: tuple[int, ...]) -> _Ranked:
     first, last = groups
-    # hits to the back, best last, as `_Hits` wants them
+    # hits to the back, best last, as `_Hits` requires
     order = np.argsort(hit[:, ::-1], axis=1, kind="stable")
     worst_first = hit.shape[1] - 1 - order
     end = np.take_along_axis(last, worst_first, axis=1)
@@ -766,7 +776,7 @@ def _list_block(hit: Bools, total: Ints, groups: tuple[Ints, Ints], ks: tuple[in
 
 
 def _reduce(hits: _Hits, total: Ints, ks: tuple[int, ...], start: Callable[[Ints], Ints]) -> _Ranked:
-    """`start` tells, for the ranks (b,) at which lists are cut, where the tied group that crosses each cut begins."""
+    """Per-query results; `start` maps cut-off ranks (b,) to the start of the tied group that crosses each cut."""
     precision = np.where(hits.valid, hits.found / hits.seen, 0.0)
     best = np.maximum.accumulate(precision, axis=1)
     summed, hits_cut = np.zeros((len(ks), 3, len(total))), np.zeros((len(ks), len(total)))
@@ -791,10 +801,10 @@ def _cut(hits: _Hits, precision: Floats, limit: Ints, start: Ints) -> tuple[Floa
     """Hits, summed precision and summed VOC precision (b,) within the top `limit` (b,).
 
     Args:
-        start: (b,) where the tied group that crosses the limit begins.
+        start: (b,) start of the tied group that crosses the limit.
     """
     end = hits.seen[np.arange(len(precision)), _crossing(hits, limit)]
-    # the best hits stand last: the columns before those that can matter are left out, which saves much for small cuts
+    # the best hits are last: columns that cannot be inside the cut are skipped, which saves much for small cuts
     reach = np.maximum(end, limit)[:, None]
     width = int((hits.valid & (hits.seen <= reach)).sum(1).max(initial=0))
     best = slice(-width or None, None)
@@ -808,7 +818,7 @@ def _cut(hits: _Hits, precision: Floats, limit: Ints, start: Ints) -> tuple[Floa
 
 
 def _curve(best: Floats, total: Ints) -> Floats:
-    """Interpolated precision at 101 recall levels, summed over queries: the best once that many hits are found."""
+    """Interpolated precision at 101 recall levels, summed over queries: the max at that or a higher recall."""
     level = np.arange(RECALL_LEVELS)
     needed = np.maximum(-(-level * total[:, None] // (RECALL_LEVELS - 1)), 1)
     column = best.shape[1] - needed
@@ -819,7 +829,7 @@ def _curve(best: Floats, total: Ints) -> Floats:
 
 
 def _gather(parts: Sequence[_Ranked], rows: Ints, ks: tuple[int, ...], gallery: int) -> RankScores:
-    """Blocks put together, in the order of the queries."""
+    """Concatenate blocks in the order of the queries."""
     back = np.argsort(rows)
 
     def column(index: int) -> NDArray[Any]:

@@ -14,8 +14,8 @@ from zsr.artifact import Artifact, Store, open_artifact
 from zsr.checkpoint import open_model
 from zsr.errors import ConfigError, Leakage
 from zsr.evaluation import retrain
-from zsr.evaluation.bench import Bench, Pool, Task, draw
 from zsr.evaluation.compare import by_split, named
+from zsr.evaluation.eval_set import Bench, Pool, Task, draw
 from zsr.evaluation.protocol import Evaluation
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -78,7 +78,7 @@ def test_few_shot_trains_on_the_shots_and_never_evaluates_them(tmp_path: Path, m
     report = made.report(tmp_path, "--protocol", "few-shot", "--shots", 4)
     row = report["rows"][0]
     assert report["title"] == "Few-shot retrieval: sketch to photo"
-    assert "never saw" not in (tmp_path / "report.html").read_text()
+    assert "not seen in training" not in (tmp_path / "report.html").read_text()
     assert (row["queries"], row["gallery"]) == (3 * (EACH - 4), 3 * (EACH - 4))
     config = report["configuration"]["ridge"]
     assert len(config["features"]["unseen_items_trained_on"]) == 3 * 2 * 4
@@ -126,7 +126,7 @@ def test_validation_classes_are_tested_only_as_released(tmp_path: Path, made: Se
     report = made.report(tmp_path, "--as-released")
     assert set(validation) < set(report["unseen"])
     assert report["rows"][0]["queries"] == 5 * EACH
-    assert any("chose the checkpoints" in note for note in report["notes"])
+    assert any("selected the checkpoints" in note for note in report["notes"])
 
 
 def test_photos_can_ask_for_sketches(made: Set) -> None:

@@ -285,11 +285,11 @@ def test_top_gives_the_nearest_first() -> None:
 @pytest.mark.parametrize(
     ("query", "gallery", "metric", "message"),
     [
-        (np.zeros((2, 3)), np.zeros((4, 5)), "cosine", "share no space"),
+        (np.zeros((2, 3)), np.zeros((4, 5)), "cosine", "3 wide and gallery items 5"),
         (np.zeros((0, 3)), np.zeros((4, 3)), "cosine", "non-empty"),
         (np.full((2, 3), np.nan), np.zeros((4, 3)), "l2", "not finite"),
         (np.zeros((2, 3)), np.zeros((4, 3)), "hamming", "packed bits"),
-        (np.zeros((3, 3)), np.zeros((4, 3)), "cosine", "one label an item"),
+        (np.zeros((3, 3)), np.zeros((4, 3)), "cosine", "one label per item"),
     ],
 )
 def test_input_that_means_nothing_is_refused(query: Any, gallery: Any, metric: Metric, message: str) -> None:

@@ -40,12 +40,12 @@ def test_what_is_said_by_hand_names_nouns_of_the_tree() -> None:
 
 def test_counts_of_a_published_split_are_compared_and_the_difference_is_named() -> None:
     unseen = tuple(splits()["sketchy-25-sempcyc"]["unseen"])
-    assert "as many as in SEM-PCYC's released loader" in published.compare_counts(unseen, 14_421, 14_626)
+    assert "same sizes as in SEM-PCYC's released loader" in published.compare_counts(unseen, 14_421, 14_626)
     other = published.compare_counts(unseen, 14_421, 14_600)
     assert "equally many queries and 26 fewer gallery items" in other
     assert "14,421 x 14,626" in other
     two = published.compare_counts(tuple(splits()["sketchy-21"]["unseen"]), 12_694, 10_453)
-    assert "as many as in the released loaders of CVAE" in two
+    assert "same sizes as in the released loaders of CVAE" in two
     assert published.compare_counts(("bat", "cow"), 1, 1) == ""
 
 

@@ -288,7 +288,7 @@ def test_the_peak_is_never_the_headline(values: Any) -> None:
 def test_seeds_say_where_the_floor_stands(values: Any) -> None:
     (seeds,) = values["seeds"]
     assert (seeds["median"], seeds["lowest"], seeds["highest"]) == (0.98, 0.1, 0.99)
-    assert "is above the ridge floor" in seeds["sentence"]
+    assert "is above the ridge baseline" in seeds["sentence"]
     assert "2 of 3 seeds" in seeds["sentence"]
 
 
@@ -381,8 +381,15 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 def test_the_smallest_report_has_no_empty_section(tmp_path: Path) -> None:
     write(tmp_path, Report("t", "d", (Row(measured("raw", 1.0), "floor"),)), no_picture)
     text = (tmp_path / "report.html").read_text()
-    headings = ("Spread over", "Recall against cost", "Validation", "through the index", "Published", "Seen and unseen")
-    for heading in (*headings, "Embeddings", "backbone had seen"):
+    headings = (
+        "Spread over",
+        "Recall against cost",
+        "Validation",
+        "Exact search and index",
+        "Published",
+        "Seen and unseen",
+    )
+    for heading in (*headings, "Embeddings", "Training classes of"):
         assert heading not in text
 
 

@@ -16,13 +16,15 @@ from zsr.index.building.plan import IndexConfig
 from zsr.index.maintaining import edit
 from zsr.index.searching.batch import answered, plan, search_all
 from zsr.index.searching.list_major import Assigner, Merged, Scanner, Work, bounds_of, probes_name
-from zsr.index.searching.results import Asked, answer_block, answers_table
+from zsr.index.searching.results import SearchParams, answer_block, answers_table
 from zsr.index.searching.searcher import Searcher
 from zsr.index.storage.embeddings import Vectors
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-ASKED = Asked(10, nprobe=6, refine_factor=1)  # as many candidates as answers: all ties for the last place are seen
+ASKED = SearchParams(
+    10, nprobe=6, refine_factor=1
+)  # as many candidates as answers: all ties for the last place are seen
 
 
 def _world(root: Path, metric: str) -> World:
@@ -214,7 +216,7 @@ def test_ranges_hold_about_as_many_vectors_each() -> None:
 
 def test_what_ranges_cannot_answer_is_refused(world: World, index: Artifact, tmp_path: Path) -> None:
     def refused(match: str, **words: Any) -> None:
-        asked = Asked(5, labels=words.pop("labels", ()))
+        asked = SearchParams(5, labels=words.pop("labels", ()))
         with pytest.raises(ConfigError, match=match):
             search_all(index, world.queries, asked, Store.at(tmp_path), list_ranges=2, **words)
 

@@ -17,7 +17,7 @@ from zsr.index.building.plan import IndexConfig
 from zsr.index.building.publish import rollback, verify
 from zsr.index.maintaining import edit, purge
 from zsr.index.searching.batch import search_all
-from zsr.index.searching.results import Asked
+from zsr.index.searching.results import SearchParams
 from zsr.index.searching.searcher import Searcher
 from zsr.index.searching.sharded import ShardedSearcher
 
@@ -90,12 +90,12 @@ def test_segments_deletes_additions_rebuilds_and_rollbacks_stay_exact(
 
 def test_offline_by_ranges_and_over_nodes_give_one_answer(built: Path, small: World, tmp_path: Path) -> None:
     index = open_artifact(built, "index")
-    asked = Asked(7, labels=("Class 3", "CLASS-1"))
+    asked = SearchParams(7, labels=("Class 3", "CLASS-1"))
     whole, _ = search_all(index, small.queries, asked, Store.at(tmp_path / "a"))
     nodes, _ = search_all(index, small.queries, asked, Store.at(tmp_path / "b"), replicas=1)
     assert whole.digest == nodes.digest
     ranges = [
-        search_all(index, small.queries, Asked(7), Store.at(tmp_path / name), list_ranges=count)[0].digest
+        search_all(index, small.queries, SearchParams(7), Store.at(tmp_path / name), list_ranges=count)[0].digest
         for name, count in (("c", 0), ("d", 4))
     ]
     assert ranges[0] == ranges[1]
@@ -124,7 +124,7 @@ def test_a_class_whose_items_are_all_deleted_is_unknown(store: Store, small: Wor
     with pytest.raises(ConfigError, match="not among the 6"):
         Searcher.open(store.root).search(small.sketches, 5, labels="class-3")
     with pytest.raises(ConfigError, match="not among the 6"):
-        search_all(store.latest(), small.queries, Asked(5, labels=("class-3",)), Store.at(tmp_path / "out"))
+        search_all(store.latest(), small.queries, SearchParams(5, labels=("class-3",)), Store.at(tmp_path / "out"))
 
 
 def test_a_list_of_deletions_can_be_sent_again(store: Store) -> None:

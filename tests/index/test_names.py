@@ -14,14 +14,14 @@ import pytest
 from zsr.artifact import mapped
 from zsr.errors import DamagedArtifact, StorageError
 from zsr.index.storage import id_map as module
-from zsr.index.storage.id_map import Names
+from zsr.index.storage.id_map import IdMap
 
 COUNTS = (700, 1, 350)
 READ = """
 import sys
 from pathlib import Path
 import numpy as np
-from zsr.index.storage.id_map import Names
+from zsr.index.storage.id_map import IdMap
 
 def own():  # bytes that are not pages of a file
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -30,7 +30,7 @@ def own():  # bytes that are not pages of a file
 held = []
 for path in map(Path, sys.argv[1:]):  # the first one makes the process load what it needs
     before = own()
-    held.append(Names.read([path]))
+    held.append(IdMap.read([path]))
     held[-1].take(np.arange(0, len(held[-1]), 1000))
 print(own() - before)
 """
@@ -59,7 +59,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def test_rows_are_taken_by_ordinal_in_any_order(files: list[Path]) -> None:
     whole = pa.concat_tables([pq.read_table(path) for path in files]).combine_chunks()
-    read, joined = Names.read(files), Names.joined([Names.read(files[:1]), Names.read(files[1:])])
+    read, joined = IdMap.read(files), IdMap.joined([IdMap.read(files[:1]), IdMap.read(files[1:])])
     wanted = np.random.default_rng(0).integers(0, sum(COUNTS), 2000)
     for names in (read, joined):
         assert len(names) == sum(COUNTS)
@@ -74,23 +74,23 @@ def test_nothing_is_left_below_tmpdir(files: list[Path], tmp_path: Path, monkeyp
     place = tmp_path / "temporary"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
-    names = Names.read(files)
+    names = IdMap.read(files)
     assert list(place.iterdir()) == []
     assert names.take(np.array([5])).column("key").to_pylist() == ["künstlich-2"]
     place.rmdir()
     with pytest.raises(StorageError, match="temporary"):
-        Names.read(files)
+        IdMap.read(files)
 
 
 def test_what_is_no_id_map_is_refused(files: list[Path]) -> None:
     pq.write_table(pq.read_table(files[1]).drop_columns(["key"]), files[1])
     with pytest.raises(DamagedArtifact, match="columns"):
-        Names.read(files)
+        IdMap.read(files)
     data = bytearray(files[2].read_bytes())
     data[len(data) // 3] ^= 255
     files[2].write_bytes(data[: len(data) // 2])
     with pytest.raises(DamagedArtifact, match="parquet"):
-        Names.read(files[2:])
+        IdMap.read(files[2:])
 
 
 def test_a_mapped_file_holds_no_descriptor(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from zsr.errors import ConfigError, DamagedArtifact
 from zsr.index import faiss_backend
 from zsr.index.building.build import Job, build
 from zsr.index.building.plan import IndexConfig
-from zsr.index.searching.results import Asked, answer, write_answers
+from zsr.index.searching.results import SearchParams, answer, write_answers
 from zsr.index.searching.searcher import Searcher, merge_best
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -83,7 +83,7 @@ def test_queries_of_another_space_are_refused(index: Path, world: World, tmp_pat
     searcher.check(world.queries)
     other = embeddings(tmp_path / "a", world.sketches, "sketch", checkpoint="d" * 64)
     with pytest.raises(ConfigError, match="checkpoint is 'dddd"):
-        answer(searcher, other, Asked(5))
+        answer(searcher, other, SearchParams(5))
     with pytest.raises(ConfigError, match="metric is 'l2'"):
         searcher.check(embeddings(tmp_path / "b", world.sketches, "sketch", metric="l2"))
     with pytest.raises(ConfigError, match="hamming"):
@@ -97,7 +97,7 @@ def test_queries_of_another_space_are_refused(index: Path, world: World, tmp_pat
 def test_parts_of_a_query_merge_by_best_score(index: Path, world: World, tmp_path: Path) -> None:
     searcher = Searcher.open(index)
     queries = embeddings(tmp_path / "parts", world.sketches[:6], "sketch", shards=2, parts=2)
-    answers = answer(searcher, queries, Asked(8))
+    answers = answer(searcher, queries, SearchParams(8))
     assert answers.keys.tolist() == ["sketch-0", "sketch-1", "sketch-2"]
     single = searcher.search(world.sketches[2:4], 8)
     best: dict[int, float] = {}
@@ -109,7 +109,7 @@ def test_parts_of_a_query_merge_by_best_score(index: Path, world: World, tmp_pat
 
 
 def test_answers_are_written_as_json_or_parquet(index: Path, world: World, tmp_path: Path) -> None:
-    answers = answer(Searcher.open(index), world.queries, Asked(3))
+    answers = answer(Searcher.open(index), world.queries, SearchParams(3))
     write_answers(answers, tmp_path / "a.json")
     write_answers(answers, tmp_path / "a.parquet")
     rows = json.loads((tmp_path / "a.json").read_text())

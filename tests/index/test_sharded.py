@@ -12,7 +12,7 @@ from tests.index.helpers import KEY, World, embeddings, run_job
 from zsr.artifact import Store, open_artifact
 from zsr.index.building.build import Job, build
 from zsr.index.building.plan import IndexConfig
-from zsr.index.searching.results import Asked, answer, answers_table
+from zsr.index.searching.results import SearchParams, answer, answers_table
 from zsr.index.searching.searcher import Searcher
 from zsr.index.searching.sharded import at_once, blocks_of
 
@@ -37,7 +37,7 @@ def test_answers_as_an_artifact_are_those_of_one_process_after_a_kill(
     assert ended.code == 0, ended.errors
     found = open_artifact(tmp_path / "out", "neighbours")
     rows = [pq.read_table(found.local(entry.path)) for entry in found.files]
-    wanted = answers_table(answer(Searcher.open(index), queries, Asked(5)))
+    wanted = answers_table(answer(Searcher.open(index), queries, SearchParams(5)))
     assert [row for table in rows for row in table.to_pylist()] == wanted.to_pylist()
     assert ended.results["digest"] == found.digest
     if not flags:
@@ -55,12 +55,12 @@ def test_answers_without_names_are_never_published(index: Path, world: World, tm
     words = ("--index-dir", index, "--queries", queries.directory, "--output", tmp_path / "out", "--replicas", 1)
     lost = run_job("search", *words, fault=f"search.names=kill@2@{tmp_path / 'once'}")  # the only host, in between
     assert lost.code != 0
-    assert "nobody holds" in lost.errors
+    assert "no shard actor is left" in lost.errors
     ended = run_job("search", *words)
     assert ended.code == 0, ended.errors
     found = open_artifact(tmp_path / "out", "neighbours")
     rows = [row for entry in found.files for row in pq.read_table(found.local(entry.path)).to_pylist()]
-    assert rows == answers_table(answer(Searcher.open(index), queries, Asked(10))).to_pylist()
+    assert rows == answers_table(answer(Searcher.open(index), queries, SearchParams(10))).to_pylist()
 
 
 def test_hosts_are_asked_about_some_queries_at_once() -> None:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from zsr.index.ground_truth import DEPTH, K, Truth
+from zsr.index.ground_truth import DEPTH, GroundTruth, K
 
 
-def _truth(ordinals: list[int], scores: list[float], floor: float) -> Truth:
-    return Truth(
+def _truth(ordinals: list[int], scores: list[float], floor: float) -> GroundTruth:
+    return GroundTruth(
         np.zeros((1, 2), np.float32),
         np.array([ordinals]),
         np.array([scores], np.float32),

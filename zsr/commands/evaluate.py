@@ -80,8 +80,8 @@ class Config(DeviceSettings, JobConfig):
         Raises:
             The errors of `open_artifact`; ConfigError if the inputs do not belong together.
         """
-        from zsr.evaluation.bench import Task
         from zsr.evaluation.compare import Given, by_split
+        from zsr.evaluation.eval_set import Task
 
         task = Task(
             query=self.query_modality,

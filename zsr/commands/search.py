@@ -20,7 +20,7 @@ from zsr.errors import ConfigError
 from zsr.storage import files_below, is_file, read_file
 
 if TYPE_CHECKING:
-    from zsr.index.searching.results import Answers, Asked
+    from zsr.index.searching.results import Answers, SearchParams
     from zsr.index.searching.searcher import Searcher
 
 logger = logging.getLogger("zsr")
@@ -106,11 +106,11 @@ class Search(JobConfig):
         """Modality and path of queries that are image files."""
         return ("photo", self.photo) if self.photo is not None else ("sketch", self.sketch or Path())
 
-    def asked(self, facts: Mapping[str, Any]) -> "Asked":
+    def asked(self, facts: Mapping[str, Any]) -> "SearchParams":
         """The search parameters for an index with these facts; k is at most its number of items."""
-        from zsr.index.searching.results import Asked
+        from zsr.index.searching.results import SearchParams
 
-        return Asked(min(self.k, int(facts["ntotal"])), self.nprobe, self.refine_factor, self.labels)
+        return SearchParams(min(self.k, int(facts["ntotal"])), self.nprobe, self.refine_factor, self.labels)
 
 
 def plan(config: Search) -> Results:

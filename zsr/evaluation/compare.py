@@ -1,6 +1,6 @@
-"""Several checkpoints on one data set, laid out as a report: models, seeds, floors, codes, indexes and class splits.
+"""Compare checkpoints on one data set in a report: models, seeds, baselines, codes, indexes and class splits.
 
-Everything is embedded here, from FEATURES or pictures, so that each row is measured on the same queries and gallery.
+Everything is embedded here, from FEATURES or images, so that each row has the same queries and gallery.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from zsr.artifact import Artifact, Store
 from zsr.checkpoint import open_model
 from zsr.errors import ConfigError
 from zsr.evaluation import protocol, published, retrain
-from zsr.evaluation.bench import Bench
+from zsr.evaluation.eval_set import Bench
 from zsr.evaluation.protocol import Search, evaluate_hits
 from zsr.evaluation.report import (
     Backbone,
@@ -39,20 +39,20 @@ from zsr.models.protocol import Embedder, Inputs
 from zsr.models.protocol import Rows as FitRows
 
 FLOORS: Final = ("raw", "ridge")
-CODED_FROM: Final = 20_000  # seen items a modality that codes are learned from
+CODED_FROM: Final = 20_000  # seen items per modality to learn binary codes from
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the report shows.
+    """Contents of the report.
 
     Attributes:
         title: of the page.
-        k: results asked of the index a query.
+        k: results per query requested from the index.
         ks: cut-offs of the metrics.
-        splits: random class splits on which every model is trained again; 0 for none.
-        bits: length of binary codes that stand beside the embeddings; None for none.
-        bits_learned_on: seen items, or the very queries that are evaluated, as SEM-PCYC's released code does.
+        splits: number of random class splits on which every model is retrained; 0 for none.
+        bits: length of binary codes to evaluate in addition to the embeddings; None for none.
+        bits_learned_on: seen items, or the evaluated queries themselves, as in SEM-PCYC's released code.
     """
 
     title: str
@@ -68,9 +68,9 @@ class Group:
     """Checkpoints of one configuration that differ in their seed.
 
     Attributes:
-        name: the model's, with what sets it apart from another configuration of the same model.
+        name: of the model, with the options that distinguish it from other configurations of the same model.
         scores: mAP@all by seed.
-        middle: the checkpoint of the median seed: it stands for its model in the table.
+        middle: the checkpoint of the median seed, which represents the model in the table.
     """
 
     name: str
@@ -87,11 +87,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Work:
-    """One report in the making.
+    """Context of one report while it is computed.
 
     Attributes:
-        store: keeps what has to be trained.
-        shots: what few-shot models are trained on; None in the other settings.
+        store: of models trained for the report.
+        shots: training data of few-shot models; None in the other settings.
     """
 
     bench: Bench
@@ -104,18 +104,18 @@ class Work:
         return self.bench.measure(name, model, saw, self.settings.ks)
 
     def of(self, checkpoint: Artifact) -> Artifact:
-        """The checkpoint that is measured: in the few-shot setting the one that is trained with the shots."""
+        """The checkpoint to evaluate: in the few-shot setting, the one retrained with the shots."""
         return checkpoint if self.shots is None else retrain.again(self.bench, checkpoint, self.store, shots=self.shots)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a report is made of.
+    """Inputs of a report.
 
     Attributes:
         bench: checkpoints of one split.
-        others: benches of other splits, for the spread over splits.
-        indexes: each of the photo embeddings of one of the checkpoints.
+        others: evaluation sets of other splits, for the spread over splits.
+        indexes: each holds the photo embeddings of one of the checkpoints.
     """
 
     bench: Bench
@@ -124,7 +124,7 @@ class Given:
 
 
 def by_split(bench: Mapping[str, Any], checkpoints: Sequence[Artifact]) -> tuple[Bench, ...]:
-    """One bench for each split that the checkpoints were trained for, in the order in which they first appear.
+    """One evaluation set per split that the checkpoints were trained for, in order of first appearance.
 
     Args:
         bench: the other arguments of `Bench`.
@@ -141,10 +141,10 @@ def by_split(bench: Mapping[str, Any], checkpoints: Sequence[Artifact]) -> tuple
 
 
 def compare(given: Given, store: Store, settings: Settings) -> Report:
-    """Measure every checkpoint, the floors, and the indexes, and lay them out as a report.
+    """Evaluate every checkpoint, the baselines and the indexes, and assemble the report.
 
     Args:
-        store: where the ridge floor is kept, and whatever else has to be trained; it is used again.
+        store: of the ridge baseline and other models trained here; they are reused.
 
     Raises:
         Leakage, ConfigError: see `Bench`, `protocol.zero_shot` and `retrain`.
@@ -182,13 +182,13 @@ def compare(given: Given, store: Store, settings: Settings) -> Report:
 
 
 def _refuse(given: Given, settings: Settings) -> None:
-    """Raise ConfigError for what cannot be shown, before anything is measured."""
+    """Raise ConfigError for unsupported combinations, before anything is evaluated."""
     several = bool(given.others) or settings.splits > 0
     if several and given.bench.task.protocol == "few-shot":
-        raise ConfigError("several class splits are compared in the zero-shot and generalised settings only")
+        raise ConfigError("several class splits are supported in the zero-shot and generalised settings only")
     widest = max(int(checkpoint.facts["dim"]) for checkpoint in given.bench.checkpoints)
     if settings.bits is not None and settings.bits > widest:
-        raise ConfigError(f"--bits {settings.bits}: no model has as many dimensions; the widest has {widest}")
+        raise ConfigError(f"--bits {settings.bits}: exceeds the dimension of every model; the largest is {widest}")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -211,12 +211,12 @@ def _groups(work: Work) -> list[Group]:
 
 
 def named(checkpoints: Sequence[Artifact]) -> dict[str, list[Artifact]]:
-    """Checkpoints grouped by configuration: all that shapes them but the seed and what the seed draws.
+    """Group checkpoints by configuration, ignoring the seed and whatever depends on it.
 
-    Where one model comes in several configurations, its name is followed by the options and settings that differ.
+    If there are several configurations of one model, the group name includes the options and settings that differ.
 
     Raises:
-        ConfigError: two checkpoints of one configuration and seed.
+        ConfigError: two checkpoints with the same configuration and seed.
     """
     shapes = {checkpoint.digest: _shape(checkpoint) for checkpoint in checkpoints}
     groups: dict[str, list[Artifact]] = {}
@@ -234,19 +234,19 @@ def named(checkpoints: Sequence[Artifact]) -> dict[str, list[Artifact]]:
 
 
 def _shape(checkpoint: Artifact) -> dict[str, Any]:
-    """What tells configurations apart, by name: options, settings but the seed, and what the model eats."""
+    """What distinguishes configurations, by name: options, settings except the seed, and model inputs."""
     config = checkpoint.config
     settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "keep_checkpoints")}
     inputs = Inputs.model_validate(config["inputs"])
     tower = inputs.tower.architecture["name"] if inputs.tower else None
-    # the last stage of a refit carries its first stage as a parent
+    # the last stage of a --refit run has its first stage as a parent
     more = {"refit": "chosen" in checkpoint.parents, "tower": tower, "query": inputs.query}
-    chosen = checkpoint.facts["chosen_options"]  # by validation classes, so by the seed
+    chosen = checkpoint.facts["chosen_options"]  # chosen on the validation classes, so they depend on the seed
     return {**{key: value for key, value in config["options"].items() if key not in chosen}, **settings, **more}
 
 
 def _rows(work: Work, group: Group, indexes: Sequence[Artifact]) -> list[Row]:
-    """The model itself, its peak over checkpoints, its binary codes, and its indexes."""
+    """Rows of the model itself, its oracle checkpoint, its binary codes, and its indexes."""
     model, saw = open_model(group.middle), group.middle.facts["saw"]
     kind: Kind = "floor" if group.name in FLOORS else "model"
     rows = [Row(work.row(group.name, model, saw), kind, group.note), *_peak(work, group)]
@@ -260,7 +260,7 @@ def _rows(work: Work, group: Group, indexes: Sequence[Artifact]) -> list[Row]:
 
 
 def _peak(work: Work, group: Group) -> list[Row]:
-    """The best of all kept checkpoints by the test score itself, marked as not selectable; none if none were kept."""
+    """Oracle: the best kept checkpoint by test score, marked as not selectable; empty if no checkpoints were kept."""
     found = [
         (work.bench.map_all(open_model(checkpoint, entry.path)), checkpoint, entry.path)
         for checkpoint in group.checkpoints
@@ -272,12 +272,12 @@ def _peak(work: Work, group: Group) -> list[Row]:
     _, checkpoint, path = max(found, key=lambda entry: entry[0])
     step = int(path.removeprefix("steps/").removesuffix(".safetensors"))
     measured = work.row(f"{group.name} (peak)", open_model(checkpoint, path), checkpoint.facts["saw"])
-    note = f"best of {len(found)} checkpoints by the test itself: seed {_seed(checkpoint)}, step {step}"
+    note = f"best of {len(found)} checkpoints by test mAP: seed {_seed(checkpoint)}, step {step}"
     return [Row(measured, "peak", note)]
 
 
 def _wide_enough(group: Group, bits: int) -> bool:
-    """ITQ makes no more bits than an embedding has dimensions."""
+    """Whether ITQ can produce `bits` bits: at most one per dimension."""
     return bits <= int(group.middle.facts["dim"])
 
 
@@ -296,12 +296,12 @@ def _coded(work: Work, group: Group, model: Embedder, bits: int) -> Row:
         name, sides[0], sides[1], metric="hamming", ks=work.settings.ks, sampling=bench.sampling
     )
     return Row(
-        measured, note="ITQ learned on the very queries, each side centred by itself (as SEM-PCYC's released code)"
+        measured, note="ITQ learned on the test queries, each side centered separately (as SEM-PCYC's released code)"
     )
 
 
 def _seen_rows(bench: Bench, model: Embedder) -> list[FitRows]:
-    """A seeded sample of the trained rows of either side, as models call them."""
+    """A seeded sample of training rows per side, as input of `fit`."""
     found = []
     for side, modality in (("sketch", bench.query_kind), ("photo", "photo")):
         pool = bench.pool(bench.source(model), modality, bench.split.training)
@@ -313,10 +313,10 @@ def _seen_rows(bench: Bench, model: Embedder) -> list[FitRows]:
 
 
 def _through(work: Work, name: str, checkpoint: Artifact, index: Artifact) -> Row:
-    """The same queries answered by an index at its published operating point.
+    """Evaluate the same queries through an index at its published operating point.
 
     Raises:
-        ConfigError: the index holds other items than the gallery.
+        ConfigError: the items of the index are not those of the gallery.
     """
     bench, settings = work.bench, work.settings
     model = open_model(checkpoint)
@@ -328,7 +328,7 @@ def _through(work: Work, name: str, checkpoint: Artifact, index: Artifact) -> Ro
     if set(searcher.live_ids.tolist()) != set(others.ids.tolist()):
         raise ConfigError(
             f"index {index.digest[:12]} holds {len(searcher.live_ids)} items and the {bench.task.protocol} "
-            f"gallery {len(others)}, not the same ones; build it from this gallery, or leave --index-dir out"
+            f"gallery {len(others)}, and they differ; build it from this gallery, or leave --index-dir out"
         )
     k = min(settings.k, len(others))
     hits = searcher.search(np.ascontiguousarray(q, dtype=np.float32), k)
@@ -339,18 +339,18 @@ def _through(work: Work, name: str, checkpoint: Artifact, index: Artifact) -> Ro
         name, items, others, hits.ids, search, metric=model.metric, ks=settings.ks, sampling=bench.sampling
     )
     exact = work.row(name, model, checkpoint.facts["saw"]).scores
-    note = f"seed {_seed(checkpoint)}, codes re-ranked {point['refine_factor']} k deep"
+    note = f"seed {_seed(checkpoint)}, {point['refine_factor']} k candidates re-ranked"
     return Row(measured, note=note, exact=exact)
 
 
-# ---- floors ----------------------------------------------------------------------------------------------------------
+# ---- baselines -------------------------------------------------------------------------------------------------------
 
 
 def _floors(work: Work, given: Collection[str] = ()) -> list[Row]:
-    """Raw features where both modalities share a space, and ridge with its penalty chosen on the validation classes.
+    """Rows of the baselines: raw features if both modalities share a space, and ridge tuned on validation classes.
 
     Args:
-        given: names of models that are measured anyway.
+        given: names of models that are evaluated anyway.
     """
     rows = []
     raw = _raw(work.bench)
@@ -358,13 +358,13 @@ def _floors(work: Work, given: Collection[str] = ()) -> list[Row]:
         rows.append(Row(work.row("raw", raw, ()), "floor", "backbone features, cosine"))
     if work.bench.features is not None and work.bench.semantics is not None and "ridge" not in given:
         ridge = retrain.ridge_floor(work.bench, work.store, work.shots)
-        note = "features regressed onto class vectors in closed form"
+        note = "features regressed onto class embeddings in closed form"
         rows.append(Row(work.row("ridge", open_model(ridge), ridge.facts["saw"]), "floor", note))
     return rows
 
 
 def _raw(bench: Bench) -> Embedder | None:
-    """The raw floor, or None where there are no features or their widths differ."""
+    """The raw-features baseline, or None if there are no features or their widths differ."""
     if bench.features is None:
         return None
     dims = bench.features.facts["dims"]
@@ -378,9 +378,9 @@ def _raw(bench: Bench) -> Embedder | None:
 
 
 def _splits(work: Work, groups: Sequence[Group], others: Sequence[Bench]) -> Splits | None:
-    """mAP@all of every model and floor on several class splits: those of the checkpoints, and random ones.
+    """mAP@all of every model and baseline on several class splits: those of the checkpoints, and random ones.
 
-    A model that was not given for a split is trained for it with the same configuration, where that is asked for.
+    For the random splits, every model is retrained with the same configuration.
     """
     if not others and not work.settings.splits:
         return None
@@ -403,7 +403,7 @@ def _splits(work: Work, groups: Sequence[Group], others: Sequence[Bench]) -> Spl
 def _on_split(
     work: Work, bench: Bench, members: Mapping[str, Sequence[Artifact]]
 ) -> tuple[str, dict[str, float], float]:
-    """The split's name, mAP@all of each model (median over seeds) and floor on it, and the chance level."""
+    """The split's name, mAP@all of each model (median over seeds) and baseline on it, and the chance level."""
     here = replace(work, bench=bench)
     scores: dict[str, float] = {}
     for name, checkpoints in members.items():
@@ -417,11 +417,11 @@ def _on_split(
     return bench.split.source, scores, metrics.chance(relevant, len(asked.gallery.ids))["mAP@all"]
 
 
-# ---- what stands around the numbers ----------------------------------------------------------------------------------
+# ---- provenance, curves and notes ----------------------------------------------------------------------------------
 
 
 def _curves(index: Artifact, query: str) -> tuple[RecallCurve, ...]:
-    """Recall against vectors compared, at the operating point's depth of re-ranking, for both kinds of query."""
+    """Recall against vectors compared, at the operating point's refine factor, for both kinds of query."""
     facts = index.facts
     depth = facts["operating_point"]["refine_factor"]
     points = [p for p in facts["curve"] if p["refine_factor"] == depth]
@@ -437,14 +437,14 @@ def _curves(index: Artifact, query: str) -> tuple[RecallCurve, ...]:
 
 
 PROTOCOLS: Final = {
-    "zero-shot": "Zero-shot: queries and gallery are of classes that no model was trained on.",
+    "zero-shot": "Zero-shot: no model was trained on the classes of queries and gallery.",
     "generalised": (
-        "Generalised, gallery of all classes (Yelamarthi et al.): queries are of unseen classes, the gallery holds "
-        "seen ones too. Seen items are those that models were trained on."
+        "Generalised, gallery of all classes (Yelamarthi et al.): queries are of unseen classes, the gallery has "
+        "seen classes too. Seen items are training items."
     ),
     "generalised-sempcyc": (
-        "Generalised as in SEM-PCYC's released code: random seen items, a fifth as many as unseen ones, join queries "
-        "and gallery. They are items that models were trained on."
+        "Generalised as in SEM-PCYC's released code: random seen items, a fifth as many as unseen ones, are added to "
+        "queries and gallery. They are training items."
     ),
     "few-shot": (
         "Few-shot: models were trained on {shots} items of each unseen class and modality, which are left out here."
@@ -453,12 +453,12 @@ PROTOCOLS: Final = {
 
 
 def _notes(bench: Bench, rows: Sequence[Row], shots: retrain.Shots | None) -> tuple[str, ...]:
-    """Sentences on the protocol, and on the published lists of the split."""
+    """Sentences on the protocol, and on the published sizes of the split."""
     task, first = bench.task, rows[0].evaluation
     notes = [PROTOCOLS[task.protocol].format(shots=task.shots)]
     if task.as_released:
         notes.append(
-            f"As released by SEM-PCYC: the {len(bench.split.validation)} validation classes, which chose the "
+            f"As released by SEM-PCYC: the {len(bench.split.validation)} validation classes, which selected the "
             "checkpoints, are part of the test."
         )
     if shots is None and task.query != "photo":
@@ -467,7 +467,7 @@ def _notes(bench: Bench, rows: Sequence[Row], shots: retrain.Shots | None) -> tu
 
 
 def _without_codes(groups: Sequence[Group], bits: int | None) -> tuple[str, ...]:
-    """Which models have too narrow embeddings for codes."""
+    """Sentences on models whose embeddings have too few dimensions for the codes."""
     narrow = [group for group in groups if bits is not None and not _wide_enough(group, bits)]
     return tuple(f"No {bits}-bit codes of {g.name}: it embeds in {g.middle.facts['dim']} dimensions." for g in narrow)
 
@@ -485,7 +485,7 @@ def _scatter(work: Work, group: Group) -> Scatter | None:
 
 
 def _history(group: Group) -> Validation:
-    """The validation scores by step; a run without validation classes has none."""
+    """Validation scores by step; empty without validation classes."""
     scored = ((step, score) for step, score in group.middle.facts["history"] if score is not None)
     return Validation(group.name, tuple((int(step), float(score)) for step, score in scored))
 

@@ -1,12 +1,12 @@
-"""Which unseen classes the backbone has seen all the same: its own training classes, matched by name.
+"""Match unseen classes with the backbone's training classes (ImageNet-1k) by name.
 
-Most backbones were trained on ImageNet-1k, and where an unseen class is among its thousand, a score on it is not
-zero-shot for the features. A class counts as known to ImageNet if WordNet 3.0 has a noun of its name that is one of the
-thousand or lies above one of them: `tiger`, or `door` for the sake of "sliding door". `BY_HAND` says it where the tree
-misses what anybody would see, where a name means something else there, and for the coarse classes of the emoji.
+Most backbones were trained on ImageNet-1k; if an unseen class is one of its classes, a score on it is not zero-shot for
+the features. A class counts as known to ImageNet if WordNet 3.0 has a noun of its name that is one of the thousand
+classes or a hypernym of one: `tiger`, or `door` because of "sliding door". `BY_HAND` overrides this where WordNet
+misses an obvious match, where a name has another sense there, and for the coarse classes of the emoji.
 
-Names are all that is compared. A class whose name is no English noun is reported as unknown to ImageNet; the report
-prints every match, so that readers can judge.
+Only names are compared. A class whose name is not an English noun counts as unknown to ImageNet; the report lists every
+match, so that readers can check them.
 """
 
 import json
@@ -18,10 +18,10 @@ from typing import Final
 
 from zsr.data.rows import canonical_label
 
-# class -> nouns that stand for it, in place of its own name; none where ImageNet has nothing of the kind
+# class -> nouns to look up instead of its own name; empty if ImageNet has no such class
 BY_HAND: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
-        # the tree misses these
+        # missed by WordNet
         "chicken": ("cock", "hen"),
         "cow": ("ox",),
         "hot_air_balloon": ("balloon",),
@@ -30,9 +30,9 @@ BY_HAND: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "teacup": ("cup",),
         # another sense
         "mouse": (),
-        "hedgehog": (),  # the tree has it as a name of the porcupine
+        "hedgehog": (),  # in WordNet a name of the porcupine
         "tank": ("army_tank",),
-        # coarse classes of the emoji, by what their pictures show
+        # coarse classes of the emoji, by the content of their images
         "animal_amphibian": ("amphibian",),
         "animal_bird": ("bird",),
         "animal_bug": ("insect", "arachnid", "snail"),
@@ -69,7 +69,7 @@ BY_HAND: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 
 
 def known(labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each class the ImageNet-1k classes that it is or holds, by their first name and sorted; none if it is new."""
+    """For each class the sorted first names of the ImageNet-1k classes that equal it or are below it; may be empty."""
     return {
         label: _below(BY_HAND.get(label, (canonical_label(label.partition("(")[0].rstrip("_ ")),))) for label in labels
     }
@@ -82,7 +82,7 @@ def _below(nouns: Iterable[str]) -> tuple[str, ...]:
 
 @cache
 def _classes_by_name() -> Mapping[str, frozenset[str]]:
-    """Every name of a synset -> the ImageNet-1k classes that it is or lies above."""
+    """Every synset name -> the ImageNet-1k classes that equal it or are below it."""
     content = json.loads(resources.files("zsr.evaluation").joinpath("imagenet1k.json").read_text())
     synsets = content["synsets"]
     found: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""The encoded pictures of a few rows of DATA, for the report's strips."""
+"""Encoded images of a few rows of DATA, for the example results in the report."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,7 +10,7 @@ from zsr.evaluation.report import Report
 
 
 def pictures_of(data: Artifact, report: Report) -> Callable[[str, int], bytes | None]:
-    """(modality, id) -> picture, for every example that the report may show; one pass over the shards."""
+    """Return a lookup (modality, id) -> encoded image for every example in the report; one pass over the shards."""
     examples = [example for row in report.rows for example in row.evaluation.examples]
     wanted = {
         report.query_modality: {example.id for example in examples},

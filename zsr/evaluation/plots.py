@@ -1,7 +1,7 @@
-"""The pictures of the report, as inline SVG in the page's own colours: one picture for light and dark.
+"""Plots of the report as inline SVG in the page's colors: one plot for light and dark mode.
 
-Curves are matplotlib's. The confusion matrix and the scatter of embeddings are written by hand, since theirs would be
-many times as large.
+Curves are drawn by matplotlib. The confusion matrix and the scatter plot are written as SVG directly, since those of
+matplotlib would be many times as large.
 """
 
 import io
@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 
 Json = dict[str, Any]
 
-CURVES: Final = 6  # lines that a plot still tells apart
+CURVES: Final = 6  # max distinguishable lines per plot
 
-# Matplotlib draws in these colours, and the page's own variables replace them: one SVG for light and dark.
+# Matplotlib draws in these colors, which are then replaced by the page's CSS variables, for light and dark mode.
 INK: Final = "#010101"
 MUTED: Final = "#020202"
 LINE: Final = "#030303"
@@ -51,10 +51,10 @@ STYLE: Final[dict[Any, Any]] = {
 
 
 def all_of(values: Json, exact: Mapping[str, Json], shown: Json) -> dict[str, Markup]:
-    """Plot name to inline SVG; a plot without points is left out.
+    """Plot name to inline SVG; plots without points are omitted.
 
     Args:
-        values: of the report. exact: rows of exact search by name. shown: the row whose confusion is drawn.
+        values: of the report. exact: rows of exact search by name. shown: the row of the confusion matrix.
     """
     plots = {"precision-recall": _svg("precision-recall", lambda axes: _draw_curves(axes, _told_apart(exact, shown)))}
     plots["confusion"] = _confusion(shown["confusion"])
@@ -69,7 +69,7 @@ def all_of(values: Json, exact: Mapping[str, Json], shown: Json) -> dict[str, Ma
 
 def _svg(name: str, draw: Callable[[Axes], None]) -> Markup:
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        # the browser draws the text, so it does not matter which letters matplotlib's own font lacks
+        # the browser renders the text, so glyphs missing in matplotlib's font do not matter
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(5.4, 3.7), layout="constrained")
         draw(figure.subplots())
@@ -78,8 +78,8 @@ def _svg(name: str, draw: Callable[[Axes], None]) -> Markup:
     text = drawn.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[a-z]+\d*_\d+"', "", text)  # these would repeat from plot to plot
-    # a style sheet inside would hold for the whole page
+    text = re.sub(r' id="[a-z]+\d*_\d+"', "", text)  # these would not be unique over several plots
+    # a style sheet inside an SVG would apply to the whole page
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
     text = text.replace("<svg", '<svg style="stroke-linejoin:round;stroke-linecap:butt"', 1)
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
@@ -91,12 +91,12 @@ def _svg(name: str, draw: Callable[[Axes], None]) -> Markup:
 
 
 def _plain(name: str) -> str:
-    """`name` to be printed literally: a dollar would start mathematics, a leading underscore hides a legend entry."""
+    """Escape `name` for matplotlib: a dollar starts math mode, a leading underscore hides a legend entry."""
     return name.replace("$", r"\$").lstrip("_") or name
 
 
 def _told_apart(exact: Mapping[str, Json], shown: Json) -> list[Json]:
-    """As many rows as a plot tells apart, in their order: the one shown and the floors before others."""
+    """At most CURVES rows, in their order: the one shown and the baselines take precedence."""
     first = sorted(exact.values(), key=lambda row: (row is not shown, row["kind"] != "floor", row["kind"] == "peak"))
     kept = {row["name"] for row in first[:CURVES]}
     return [row for name, row in exact.items() if name in kept]
@@ -120,7 +120,7 @@ def _draw_recall(axes: Axes, curves: Sequence[Json]) -> None:
         for p in points:
             at = (p["candidates"], p["recall"])
             axes.annotate(str(p["nprobe"]), at, (0, -12), textcoords="offset points", color=MUTED, ha="center", size=8)
-    axes.set(xscale="log", xlabel="vectors compared a query", ylabel=f"recall@{curves[0]['k']} of exact search")
+    axes.set(xscale="log", xlabel="vectors compared per query", ylabel=f"recall@{curves[0]['k']} of exact search")
     axes.set_ylim(0, 1.04)
     axes.legend(loc="lower right")
 
@@ -135,16 +135,16 @@ def _draw_validation(axes: Axes, curves: Sequence[Json]) -> None:
     axes.legend(loc="lower right")
 
 
-# ---- by hand ---------------------------------------------------------------------------------------------------------
+# ---- plain SVG--------------------------------------------------------------------------------------------------------
 
 CELL: Final = 24  # side of a cell of the matrix
-LETTER: Final = 6.3  # width of one, about
-FAINT: Final = 0.005  # a share below it is not drawn
-NUMBERS: Final = 14  # classes up to which the cells hold their share in percent
+LETTER: Final = 6.3  # approximate width of a character
+FAINT: Final = 0.005  # fractions below this are not drawn
+NUMBERS: Final = 14  # max classes for which cells show their percentage
 
 
 def _confusion(values: Json) -> Markup:
-    """A row a class of queries, a column a class of results, darker where more; right ones in the page's green."""
+    """Rows are classes of queries, columns classes of results; darker is more, correct ones in the page's green."""
     names = [*values["labels"], "others"]
     columns = names if any(row[-1] for row in values["share"]) else names[:-1]
     margin = round(14 + LETTER * max(len(_short(name)) for name in columns))
@@ -194,7 +194,7 @@ EDGE: Final = 16
 
 
 def _scatter(values: Json) -> Markup:
-    """Gallery items as dots, queries as crosses, a colour a class, its name at the middle of its dots."""
+    """Gallery items as dots, queries as crosses, one color per class, its name at the median of its dots."""
     parts, names = [], []
     for label, name in enumerate(values["labels"]):
         colour = f"hsl({360 * label / len(values['labels']):.0f} 62% 52%)"
@@ -204,7 +204,7 @@ def _scatter(values: Json) -> Markup:
         if dots:
             x, y = np.median(dots, axis=0)
             half = LETTER * len(_short(name)) / 2
-            x = np.clip(x, half, WIDE - half)  # the edge of a drawing cuts
+            x = np.clip(x, half, WIDE - half)  # keep the name inside the drawing
             names.append(f'<text x="{x:.0f}" y="{y:.0f}">{escape(_short(name))}</text>')
     halo = 'fill="var(--ink)" stroke="var(--paper)" stroke-width="3" paint-order="stroke" text-anchor="middle"'
     marks = f'<g fill="none" stroke-linecap="round">{"".join(parts)}</g>'

@@ -1,10 +1,10 @@
-"""What is evaluated: the seen/unseen guard, and one model's numbers, intervals, curve and examples.
+"""Evaluation protocol: leakage checks, and one model's scores, intervals, curve and examples.
 
-    Side -> zero_shot() or few_shot() refuses -> evaluate() exact | evaluate_hits() through an index -> Evaluation
+    Side -> zero_shot() or few_shot() checks -> evaluate() exact | evaluate_hits() through an index -> Evaluation
 
-A score counts as zero-shot only if no class that it is computed on was trained on; `zero_shot` holds that line. In the
-few-shot setting a few items of these classes were trained on, and `few_shot` refuses if one of them is evaluated. One
-of the two is to be called before every evaluation.
+A score is zero-shot only if none of the evaluated classes was a training class; `zero_shot` checks this. In the
+few-shot setting a few items of these classes were training items, and `few_shot` raises if one of them is evaluated.
+One of the two must be called before every evaluation.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ from zsr.errors import ConfigError, Leakage
 from zsr.metrics import Floats, Ints, Labels, RankScores
 from zsr.models.protocol import Metric
 
-STRIP: Final = 10  # results shown for an example query
+STRIP: Final = 10  # results shown per example query
 INSTANCE: Final = (1, 5)  # cut-offs of Acc@k
 
 Place = Literal["best", "median", "worst"]
@@ -28,13 +28,13 @@ Place = Literal["best", "median", "worst"]
 
 @dataclass(frozen=True)
 class Items:
-    """Things that have an id, without their embeddings.
+    """Item metadata, without embeddings.
 
     Attributes:
         ids: (N,) int64.
-        keys: (N,) the user's own names.
+        keys: (N,) names given by the user.
         labels: (N,) class names.
-        pairs: (N,) id of the photo that the item is or belongs to, or None where nobody asks for instances.
+        pairs: (N,) id of the photo that the item is or belongs to; None without instance-level metrics.
     """
 
     ids: Ints
@@ -45,9 +45,9 @@ class Items:
     def __post_init__(self) -> None:
         lengths = {len(self.ids), len(self.keys), len(self.labels)}
         if len(lengths) != 1:
-            raise ConfigError(f"{len(self.ids)} ids, {len(self.keys)} keys, {len(self.labels)} labels: one each a row")
+            raise ConfigError(f"{len(self.ids)} ids, {len(self.keys)} keys, {len(self.labels)} labels; must be equal")
         if self.pairs is not None and len(self.pairs) != len(self.ids):
-            raise ConfigError(f"{len(self.pairs)} pairs for {len(self.ids)} ids: one each a row")
+            raise ConfigError(f"{len(self.pairs)} pairs for {len(self.ids)} ids; must be equal")
 
     @property
     def classes(self) -> frozenset[str]:
@@ -59,11 +59,11 @@ class Items:
 
 @dataclass(frozen=True)
 class Side(Items):
-    """Queries or gallery as EMB rows: an id may repeat with another `part`, its best part then counts.
+    """Queries or gallery as embedding rows; the rows of a multi-vector item share its id, and the best one counts.
 
     Attributes:
         embeddings: (N, D) float32, or packed bits uint8 (N, D/8).
-        part: (N,) number of the row among the vectors of its item; None if every item has one.
+        part: (N,) number of the row among the vectors of its item; None if every item has one vector.
     """
 
     embeddings: NDArray[Any]
@@ -79,17 +79,17 @@ class Side(Items):
         return self.rows(np.isin(self.labels, sorted(classes)))
 
     def rows(self, keep: NDArray[Any]) -> "Side":
-        """The rows that a mask (N,) keeps, or that row numbers name."""
+        """Select rows by a mask (N,) or by row numbers."""
         part, pairs = (None if column is None else column[keep] for column in (self.part, self.pairs))
         return Side(self.ids[keep], self.keys[keep], self.labels[keep], self.embeddings[keep], part, pairs=pairs)
 
     def merged(self) -> tuple[Items, NDArray[Any]]:
-        """One row an item, in order of first appearance, and embeddings (items, P, D).
+        """One row per item, in order of first appearance, and embeddings (items, P, D).
 
-        Items with fewer than P parts repeat their first: a maximum over parts does not change.
+        Items with fewer than P vectors repeat their first, which does not change the maximum over vectors.
 
         Raises:
-            ConfigError: an id appears twice with one part, or with two keys or classes.
+            ConfigError: an id appears twice with the same part, or with different keys or classes.
         """
         if not len(self):
             return Items(self.ids, self.keys, self.labels, pairs=self.pairs), self.embeddings[:, None]
@@ -126,32 +126,32 @@ def _differs(values: Labels) -> NDArray[np.bool_]:
 def zero_shot(
     query: Side, gallery: Side, *, unseen: Collection[str], trained: Collection[str], generalised: bool = False
 ) -> None:
-    """Refuse an evaluation that is not zero-shot, or that cannot mean what it says.
+    """Raise if an evaluation is not zero-shot, or its rows do not match the split.
 
     Args:
-        unseen: classes that the split evaluates.
-        trained: classes that the checkpoint says it was trained on; empty for the raw floor.
-        generalised: the gallery (never the queries) may hold trained classes too.
+        unseen: test classes of the split.
+        trained: training classes recorded in the checkpoint; empty for the raw baseline.
+        generalised: the gallery (never the queries) may also hold training classes.
 
     Raises:
-        Leakage: a trained class is evaluated as unseen.
-        ConfigError: no query, a class of the split that the data lack, a class outside the split, widths that differ,
-            or an id that appears twice.
+        Leakage: a training class is evaluated as unseen.
+        ConfigError: no query, a class of the split that the data lack, a class outside the split, different widths, or
+            an id that appears twice.
     """
     if leaked := sorted(set(trained) & set(unseen)):
         raise Leakage(
             f"the checkpoint was trained on {_some(leaked)}, which the split evaluates as unseen; evaluate it on its "
-            "own split, or train again without these classes"
+            "own split, or retrain without these classes"
         )
     _rankable(query, gallery, unseen, generalised=generalised)
 
 
 def few_shot(query: Side, gallery: Side, *, unseen: Collection[str], support: Ints) -> None:
-    """Refuse a few-shot evaluation on an item that was trained on, or one that cannot mean what it says.
+    """Raise if a few-shot evaluation contains a training item, or its rows do not match the split.
 
     Args:
-        unseen: classes that the split evaluates; a few items of each were trained on.
-        support: (S,) ids of these items.
+        unseen: test classes of the split; a few items of each are training items.
+        support: (S,) ids of these training items.
 
     Raises:
         Leakage: one of them is a query or in the gallery.
@@ -159,7 +159,7 @@ def few_shot(query: Side, gallery: Side, *, unseen: Collection[str], support: In
     """
     for side, items in (("queries", query), ("gallery", gallery)):
         if leaked := items.keys[np.isin(items.ids, support)].tolist():
-            raise Leakage(f"the {side} hold {_some(leaked)}, which the checkpoint was trained on; leave these rows out")
+            raise Leakage(f"the {side} hold {_some(leaked)}, which are training items; leave these rows out")
     _rankable(query, gallery, unseen, generalised=False)
 
 
@@ -205,7 +205,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Example:
-    """A query and its first results. `place` says where its average precision stands among all queries."""
+    """A query and its first results; `place` is the rank of its average precision among all queries."""
 
     place: Place
     id: int
@@ -217,7 +217,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """mAP@all over the queries of one class; `confused_with` is the wrong class met most often in their first ten."""
+    """mAP@all over the queries of one class; `confused_with` is the most frequent wrong class in their top ten."""
 
     label: str
     queries: int
@@ -229,11 +229,11 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Confusion:
-    """What stands among the first ten results, by class of the query.
+    """Confusion matrix: classes of the top ten results, by class of the query.
 
     Attributes:
         labels: C classes of the queries, sorted.
-        share: C rows of C + 1 shares that sum to 1: of each of these classes, and of all others.
+        share: C rows of C + 1 fractions that sum to 1: one per class, and one for all other classes.
     """
 
     labels: tuple[str, ...]
@@ -242,12 +242,12 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Generalised:
-    """What the generalised setting adds: the gallery holds seen classes too, and seen queries are asked as well.
+    """Additional scores of the generalised setting, where the gallery also holds seen classes.
 
     Attributes:
-        seen_queries: how many.
-        seen, harmonic, together: metric name to the mean over seen queries, its harmonic mean with the one over unseen
-            queries, and the mean over all queries of both kinds.
+        seen_queries: number of queries of seen classes.
+        seen, harmonic, together: by metric name, the mean over seen queries, its harmonic mean with that over unseen
+            queries, and the mean over all queries.
     """
 
     seen_queries: int
@@ -258,13 +258,13 @@ class Generalised:
 
 @dataclass(frozen=True)
 class Search:
-    """How results were retrieved through an index, as the index room measured it.
+    """The index that results were retrieved with, and its operating point.
 
     Attributes:
         index_key: faiss factory string.
-        nprobe: inverted lists visited a query.
-        k: length of each list.
-        recall: share of the exact top ten that the index found for sketches when it was tuned, 0 to 1.
+        nprobe: inverted lists probed per query.
+        k: results per query.
+        recall: recall@10 of the sketch queries against exact search when the index was tuned, 0 to 1.
         bytes: size of the index.
     """
 
@@ -277,28 +277,28 @@ class Search:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured of one ranking.
+    """All measurements of one ranking.
 
     Attributes:
-        name: of the model or floor.
-        metric: how embeddings were compared.
-        queries, gallery, classes: how many were ranked; an item with several parts counts once.
+        name: of the model or baseline.
+        metric: similarity metric of the embeddings.
+        queries, gallery, classes: number of each; a multi-vector item counts once.
         ks: cut-offs.
         scores: metric name to mean over queries; the names are those of `metrics.RankScores.means`, and
             mAP@all(classes), the mean over classes of their means;
             mAP@all(disjoint), over queries of the classes that the backbone was not trained on;
             Acc@1, Acc@5: the query's own item is in the top k; Acc@1(class), Acc@5(class): among items of its class.
-        chance: the same names, expected of a random ranking; VOC-interpolated scores have no closed form.
-        intervals: 95 % bootstrap intervals of mAP@all and P@k, classes drawn first, then queries.
+        chance: expected values for a random ranking, by the same names; VOC-interpolated scores have no closed form.
+        intervals: 95 % bootstrap intervals of mAP@all and P@k; classes are resampled first, then queries.
         per_class: sorted by class name.
         curve: interpolated precision at recall 0, .01, ... 1.
         examples: best, median and worst queries, spread over classes.
-        confusion: classes among the first ten results.
-        spread: of AP over the queries that belong to one item; None where no two do.
-        disjoint: how many queries are of classes that the backbone was not trained on; None if that is not known.
+        confusion: classes of the top ten results.
+        spread: of AP over the queries of the same item; None if no item has two.
+        disjoint: number of queries of classes that the backbone was not trained on; None if that is unknown.
         generalised: scores of seen queries, in the generalised setting.
         search: None for exact search.
-        replicates: bootstrap means of mAP@all; those of two evaluations of the same queries are paired. Not in JSON.
+        replicates: bootstrap means of mAP@all; paired between two evaluations of the same queries. Not in JSON.
     """
 
     name: str
@@ -323,13 +323,13 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What is drawn from the queries.
+    """Bootstrap and example queries.
 
     Attributes:
-        examples: how many example queries are kept, shared between best, median and worst.
+        examples: number of example queries, divided between best, median and worst.
         samples: bootstrap replicates.
         seed: of the bootstrap.
-        disjoint: classes that the backbone was not trained on; None if that is not known.
+        disjoint: classes that the backbone was not trained on; None if that is unknown.
     """
 
     examples: int = 9
@@ -351,12 +351,12 @@ def evaluate(
     sampling: Sampling = DEFAULT,
     device: str | None = None,
 ) -> Evaluation:
-    """Rank the whole gallery for every query and measure it. Call `zero_shot` or `few_shot` first.
+    """Rank the whole gallery for every query and score the ranking. Call `zero_shot` or `few_shot` first.
 
     Args:
-        ks: cut-offs, each drawn down to the size of the gallery.
-        sampling: of the bootstrap and the examples, and what else is measured.
-        device: where the ranking is done, see `metrics.rank_scores`.
+        ks: cut-offs, capped at the size of the gallery.
+        sampling: bootstrap and example settings.
+        device: of the ranking, see `metrics.rank_scores`.
 
     Raises:
         ConfigError: see `Side.merged` and `metrics.rank_scores`.
@@ -391,7 +391,7 @@ def evaluate_generalised(
     sampling: Sampling = DEFAULT,
     device: str | None = None,
 ) -> Evaluation:
-    """`evaluate` of unseen queries in a gallery of seen and unseen items, and the same of seen queries beside it.
+    """`evaluate` unseen queries in a gallery of seen and unseen items, and also score queries of seen classes.
 
     Args:
         seen: queries of seen classes.
@@ -424,16 +424,16 @@ def evaluate_hits(
     ks: Sequence[int] = (100, 200),
     sampling: Sampling = DEFAULT,
 ) -> Evaluation:
-    """Measure what an index returned: a relevant item that it did not return counts zero in every metric.
+    """Score the results of an index: a relevant item that it did not return counts zero in every metric.
 
     Args:
-        query, gallery: one row an item (`Side.merged` gives them for sides with parts).
-        hits: (Q, k) gallery ids, best first, -1 where the index returned fewer; row i answers query i.
-        search: how they were retrieved.
-        scores: (Q, k) highest first, to group ties (Hamming codes); None takes the ranks as they stand.
+        query, gallery: one row per item (see `Side.merged` for multi-vector items).
+        hits: (Q, k) gallery ids, best first, padded with -1; row i is for query i.
+        search: the index and its operating point.
+        scores: (Q, k) descending, to group ties (Hamming codes); None means no ties.
 
     Raises:
-        ConfigError: no query, an id that the gallery lacks, or one that appears twice in a list.
+        ConfigError: no query, an id that is not in the gallery, or one that appears twice in a list.
     """
     place = _resolve(hits, query, gallery)
     right = (place >= 0) & (gallery.labels[place] == query.labels[:, None])
@@ -445,7 +445,7 @@ def evaluate_hits(
 def _resolve(hits: Ints, query: Items, gallery: Items) -> Ints:
     """Gallery rows (Q, k) of the ids in `hits`, -1 where padded."""
     if hits.ndim != 2 or not hits.size or len(hits) != len(query) or not len(gallery):
-        raise ConfigError(f"hits of shape {hits.shape} for {len(query)} queries; expected one non-empty list a query")
+        raise ConfigError(f"hits of shape {hits.shape} for {len(query)} queries; expected one non-empty list per query")
     order = np.argsort(gallery.ids)
     at = np.minimum(np.searchsorted(gallery.ids, hits, sorter=order), len(gallery) - 1)
     place = np.where(hits >= 0, order[at], -1)
@@ -454,7 +454,7 @@ def _resolve(hits: Ints, query: Items, gallery: Items) -> Ints:
         raise ConfigError(f"the index returned id {hits[unknown][0]}, which the gallery lacks; was it built from it?")
     ordered = np.sort(place, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise ConfigError("a result list holds one id twice; merge the parts of an item by best score first")
+        raise ConfigError("a result list holds one id twice; keep only the best vector of a multi-vector item")
     return place
 
 
@@ -472,7 +472,7 @@ def _evaluation(
     sampling: Sampling,
     search: Search | None = None,
 ) -> Evaluation:
-    """`shown` holds the first gallery rows (Q, 10) of each query, -1 where there are fewer."""
+    """Assemble an Evaluation; `shown` holds the top gallery rows (Q, 10) of each query, padded with -1."""
     resample = partial(metrics.bootstrap, samples=sampling.samples, seed=sampling.seed)
     resampled = {"mAP@all": resample(ranked.ap, query.labels)}
     resampled |= {f"P@{k}": resample(ranked.precision(k), query.labels) for k in ranked.ks}
@@ -510,7 +510,7 @@ def _evaluation(
 def _confusion(query: Items, gallery: Items, shown: Ints) -> Confusion:
     names = sorted(query.classes)
     column = {name: place for place, name in enumerate(names)}
-    # the last column takes every other class
+    # the last column counts all other classes
     of_item = np.array([column.get(str(label), len(names)) for label in gallery.labels])
     counts = np.zeros((len(names), len(names) + 1))
     rows = np.broadcast_to(np.searchsorted(names, query.labels)[:, None], shown.shape)
@@ -539,7 +539,7 @@ def _per_class(query: Items, gallery: Items, ranked: RankScores, shown: Ints) ->
 
 
 def _choose(query: Items, ranked: RankScores, count: int) -> list[tuple[Place, int]]:
-    """Rows of the best, median and worst queries; a class comes again only when every class had its turn."""
+    """Rows of the best, median and worst queries, spread over classes: a class repeats only after all others."""
     order = np.lexsort((query.ids, -ranked.ap))
     middle = np.lexsort((query.ids, np.abs(ranked.ap - np.median(ranked.ap))))
     lists: dict[Place, Ints] = {"best": order, "median": middle, "worst": order[::-1]}

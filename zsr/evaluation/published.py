@@ -1,8 +1,8 @@
-"""What papers report on the published splits, and how many queries and photos they did it with.
+"""Published results on the published splits, with their numbers of queries and gallery items.
 
-`published.json` holds only figures that are corroborated or read from a source that names them; each says where it is
-from, under which protocol, and of which kind it is, by the names of `metrics`. What is doubtful (an unknown class list,
-a divisor that cannot be told, values below chance) is left out. None of these figures was measured here.
+`published.json` holds only figures that are corroborated or taken from a source that states them; each has its source,
+its protocol, and its metric by the names of `metrics`. Doubtful figures (unknown class list, unknown divisor, values
+below chance) are left out. None of these figures was measured here.
 """
 
 import json
@@ -17,7 +17,7 @@ from zsr.evaluation.report import Published
 
 @dataclass(frozen=True)
 class Counts:
-    """Queries and gallery items of one published list, and whose it is."""
+    """Number of queries and gallery items of one published list, and its source."""
 
     queries: int
     gallery: int
@@ -25,12 +25,12 @@ class Counts:
 
 
 def split_name(unseen: tuple[str, ...]) -> str | None:
-    """The published split with exactly these unseen classes, or None: counts alone do not make a split the same."""
+    """The published split with exactly these unseen classes, or None; equal class counts are not enough."""
     return next((name for name, entry in splits.published().items() if set(entry["unseen"]) == set(unseen)), None)
 
 
 def figures(unseen: tuple[str, ...], protocol: str) -> tuple[Published, ...]:
-    """Published scores on the split of these unseen classes, under the same protocol."""
+    """Published scores on the split with these unseen classes, under the same protocol."""
     return tuple(
         Published(entry["name"], entry["source"], entry["scores"])
         for entry in _entry(unseen)["figures"]
@@ -39,7 +39,7 @@ def figures(unseen: tuple[str, ...], protocol: str) -> tuple[Published, ...]:
 
 
 def compare_counts(unseen: tuple[str, ...], queries: int, gallery: int) -> str:
-    """One sentence on how the rows that are evaluated differ from the published lists; empty for other splits."""
+    """One sentence comparing the evaluated rows with the published lists; empty for other splits."""
     name = split_name(unseen)
     if name is None:
         return ""
@@ -48,13 +48,13 @@ def compare_counts(unseen: tuple[str, ...], queries: int, gallery: int) -> str:
         return f"{name}: no published number of queries and photos is known."
     for counts in known:
         if (counts.queries, counts.gallery) == (queries, gallery):
-            return f"{name}: queries and gallery are as many as in {counts.by}."
+            return f"{name}: queries and gallery have the same sizes as in {counts.by}."
     parts = [
         f"{_differ(queries - c.queries, 'queries')} and {_differ(gallery - c.gallery, 'gallery items')} against {c.by} "
         f"({c.queries:,} x {c.gallery:,})"
         for c in known
     ]
-    return f"{name}: here {'; '.join(parts)}. Figures of papers were measured on other rows."
+    return f"{name}: here {'; '.join(parts)}. Published figures were measured on other rows."
 
 
 def _differ(difference: int, what: str) -> str:

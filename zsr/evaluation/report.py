@@ -1,7 +1,7 @@
-"""The report of an evaluation: report.json holds every number, report.html is one page that shows them.
+"""Evaluation report: report.json with all numbers, and report.html, a page that shows them.
 
-The page is rendered from the JSON values alone, so the two cannot differ. It is self-contained: style, plots (SVG that
-takes the page's colours) and thumbnails are inlined; there is no script and nothing is fetched.
+The page is rendered only from the JSON values, so the two cannot differ. It is self-contained: style, plots (SVG in the
+page's colors) and thumbnails are inlined; there is no script and no external resource.
 
     exact = evaluate("contrastive", query, gallery)
     write(output, Report("Sketch to photo", "sketchy-21", (Row(exact), Row(ridge, "floor"))), pictures)
@@ -37,14 +37,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the headline table.
+    """One row of the main table.
 
     Attributes:
-        evaluation: its numbers; with `evaluation.search` set, they are those of an index.
-        kind: model; floor (raw features, ridge); or peak: the best of all checkpoints by the test score itself, which
-            nobody could have selected, and which is marked so.
-        note: a few words under the name.
-        exact: for an index, the scores of exact search with the very embeddings that it was built from.
+        evaluation: its scores; if `evaluation.search` is set, they are those of an index.
+        kind: model; floor: a baseline (raw features, ridge); or peak: the oracle, which is the best of all checkpoints
+            by test score and is marked as not selectable.
+        note: a few words below the name.
+        exact: for an index, the scores of exact search with the same embeddings.
     """
 
     evaluation: Evaluation
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RecallPoint:
-    """Recall of the exact top k (0 to 1) at one setting, and the mean number of vectors compared with a query."""
+    """recall@k against exact search (0 to 1) at one nprobe, and the mean number of vectors compared per query."""
 
     nprobe: int
     candidates: float
@@ -90,7 +90,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class SplitScores:
-    """mAP@all of one model or floor by class split."""
+    """mAP@all of one model or baseline by class split."""
 
     model: str
     scores: Mapping[str, float]
@@ -98,7 +98,7 @@ class SplitScores:
 
 @dataclass(frozen=True)
 class Splits:
-    """Scores on several class splits; `chance` has the level of each."""
+    """Scores on several class splits; `chance` is the chance level of each."""
 
     chance: Mapping[str, float]
     models: tuple[SplitScores, ...]
@@ -106,12 +106,12 @@ class Splits:
 
 @dataclass(frozen=True)
 class Backbone:
-    """What the backbone saw.
+    """The backbone and its training classes.
 
     Attributes:
-        name: of the backbone; imported where features came ready.
+        name: of the backbone; "imported" if features were not computed here.
         trained_on: ImageNet-1k, nothing or unknown.
-        matches: unseen class to those of the backbone's training classes that it is or holds; empty if unknown.
+        matches: for each unseen class, the backbone's training classes that equal it or are below it; empty if unknown.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of a paper on the same split; `scores` uses the names of `Evaluation.scores`, so that kinds never mix."""
+    """Results of a paper on the same split; `scores` has the metric names of `Evaluation.scores`."""
 
     name: str
     source: str
@@ -130,22 +130,22 @@ class Published:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page.
+    """Contents of the page.
 
     Attributes:
         title: of the page.
         data_set: name of the data set and its split.
-        rows: models and floors; the order of the table.
-        query_modality, gallery_modality: such as sketch and photo; `pictures` is asked by them.
+        rows: models and baselines, in the order of the table.
+        query_modality, gallery_modality: such as sketch and photo; also the arguments of `pictures`.
         protocol: such as zero-shot.
-        notes: sentences on how it was measured.
-        unseen: the classes evaluated.
-        reference: name of the floor that differences are taken from; ignored where no row has it.
+        notes: sentences on the protocol.
+        unseen: the evaluated classes.
+        reference: name of the baseline that differences are computed against; ignored if there is no such row.
         shown: name of the row whose examples are shown; None is the best model.
-        curves, seeds, splits, validation, published, backbone, scatter: sections, left out where empty.
-        configuration: what shaped the result, JSON values.
+        curves, seeds, splits, validation, published, backbone, scatter: sections, omitted if empty.
+        configuration: of the models, JSON values.
         digests: artifact name to digest.
-        attribution: of the pictures.
+        attribution: of the images.
     """
 
     title: str
@@ -174,11 +174,11 @@ def write(output: Path, report: Report, pictures: Pictures) -> None:
     """Write `output`/report.json and `output`/report.html.
 
     Args:
-        pictures: (modality, id) to the bytes of an encoded image, or None: a tile with key and class stands then.
+        pictures: (modality, id) to the bytes of an encoded image, or None for a tile with key and class instead.
 
     Raises:
-        ConfigError: no row, or `shown` names none.
-        StorageError, DiskFull: nothing half written is left.
+        ConfigError: no row, or `shown` is not a row.
+        StorageError, DiskFull: no partial file is left.
     """
     values = as_json(report)
     text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -187,10 +187,10 @@ def write(output: Path, report: Report, pictures: Pictures) -> None:
 
 
 def as_json(report: Report) -> Json:
-    """Every number of the report, what the page derives included.
+    """All numbers of the report, including those derived for the page.
 
     Raises:
-        ConfigError: no row, or `shown` names none.
+        ConfigError: no row, or `shown` is not a row.
     """
     exact = {row.evaluation.name: row for row in report.rows if row.evaluation.search is None}
     shown = report.shown or best(report.rows)
@@ -205,7 +205,7 @@ def as_json(report: Report) -> Json:
 
 
 def best(rows: Sequence[Row]) -> str:
-    """Name of the best selectable model, or of the best row where there are only floors.
+    """Name of the best selectable model, or of the best row if there are only baselines.
 
     Raises:
         ConfigError: no row of exact search.
@@ -225,7 +225,7 @@ def _row_json(row: Row, reference: Row | None) -> Json:
 
 
 def _difference(row: Row, reference: Row | None) -> Json | None:
-    """mAP@all less the reference's, with a paired 95 % interval; None where their queries differ."""
+    """mAP@all minus the reference's, with a paired 95 % interval; None if their queries differ."""
     if reference is None or row.evaluation.name == reference.evaluation.name:
         return None
     mine, other = row.evaluation, reference.evaluation
@@ -258,7 +258,7 @@ def _splits_json(splits: Splits, reference: str) -> Json:
 
 
 def _split_scores_json(entry: SplitScores, floor: Mapping[str, float]) -> Json:
-    """Mean and deviation over splits; the difference to the floor is taken split by split."""
+    """Mean and std over splits; the difference to the baseline is computed per split."""
     scores = list(entry.scores.values())
     differences = [score - floor[split] for split, score in entry.scores.items() if split in floor]
     return {
@@ -278,7 +278,7 @@ def _stand(model: str, scores: Sequence[float], floor: Evaluation) -> str:
     above = sum(score > level for score in scores)
     side = "above" if median(scores) > level else "not above"
     return (
-        f"The median seed of {model} is {side} the {floor.name} floor ({level:.3f}); "
+        f"The median seed of {model} is {side} the {floor.name} baseline ({level:.3f}); "
         f"{above} of {len(scores)} seeds are above it."
     )
 
@@ -287,7 +287,7 @@ def _stand(model: str, scores: Sequence[float], floor: Evaluation) -> str:
 
 
 def render(values: Json, pictures: Pictures) -> str:
-    """The page of `as_json(report)`."""
+    """Render the page from `as_json(report)`."""
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page.filters |= {"score": _score, "signed": _signed, "size": _size, "pretty": _pretty}
@@ -314,7 +314,7 @@ def _signed(value: float) -> str:
 
 
 def _size(count: int) -> str:
-    """Bytes as people write them."""
+    """Format a number of bytes."""
     size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
@@ -341,14 +341,14 @@ def _strip(example: Json, values: Json, pictures: Pictures) -> Json:
 
 
 def _thumbnail(data: bytes | None, *, whole: bool) -> str | None:
-    """A small square WebP, which browsers show, as a data URI; None where there is no image that decodes.
+    """A small square WebP as a data URI; None if there is no image or it cannot be decoded.
 
-    `whole` keeps everything but a white margin (a cropped sketch loses strokes); else the middle square is cut out.
+    `whole` keeps everything except a white margin (a cropped sketch loses strokes); otherwise a center crop is taken.
     """
     if data is None:
         return None
     try:
-        flat = Image.fromarray(upright(data, Limits()))  # just what was embedded
+        flat = Image.fromarray(upright(data, Limits()))  # the same orientation as embedded
     except BadImage:
         return None
     square = (THUMBNAIL, THUMBNAIL)
@@ -359,7 +359,7 @@ def _thumbnail(data: bytes | None, *, whole: bool) -> str | None:
 
 
 def _without_margin(picture: Image.Image) -> Image.Image:
-    """`picture` cut to what is not white, and a little paper around it."""
+    """Crop `picture` to its non-white area, plus a small border."""
     ink = picture.convert("L").point(lambda level: 255 if level < 235 else 0).getbbox()
     if ink is None:
         return picture

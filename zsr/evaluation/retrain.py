@@ -1,6 +1,6 @@
-"""What an evaluation has to train itself: the ridge floor, few-shot models, and models on other class splits.
+"""Models that an evaluation trains itself: the ridge baseline, few-shot models, and models on other class splits.
 
-Training is `train_model`, with the configuration that the checkpoint records; what was finished before is found again.
+They are trained by `train_model` with the configuration in the checkpoint; finished models are reused.
 """
 
 from collections.abc import Mapping
@@ -17,23 +17,23 @@ from zsr.data import splits
 from zsr.data.features import seal_features
 from zsr.data.splits import Split
 from zsr.errors import ConfigError
-from zsr.evaluation.bench import Bench
+from zsr.evaluation.eval_set import Bench
 from zsr.executor import VECTORS, map_pieces
 from zsr.models.protocol import Inputs
 from zsr.training.config import TrainSettings
 from zsr.training.run import Run, train_model
 
-PENALTY: Final = 1000.0  # ridge's, where no class is left to choose it on: the middle of its grid
+PENALTY: Final = 1000.0  # of ridge regression without validation classes: the middle of its grid
 
 
 def ridge_floor(bench: Bench, store: Store, shots: "Shots | None" = None) -> Artifact:
-    """The ridge checkpoint of this bench's split, solved now unless it lies in `store` already.
+    """The ridge checkpoint of the evaluation set's split, solved now unless it is in `store` already.
 
-    It is refitted where all checkpoints are, so that it saw the same classes. Without validation classes its penalty is
-    not chosen but `PENALTY`.
+    If all checkpoints were retrained on all seen classes (--refit), so is the baseline: it then saw the same classes.
+    Without validation classes its penalty is `PENALTY`.
 
     Args:
-        shots: what few-shot models are trained on.
+        shots: training data of few-shot models.
     """
     refit = all("chosen" in checkpoint.parents for checkpoint in bench.checkpoints)
     options = {} if bench.split.validation else {"penalties": [PENALTY]}
@@ -44,15 +44,15 @@ def ridge_floor(bench: Bench, store: Store, shots: "Shots | None" = None) -> Art
 def again(
     bench: Bench, checkpoint: Artifact, store: Store, split: Split | None = None, shots: "Shots | None" = None
 ) -> Artifact:
-    """A model trained with the configuration of `checkpoint`, for another split or with a few unseen items.
+    """Train a model with the configuration of `checkpoint`, for another split or with a few unseen items.
 
     Raises:
-        ConfigError: it has an image tower, whose first weights a checkpoint does not hold.
+        ConfigError: it has an image tower, whose initial weights a checkpoint does not hold.
     """
     config = checkpoint.config
     if Inputs.model_validate(config["inputs"]).tower is not None:
         raise ConfigError(
-            f"{config['model']} has an image tower and cannot be trained again from its checkpoint; train it with "
+            f"{config['model']} has an image tower and cannot be retrained from its checkpoint; train it with "
             "zsr train for each split, and give all checkpoints"
         )
     settings = TrainSettings.model_validate(config["settings"])
@@ -70,7 +70,7 @@ def _run(
     shots: "Shots | None",
 ) -> Run:
     if bench.features is None:
-        raise ConfigError(f"{model} is trained on features; give --features")
+        raise ConfigError(f"{model} requires features for training; give --features")
     return Run(
         data=bench.data,
         features=bench.features if shots is None else shots.features,
@@ -86,7 +86,7 @@ def _run(
 
 
 def random_split(bench: Bench, number: int) -> Split:
-    """Seeded split `number` of the data's classes, with as many unseen and validation classes as the bench's own."""
+    """Random split of the data's classes with seed `number`, with the class counts of the evaluation set's split."""
     labels = bench.data.facts["classes"]
     unseen = splits.draw(labels, len(bench.split.unseen), number)
     name = f"random:{len(unseen)}:{number}"
@@ -98,12 +98,12 @@ def random_split(bench: Bench, number: int) -> Split:
 
 @dataclass(frozen=True)
 class Shots:
-    """What few-shot models are trained on.
+    """Training data of few-shot models.
 
     Attributes:
-        support: ids of unseen items, `task.shots` of each class and modality.
-        features: FEATURES that hold no other item of these classes.
-        split: with the unseen classes among the trained ones.
+        support: ids of unseen items, `task.shots` per class and modality.
+        features: FEATURES without the other items of these classes.
+        split: with the unseen classes among the training classes.
     """
 
     support: tuple[int, ...]
@@ -112,15 +112,15 @@ class Shots:
 
 
 def few_shot(bench: Bench, store: Store) -> Shots:
-    """Draw a few items of each unseen class for training.
+    """Sample a few items of each unseen class for training.
 
-    Models are trained again with them, as Dutta and Akata (IJCV 2020) are recalled to do; the draw is ours.
+    Models are retrained with them, believed to be the setup of Dutta and Akata (IJCV 2020); the sample is ours.
 
     Raises:
         ConfigError: no features, or a class with too few items.
     """
     if bench.features is None:
-        raise ConfigError("few-shot models are trained again on features; give --features")
+        raise ConfigError("few-shot models are retrained on features; give --features")
     support = support_of(bench, bench.features)
     features = _only(bench.features, bench.data, bench.tested, support, Store.at(store.place / "features"))
     training = tuple(sorted(set(bench.split.training) | set(bench.tested)))
@@ -129,7 +129,7 @@ def few_shot(bench: Bench, store: Store) -> Shots:
 
 
 def support_of(bench: Bench, features: Artifact) -> tuple[int, ...]:
-    """Ids of the items to train on: `shots` of each tested class, queries and gallery alike, drawn by the seed.
+    """Sample the ids of the training items: `shots` per test class, in both queries and gallery.
 
     Raises:
         ConfigError: a class has no item left to evaluate.
@@ -152,7 +152,7 @@ def support_of(bench: Bench, features: Artifact) -> tuple[int, ...]:
 def _only(
     features: Artifact, data: Artifact, classes: tuple[str, ...], support: tuple[int, ...], store: Store
 ) -> Artifact:
-    """FEATURES without the rows of `classes` that are not in `support`; training drops a row that has no feature."""
+    """FEATURES without the rows of `classes` that are not in `support`; training skips rows without features."""
     config = {**features.config, "unseen_items_trained_on": list(support)}
     plan = Plan("features", config, {"data": data.digest, "features": features.digest})
     if done := store.made(plan):

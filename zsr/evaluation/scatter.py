@@ -1,4 +1,4 @@
-"""Embeddings of both modalities in the plane, by t-SNE, for the report."""
+"""2-D t-SNE of the embeddings of both modalities, for the report."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -8,18 +8,18 @@ import numpy as np
 from zsr.evaluation.protocol import Side
 from zsr.models.protocol import Metric
 
-MOST: Final = 400  # items of either modality; more only make a blot
+MOST: Final = 400  # max items per modality, to keep the plot readable
 LEAST: Final = 10
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Where items stand in the plane, coordinates from 0 to 1.
+    """2-D positions of items, coordinates from 0 to 1.
 
     Attributes:
-        model: whose embeddings.
+        model: name of the model.
         labels: classes, sorted.
-        query, gallery: (x, y, index into labels) of the items drawn.
+        query, gallery: (x, y, index into labels) of the sampled items.
     """
 
     model: str
@@ -29,13 +29,13 @@ class Scatter:
 
 
 def scatter(model: str, query: Side, gallery: Side, metric: Metric, seed: int = 0) -> Scatter | None:
-    """At most 400 items of either side, drawn by the seed, laid out by one t-SNE of both.
+    """Lay out a sample of at most 400 items per side by one joint t-SNE.
 
-    t-SNE keeps neighbours together; distances between groups and their sizes mean nothing. It compares by the model's
-    own metric; of several parts of an item the first is shown.
+    t-SNE preserves neighborhoods; distances between clusters and cluster sizes mean nothing. It uses the model's
+    metric; of a multi-vector item the first vector is shown.
 
     Returns:
-        None where scikit-learn is not installed (the extra `report`), or for fewer than 10 items.
+        None if scikit-learn is not installed (the extra `report`), or for fewer than 10 items.
     """
     try:
         from sklearn.manifold import TSNE

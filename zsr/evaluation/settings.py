@@ -1,7 +1,7 @@
-"""What a caller can choose about an evaluation; imports nothing heavy."""
+"""Option types of an evaluation; imports nothing heavy."""
 
 from typing import Literal
 
 Protocol = Literal["zero-shot", "generalised", "generalised-sempcyc", "few-shot"]
-BackboneSaw = Literal["auto", "imagenet-1k", "unknown"]  # the classes that a backbone was trained on
-LearnedOn = Literal["seen", "queries"]  # what binary codes are learned on
+BackboneSaw = Literal["auto", "imagenet-1k", "unknown"]  # training classes of the backbone
+LearnedOn = Literal["seen", "queries"]  # training set of the binary codes

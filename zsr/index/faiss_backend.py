@@ -1,6 +1,6 @@
-"""The one file that handles faiss objects: index keys, reading under limits, threads, inverted lists, exact scores.
+"""The only module that uses faiss: index keys, reading under limits, threads, inverted lists, exact scores.
 
-faiss's own type stubs miss most of what SWIG exposes, so its objects are `Any` outside of this file.
+faiss's type stubs miss most of what SWIG exposes, so its objects are `Any` outside of this module.
 """
 
 import re
@@ -37,23 +37,23 @@ REFINE: Final = {
     "SQfp16": faiss.ScalarQuantizer.QT_fp16,
 }
 METRIC: Final = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
-TRANSFORM_POINTS: Final = 65_536  # what OPQ draws from all that it gets, too
+TRANSFORM_POINTS: Final = 65_536  # OPQ subsamples to the same number
 LIST_ITERATIONS: Final = 10  # of the k-means over the lists, as faiss sets it for an IVF
-ID_BYTES: Final = 8  # an inverted list keeps an int64 beside every code
-# the table that faiss makes to search by L2 is several times as large as the index itself, and not bounded by its file
+ID_BYTES: Final = 8  # an inverted list stores an int64 per code
+# faiss's precomputed table for L2 is several times as large as the index, and not bounded by the size of its file
 SMALL: Final = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 
 
 def parse(key: str) -> re.Match[str]:
-    """The parts of an index key. Without IVFn the vectors are in one list, which every query scans.
+    """Parse an index key. Without IVFn all vectors are in one list, which every query scans.
 
     Raises:
-        ConfigError: a key that this package does not build.
+        ConfigError: a key that this package does not support.
     """
     found = KEY.fullmatch(key[: MAX_KEY + 1])
     if found is None or len(key) > MAX_KEY:
         raise ConfigError(
-            f"--index-key {key[:MAX_KEY]!r} is not understood; expected {ALLOWED}, spelled as here and without spaces, "
+            f"--index-key {key[:MAX_KEY]!r} is not understood; expected {ALLOWED}, in this spelling, without spaces, "
             "such as Flat or IVF1024,PQ32,RFlat"
         )
     numbers = {
@@ -72,21 +72,21 @@ def _bits(code: str) -> str | None:
 
 
 def list_count(key: str) -> int:
-    """Inverted lists of an index of `key`: one where the key names none."""
+    """Number of inverted lists of an index of `key`; 1 without IVFn."""
     return int(parse(key)["nlist"] or 1)
 
 
 def is_exact(key: str) -> bool:
-    """Whether a search of an index of `key` compares a query with every vector as it was embedded: exact search."""
+    """Whether an index of `key` searches exactly: every query is compared with every uncompressed vector."""
     parts = parse(key)
     whole = parts["code"] == "Flat" and parts["transform"] is None and parts["refine"] is None
     return whole and list_count(key) == 1
 
 
 def empty(key: str, dim: int, metric: str) -> Any:
-    """An untrained index of the codes of `key`, with a flat coarse quantizer.
+    """Create an untrained index of the codes of `key`, with a flat coarse quantizer.
 
-    A graph over the centroids, where the key asks for one, is made after training: see `train`. Fast-scan codes are
+    An HNSW graph over the centroids, if the key has one, is built after training: see `train`. Fast-scan codes are
     stored like other 4-bit codes and packed when an index is opened: see `packed`.
 
     Raises:
@@ -103,9 +103,9 @@ def empty(key: str, dim: int, metric: str) -> Any:
 
 
 def require_fit(key: str, dim: int) -> None:
-    """Raise ConfigError where the transform or the code of `key` does not fit vectors of dimension `dim`.
+    """Raise ConfigError if the transform or the code of `key` does not fit vectors of dimension `dim`.
 
-    faiss finds some of these in training only, and others by an assertion that names neither key nor dimension.
+    faiss reports some of these only in training, and others by an assertion without key and dimension.
     """
     parts, width = parse(key), dim
     if parts["transform"]:
@@ -114,11 +114,15 @@ def require_fit(key: str, dim: int) -> None:
         if not 1 <= width <= dim:
             _refuse_fit(key, dim, f"{kind} keeps 1 to {dim} dimensions, found {width}")
         if kind == "OPQ" and (first < 1 or width % first):
-            _refuse_fit(key, dim, f"OPQ cuts {width} dimensions into {first} equal parts; {_divisors(width)} would do")
+            _refuse_fit(
+                key, dim, f"OPQ splits {width} dimensions into {first} equal parts; possible: {_divisors(width)}"
+            )
     if parts["code"].startswith("PQ"):
         count = int(re.findall(r"\d+", parts["code"])[0])
         if count < 1 or width % count:
-            _refuse_fit(key, dim, f"PQ cuts {width} dimensions into {count} equal parts; {_divisors(width)} would do")
+            _refuse_fit(
+                key, dim, f"PQ splits {width} dimensions into {count} equal parts; possible: {_divisors(width)}"
+            )
 
 
 def _refuse_fit(key: str, dim: int, reason: str) -> None:
@@ -130,17 +134,17 @@ def _divisors(width: int) -> str:
 
 
 def lists_interact(key: str) -> bool:
-    """Whether what faiss finds in a list depends on the other lists that it looks into for the same query.
+    """Whether the results in one list depend on the other lists that are probed for the same query.
 
-    Fast-scan tables are rounded over all of a query's lists, and RaBitQ of several bits leaves out what its first bit
-    says is worse than what was found before.
+    Fast-scan quantizes its lookup tables over all lists of a query, and multi-bit RaBitQ skips vectors whose first bit
+    ranks them below the results found so far.
     """
     parts = parse(key)
     return bool(parts["fast"]) or re.fullmatch("RaBitQ[2-8]", parts["code"]) is not None
 
 
 def refiner(key: str, sample: np.ndarray) -> Any | None:
-    """The codec of the refine codes of `key`, trained on `sample` (n, D); None where it asks for no such codes."""
+    """Train the codec of the refine codes of `key` on `sample` (n, D); None if the key has no such codes."""
     kind = parse(key)["refine"]
     if kind is None:
         return None
@@ -150,7 +154,7 @@ def refiner(key: str, sample: np.ndarray) -> Any | None:
 
 
 def refine_bytes(key: str, dim: int) -> int:
-    """Bytes of one vector's refine code; a whole vector counts as float32."""
+    """Bytes of one vector's refine code; a full vector counts as float32."""
     parts = parse(key)
     if parts["exact"]:
         return 4 * dim
@@ -158,7 +162,7 @@ def refine_bytes(key: str, dim: int) -> int:
 
 
 def packed(index: Any) -> Any:
-    """The 4-bit codes of an opened index in the layout of the fast-scan kernels, in memory."""
+    """Repack the 4-bit codes of an opened index into the layout of the fast-scan kernels, in memory."""
     fast = faiss.IndexIVFPQFastScan(ivf_of(index))
     fast.referenced_objects = [index]
     if not isinstance(index, faiss.IndexPreTransform):
@@ -169,7 +173,7 @@ def packed(index: Any) -> Any:
 
 
 def template_of(path: Path) -> bytes:
-    """The trained index at `path` (verified by the caller) without its lists, as bytes. Raises DamagedArtifact."""
+    """Serialize the trained index at `path` (verified by the caller) without its lists. Raises DamagedArtifact."""
     index = _open(path, faiss.IO_FLAG_SKIP_IVF_DATA)
     ivf = ivf_of(index)
     lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
@@ -180,7 +184,7 @@ def template_of(path: Path) -> bytes:
 
 
 def ivf_of(index: Any) -> Any:
-    """The IVF part of an index, behind its transform if it has one."""
+    """The IVF part of an index, after its transform if it has one."""
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     ivf.referenced_objects = [index]  # a bare pointer into `index`, which must live as long
     return ivf
@@ -198,14 +202,14 @@ def threads(count: int) -> Iterator[None]:
 
 
 def train(key: str, metric: str, sample: np.ndarray, seed: int, count: int) -> Any:
-    """An index trained on `sample` (n, D) float32 with `count` threads; it holds no vector."""
+    """Train an index on `sample` (n, D) float32 with `count` threads; it holds no vector."""
     index = empty(key, sample.shape[1], metric)
     ivf = ivf_of(index)
     for clustering in [ivf.cp] + ([ivf.pq.cp] if hasattr(ivf, "pq") else []):
         clustering.seed = seed
-        clustering.min_points_per_centroid = 1  # the plan has already said where points are few
+        clustering.min_points_per_centroid = 1  # the plan already reports too few points
     if hasattr(ivf, "do_polysemous_training"):
-        ivf.do_polysemous_training = False  # serves Hamming filtering, which is not used, and is the slowest step
+        ivf.do_polysemous_training = False  # only for Hamming filtering, which is not used; the slowest step
     if isinstance(index, faiss.IndexPreTransform):
         train_transform(index.chain.at(0), sample, metric)
     with threads(count):
@@ -218,13 +222,13 @@ def train(key: str, metric: str, sample: np.ndarray, seed: int, count: int) -> A
 def train_transform(transform: Any, sample: np.ndarray, metric: str) -> None:
     """Train a rotation or projection on `sample` (n, D).
 
-    Under the inner product a projection must not move the origin, as the mean that faiss subtracts would: it would add
-    an inner product with the mean, which differs from vector to vector, to every score.
+    For the inner product a projection must not shift the origin, as faiss's mean subtraction would: that would add an
+    inner product with the mean, different for every vector, to every score.
     """
     moved = faiss.downcast_VectorTransform(transform)
     if isinstance(moved, faiss.OPQMatrix) and moved.pq is None:
         _quiet(moved)
-    # of evenly spread rows: faiss copies what it is given, and more tell a covariance nothing new
+    # evenly spaced rows: faiss copies its input, and more rows do not improve the covariance
     moved.train(np.ascontiguousarray(sample[:: max(1, len(sample) // TRANSFORM_POINTS)]))
     if metric == "ip" and isinstance(moved, faiss.PCAMatrix):
         faiss.copy_array_to_vector(np.zeros(moved.d_out, np.float32), moved.b)
@@ -242,13 +246,13 @@ def _graph_over_centroids(ivf: Any, links: int) -> None:
 
 
 def to_bytes(index: Any) -> bytes:
-    """`index` in faiss's format."""
+    """Serialize `index` in faiss's format."""
     return bytes(faiss.serialize_index(index).data)
 
 
 @contextmanager
 def _limits(size: int, where: str) -> Iterator[None]:
-    """Let faiss allocate no vector and run no loop larger than its file; the defaults are 1 TB and no limit."""
+    """Limit faiss's allocations and loops to the size of its file; the defaults are 1 TB and no limit."""
     before = faiss.get_deserialization_vector_byte_limit(), faiss.get_deserialization_loop_limit()
     faiss.set_deserialization_vector_byte_limit(size)
     faiss.set_deserialization_loop_limit(size)
@@ -262,13 +266,13 @@ def _limits(size: int, where: str) -> Iterator[None]:
 
 
 def from_bytes(data: bytes, where: str) -> Any:
-    """The index in `data`, which the caller has verified. Raises DamagedArtifact."""
+    """Deserialize the index in `data`, which the caller has verified. Raises DamagedArtifact."""
     with _limits(len(data), where):
         return faiss.deserialize_index(np.frombuffer(data, np.uint8), SMALL)
 
 
 def open_whole(path: Path) -> Any:
-    """The index of one file at `path`, which the caller has verified, its lists mapped from that file, read-only.
+    """Open the single-file index at `path`, which the caller has verified, with its lists memory-mapped read-only.
 
     Raises:
         DamagedArtifact: faiss cannot read it.
@@ -277,10 +281,10 @@ def open_whole(path: Path) -> Any:
 
 
 def open_split(path: Path, lists_path: Path) -> Any:
-    """The index at `path` with its lists mapped read-only from `lists_path`. The caller has verified both files.
+    """Open the index at `path` with its lists mapped read-only from `lists_path`. The caller has verified both files.
 
     Raises:
-        DamagedArtifact: faiss cannot read it, or the lists are of another size than the index says.
+        DamagedArtifact: faiss cannot read it, or the lists file does not have the size that the index expects.
     """
     index = _open(path, faiss.IO_FLAG_SKIP_IVF_DATA)
     lists = lists_of(index)
@@ -289,23 +293,21 @@ def open_split(path: Path, lists_path: Path) -> Any:
             f"{lists_path}: {lists_path.stat().st_size} bytes, but {path.name} expects {lists.totsize}; build it again"
         )
     _check_lists(index, lists, str(path))
-    # faiss's own flag for a moved directory prints to the C stdout, which a job keeps for its results
+    # faiss's flag for a moved directory prints to the C stdout, which is reserved for a job's results
     lists.filename = str(lists_path)
     lists.do_mmap()
     return index
 
 
 def _check_lists(index: Any, lists: Any, where: str) -> None:
-    """Raise DamagedArtifact if a list reaches out of its file: faiss reads what it maps without looking."""
+    """Raise DamagedArtifact if a list extends beyond its file: faiss does not check what it maps."""
     row = lists.code_size + ID_BYTES
     total = 0
     for number in range(lists.nlist):
         size = lists.list_size(number)
         total += size
         if lists.lists.at(number).offset + size * row > lists.totsize:
-            raise DamagedArtifact(
-                f"{where}: list {number} lies outside of {lists.totsize} bytes; build the index again"
-            )
+            raise DamagedArtifact(f"{where}: list {number} is outside of {lists.totsize} bytes; build the index again")
     if total != index.ntotal:
         raise DamagedArtifact(f"{where}: its lists hold {total} vectors, not {index.ntotal}; build the index again")
 
@@ -316,7 +318,7 @@ def _open(path: Path, flags: int) -> Any:
     lists = lists_of(index)
     if not isinstance(lists, faiss.OnDiskInvertedLists):
         raise DamagedArtifact(f"{path}: its lists are not on disk; build the index again")
-    lists.prefetch_nthread = 0  # its 32 threads a call made a single query eight times slower
+    lists.prefetch_nthread = 0  # its 32 threads per call made a single query eight times slower
     return index
 
 
@@ -341,20 +343,20 @@ def list_ids(index: Any, number: int) -> np.ndarray:
 
 
 def list_offsets(index: Any) -> np.ndarray:
-    """Where each list starts in its file, (nlist,) int64 bytes. `index` was opened here."""
+    """Offset of each list in its file, (nlist,) int64 bytes. `index` must have been opened by this module."""
     lists = lists_of(index)
     return np.array([lists.lists.at(i).offset for i in range(lists.nlist)], np.int64)
 
 
 def with_lists_in(index: Any, name: str, sizes: np.ndarray) -> bytes:
-    """`index` as bytes, its lists replaced by the file `name` that holds, list after list, all codes and then all ids.
+    """Serialize `index` with its lists in the file `name`, which holds, list after list, all codes and then all ids.
 
     Args:
         sizes: (nlist,) int64, vectors in each list.
     """
     ivf = ivf_of(index)
     lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, name)
-    counts = np.ascontiguousarray(sizes, np.uint64)  # named, since the pointer below does not keep it alive
+    counts = np.ascontiguousarray(sizes, np.uint64)  # in a variable, since the pointer below does not keep it alive
     lists.set_all_lists_sizes(faiss.swig_ptr(counts))
     lists.totsize = int(sizes.sum()) * (ivf.code_size + ID_BYTES)
     ivf.replace_invlists(lists, True)
@@ -366,14 +368,14 @@ def with_lists_in(index: Any, name: str, sizes: np.ndarray) -> bytes:
 def probe(
     index: Any, queries: np.ndarray, depth: int, nprobe: int, allowed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `depth` nearest by code among `nprobe` lists.
+    """Search the `depth` nearest vectors by code in `nprobe` lists.
 
     Args:
-        allowed: (ceil(ntotal / 8),) uint8, a bit for every ordinal that may be found, lowest first; None allows all.
+        allowed: (ceil(ntotal / 8),) uint8 bitmap of the ordinals to consider, lowest bit first; None allows all.
 
     Returns:
-        ordinals (B, depth) int64, -1 where there are fewer; scores (B, depth) float32 by the codes, higher is nearer:
-        inner product, or minus the Euclidean distance.
+        ordinals (B, depth) int64, padded with -1; scores (B, depth) float32 by the codes, higher is nearer: inner
+        product, or minus the Euclidean distance.
     """
     parameters = _parameters(nprobe, allowed)
     if isinstance(index, faiss.IndexPreTransform):
@@ -388,18 +390,18 @@ def _parameters(nprobe: int, allowed: np.ndarray | None) -> Any:
 
 
 def _scores(index: Any, found: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-    """Scores of what faiss `found` at `ordinals` (B, depth), as `probe` gives them."""
+    """Convert faiss's distances `found` (B, depth) into scores as `probe` returns them."""
     scores = found if index.metric_type == faiss.METRIC_INNER_PRODUCT else -np.sqrt(np.maximum(found, 0))
     return np.where(ordinals >= 0, scores, -np.inf).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """Queries, each with the lists that it looks into.
+    """Queries with the lists to probe for each.
 
     Attributes:
-        vectors: (B, W) float32, behind the transform of the index.
-        lists: (B, P) int64, -1 for none. distances: (B, P) float32, as faiss has them, from the lists' centroids.
+        vectors: (B, W) float32, after the transform of the index.
+        lists: (B, P) int64, -1 for none. distances: (B, P) float32, faiss's distances to the lists' centroids.
     """
 
     vectors: np.ndarray
@@ -411,7 +413,7 @@ class Probes:
         return Probes(self.vectors[rows], self.lists[rows], self.distances[rows])
 
     def within(self, first: int, last: int) -> tuple[np.ndarray, "Probes"]:
-        """The queries that look into lists of [first, last): their rows (n,), and those lists of theirs alone."""
+        """Restrict to lists in [first, last): rows (n,) of the queries that probe any of them, and their probes."""
         inside = (self.lists >= first) & (self.lists < last)
         rows = np.flatnonzero(inside.any(axis=1))
         lists = np.where(inside[rows], self.lists[rows], -1)
@@ -419,7 +421,7 @@ class Probes:
 
 
 def coarse(index: Any, queries: np.ndarray, nprobe: int) -> Probes:
-    """The `nprobe` lists that `probe` looks into for queries (B, D)."""
+    """The `nprobe` lists that `probe` searches for queries (B, D)."""
     moved = _moved(index, queries)
     distances, lists = ivf_of(index).quantizer.search(moved, nprobe)
     return Probes(moved, lists, distances)
@@ -428,12 +430,12 @@ def coarse(index: Any, queries: np.ndarray, nprobe: int) -> Probes:
 def probe_assigned(
     index: Any, probes: Probes, depth: int, allowed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `probe`, in lists that were chosen before."""
+    """As `probe`, in preassigned lists."""
     count, nprobe = probes.lists.shape
     found, ordinals = np.empty((count, depth), np.float32), np.empty((count, depth), np.int64)
     vectors, distances = (np.ascontiguousarray(a, np.float32) for a in (probes.vectors, probes.distances))
     lists, at = np.ascontiguousarray(probes.lists, np.int64), faiss.swig_ptr
-    # by its C name, since the wrapper takes no parameters
+    # the C function, since the Python wrapper accepts no parameters
     ivf_of(index).search_preassigned_c(
         count,
         at(vectors),
@@ -449,12 +451,12 @@ def probe_assigned(
 
 
 def _moved(index: Any, vectors: np.ndarray) -> np.ndarray:
-    """Vectors (n, D) behind the transform of the index, if it has one: (n, W)."""
+    """Vectors (n, D) after the transform of the index, if it has one: (n, W)."""
     return np.asarray(index.chain.at(0).apply(vectors) if isinstance(index, faiss.IndexPreTransform) else vectors)
 
 
 def scanned(index: Any, queries: np.ndarray, nprobes: list[int]) -> list[float]:
-    """Mean number of vectors that a query's probed lists hold, for each of `nprobes` (ascending)."""
+    """Mean number of vectors in the probed lists per query, for each of `nprobes` (ascending)."""
     near = coarse(index, queries, nprobes[-1]).lists
     sizes = np.where(near >= 0, list_sizes(index)[near], 0)
     return [float(sizes[:, :n].sum(axis=1).mean()) for n in nprobes]
@@ -463,7 +465,7 @@ def scanned(index: Any, queries: np.ndarray, nprobes: list[int]) -> list[float]:
 def exact_scores(queries: np.ndarray, candidates: np.ndarray, metric: str) -> np.ndarray:
     """Inner product, or minus the Euclidean distance, of candidates (B, K, D) and queries (B, D): (B, K) float32.
 
-    Each score is a function of its two vectors alone, whatever else is in the batch, so that equal vectors tie exactly.
+    Each score depends on its two vectors only, not on the rest of the batch, so that equal vectors tie exactly.
     """
     if metric == "ip":
         return np.asarray(np.einsum("bd,bkd->bk", queries, candidates), np.float32)
@@ -476,7 +478,7 @@ def exact_nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The min(depth, N) nearest of `vectors` (N, D) for each of `queries` (Q, D): rows and exact scores, best first.
 
-    faiss proposes `spare` more than are asked for, since its sums over a batch round otherwise than `exact_scores`.
+    faiss proposes `spare` extra candidates, since its batched sums round differently from `exact_scores`.
     """
     wanted = min(len(vectors), depth + spare)
     rows = np.empty((len(queries), min(len(vectors), depth)), np.int64)
@@ -493,13 +495,13 @@ def exact_nearest(
 
 
 def top(ordinals: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
-    """The k ordinals of each row (B, C) with the highest scores, ties by ordinal."""
+    """The k ordinals with the highest scores per row (B, C), ties broken by ordinal."""
     order = np.lexsort((ordinals, -scores), axis=1)[:, :k]
     return np.asarray(np.take_along_axis(ordinals, order, 1))
 
 
 def transform(key: str, dim: int) -> Any:
-    """The untrained transform that the first part of a key, such as "PCAR64,", names."""
+    """Create the untrained transform of a key prefix such as "PCAR64,"."""
     kind, first, second = transform_parts(key)
     if kind == "OPQ":
         return faiss.OPQMatrix(dim, first, second or dim)
@@ -513,7 +515,7 @@ def transform_parts(key: str) -> tuple[str, int, int]:
 
 
 def _quiet(rotation: Any) -> None:
-    """Keep an OPQ rotation from printing hundreds of lines on how many vectors its k-means would like to have."""
+    """Silence an OPQ rotation's hundreds of warnings about few training vectors."""
     codes = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
     codes.cp.min_points_per_centroid = 1
     rotation.pq = codes
@@ -521,7 +523,7 @@ def _quiet(rotation: Any) -> None:
 
 
 def shorten(rotation: Any, iterations: int, points: int) -> None:
-    """Let an OPQ rotation learn quickly, on few vectors and without advice on how many it wants."""
+    """Shorten the training of an OPQ rotation: few iterations and vectors, no warnings."""
     _quiet(rotation)
     rotation.niter, rotation.max_train_points = iterations, points
 
@@ -535,7 +537,7 @@ def kmeans(sample: np.ndarray, count: int, metric: str) -> np.ndarray:
 
 
 def trial_index(code: str, centroids: np.ndarray, metric: str, iterations: int, points: int) -> Any:
-    """An index of the codes of key `code` over given centroids (L, W), its codebooks untrained and quick to train."""
+    """Create an index of the codes of key `code` over given centroids (L, W), with codebooks that train quickly."""
     index = empty(f"IVF{len(centroids)},{parse(code)['code']}", centroids.shape[1], metric)
     index.quantizer.train(centroids)
     index.quantizer.add(centroids)
@@ -547,13 +549,14 @@ def trial_index(code: str, centroids: np.ndarray, metric: str, iterations: int, 
 
 
 def scanner(index: Any, code: str) -> Any:
-    """The index that searches the codes of `index`: itself, or packed for the fast-scan kernels."""
+    """`index` ready to search: itself, or packed for the fast-scan kernels."""
     return packed(index) if parse(code)["fast"] else index
 
 
 def assigned(index: Any, vectors: np.ndarray) -> tuple[np.ndarray, float]:
-    """How many of `vectors` (n, D) go to each list (nlist,), and their mean square distance from its centroid, over
-    their mean square length."""
+    """Number of `vectors` (n, D) per list (nlist,), and the mean squared distance to their list's centroid over their
+    mean squared length.
+    """
     moved, ivf = _moved(index, vectors), ivf_of(index)
     near = ivf.quantizer.search(moved, 1)[1][:, 0]
     sizes = np.bincount(near, minlength=ivf.nlist)

@@ -1,4 +1,4 @@
-"""Exact neighbours of some queries: what recall is measured against."""
+"""Exact nearest neighbors of sampled queries, the ground truth of recall."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from zsr.index import faiss_backend
 from zsr.index.storage.embeddings import Vectors
 
 K: Final = 10  # recall is recall@K
-DEPTH: Final = 4 * K  # neighbours kept of each query: enough for equals, and for what a delete takes away
-SPARE: Final = 30  # more proposals than are kept: the fast scores that propose are less exact than those that decide
-TIE: Final = 1e-6  # relative: a neighbour as near as the K-th counts, whichever of two equals was listed
-GROUPS: Final = 64  # tasks at most: what they return is bounded whatever the number of shards
+DEPTH: Final = 4 * K  # neighbors kept per query: spare ones replace deleted items and hold ties
+SPARE: Final = 30  # extra candidates: faiss's batched scores are less exact than those that rank
+TIE: Final = 1e-6  # relative: a neighbor as near as the K-th counts as a hit, whichever of two ties is listed
+GROUPS: Final = 64  # max tasks, so that the size of their results does not grow with the number of shards
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
-    """Queries with their exact neighbours.
+class GroundTruth:
+    """Queries with their exact neighbors.
 
     Attributes:
         queries: (Q, D) float32.
         ordinals: (Q, N) int64, nearest first; -1 where the gallery has fewer.
         scores: (Q, N) float32, exact, higher is nearer; minus infinity where there is none.
-        floor: (Q,) float32, the score down to which a list is whole; minus infinity where it holds all there is.
+        floor: (Q,) float32, the score down to which a list is complete; minus infinity if it holds the whole gallery.
     """
 
     queries: np.ndarray
@@ -40,26 +40,26 @@ class Truth:
         return int(min(K, (self.ordinals >= 0).sum(axis=1).max(initial=0)))
 
     def recall(self, found: np.ndarray) -> float:
-        """Mean share of the k nearest among the first k of `found` (Q, C) ordinals, equals counted as equal."""
+        """Mean fraction of the k nearest among the first k of `found` (Q, C) ordinals; a tie with the k-th is a hit."""
         kth = self.scores[:, self.k - 1 : self.k]
         near = np.where(self.scores >= kth - TIE * np.maximum(1, np.abs(kth)), self.ordinals, -2)
         hits = (found[:, : self.k, None] == near[:, None, :]).any(axis=2).sum(axis=1)
         return float(round(hits.mean() / self.k, 6))
 
-    def rows(self, chosen: np.ndarray | slice) -> "Truth":
+    def rows(self, chosen: np.ndarray | slice) -> "GroundTruth":
         """Some of the queries."""
-        return Truth(self.queries[chosen], self.ordinals[chosen], self.scores[chosen], self.floor[chosen])
+        return GroundTruth(self.queries[chosen], self.ordinals[chosen], self.scores[chosen], self.floor[chosen])
 
-    def without(self, dead: np.ndarray) -> "Truth":
-        """What is left when the ordinals `dead` are gone."""
+    def without(self, dead: np.ndarray) -> "GroundTruth":
+        """The ground truth after the ordinals `dead` are deleted."""
         gone = np.isin(self.ordinals, dead)
         order = np.argsort(gone, axis=1, kind="stable")
         ordinals = np.take_along_axis(np.where(gone, -1, self.ordinals), order, 1)
         scores = np.take_along_axis(np.where(gone, np.float32(-np.inf), self.scores), order, 1)
-        return Truth(self.queries, ordinals, scores, self.floor)
+        return GroundTruth(self.queries, ordinals, scores, self.floor)
 
-    def joined(self, other: "Truth") -> "Truth":
-        """The neighbours of the same queries in two galleries together, as far down as both lists are whole."""
+    def joined(self, other: "GroundTruth") -> "GroundTruth":
+        """The neighbors of the same queries in the union of two galleries, down to where both lists are complete."""
         ordinals, scores = best(
             np.concatenate([self.ordinals, other.ordinals], axis=1),
             np.concatenate([self.scores, other.scores], axis=1),
@@ -67,16 +67,18 @@ class Truth:
         )
         floor = np.maximum(np.maximum(self.floor, other.floor), floor_of(ordinals, scores))
         known = scores >= floor[:, None]
-        return Truth(self.queries, np.where(known, ordinals, -1), np.where(known, scores, -np.inf), floor)
+        return GroundTruth(self.queries, np.where(known, ordinals, -1), np.where(known, scores, -np.inf), floor)
 
-    def sure(self) -> "Truth":
-        """Those queries whose K nearest are known, deletes and all."""
+    def sure(self) -> "GroundTruth":
+        """The queries whose K nearest neighbors are still known after deletes."""
         known = ((self.ordinals >= 0) & (self.scores >= self.floor[:, None])).sum(axis=1)
         return self.rows((known >= K) | np.isneginf(self.floor))
 
-    def renumbered(self, numbers: np.ndarray) -> "Truth":
-        """With ordinal i called numbers[i]."""
-        return Truth(self.queries, np.where(self.ordinals >= 0, numbers[self.ordinals], -1), self.scores, self.floor)
+    def renumbered(self, numbers: np.ndarray) -> "GroundTruth":
+        """The same neighbors, with ordinal i renumbered to numbers[i]."""
+        return GroundTruth(
+            self.queries, np.where(self.ordinals >= 0, numbers[self.ordinals], -1), self.scores, self.floor
+        )
 
 
 def best(ordinals: np.ndarray, scores: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,12 +88,12 @@ def best(ordinals: np.ndarray, scores: np.ndarray, count: int) -> tuple[np.ndarr
 
 
 def floor_of(ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """(Q,) the last score of each full list (Q, N); minus infinity for the others, which hold all there is."""
+    """(Q,) last score of each full list (Q, N); minus infinity for lists that are not full: these are complete."""
     return np.where(ordinals[:, -1] >= 0, scores[:, -1], np.float32(-np.inf))
 
 
 def grouped(shards: Sequence[int]) -> list[dict[str, Any]]:
-    """Shards in at most GROUPS runs, as pieces of work."""
+    """Shards in at most GROUPS runs, as work items."""
     runs = np.array_split(np.asarray(shards), min(len(shards), GROUPS))
     return [{"shards": run.tolist()} for run in runs]
 
@@ -104,12 +106,12 @@ def exact(
     share: float = 1.0,
     seed: int = 0,
     shards: Sequence[int] | None = None,
-) -> Truth:
-    """The nearest of `queries` (Q, D) float32 by exact search, in Ray tasks.
+) -> GroundTruth:
+    """Search the nearest neighbors of `queries` (Q, D) float32 exactly, in Ray tasks.
 
     Args:
-        shards: where to look; everywhere if not given.
-        share: of the rows of each shard that are looked at, drawn by `seed`.
+        shards: shards to search; all if not given.
+        share: fraction of each shard's rows to search, sampled with `seed`.
     """
     shared = {"gallery": gallery, "queries": queries, "depth": depth, "share": share, "seed": seed}
     pieces = grouped(range(len(gallery.shards)) if shards is None else shards)
@@ -121,13 +123,13 @@ def exact(
     near = best(np.concatenate(ordinals, axis=1), np.concatenate(scores, axis=1), depth)
     short = ((0, 0), (0, max(0, depth - near[0].shape[1])))
     padded = np.pad(near[0], short, constant_values=-1), np.pad(near[1], short, constant_values=-np.inf)
-    return Truth(queries, *padded, floor_of(*padded))
+    return GroundTruth(queries, *padded, floor_of(*padded))
 
 
 def _exact_shards(
     piece: Mapping[str, Any], gallery: Vectors, queries: np.ndarray, depth: int, share: float, seed: int
 ) -> dict[str, Any]:
-    """The nearest among the rows of some shards. Runs in a Ray task."""
+    """Nearest neighbors among the rows of some shards. Runs in a Ray task."""
     ordinals, scores = np.full((len(queries), 0), -1), np.full((len(queries), 0), -np.inf, np.float32)
     numbers: Sequence[int] = piece["shards"]
     for shard in numbers:
@@ -141,7 +143,7 @@ def _exact_shards(
 
 
 def drawn(gallery: Vectors, shard: int, share: float, seed: int) -> np.ndarray:
-    """Rows of a shard: all, or a uniform share of at least one, in order."""
+    """Rows of a shard: all, or a uniform sample of the fraction `share` (at least one row), ascending."""
     rows = gallery.starts[shard + 1] - gallery.starts[shard]
     if share >= 1:
         return np.arange(rows)
@@ -150,6 +152,6 @@ def drawn(gallery: Vectors, shard: int, share: float, seed: int) -> np.ndarray:
 
 
 def _count(gallery: Vectors, shard: int, share: float) -> int:
-    """How many rows of a shard `drawn` takes."""
+    """Number of rows that `drawn` returns for a shard."""
     rows = gallery.starts[shard + 1] - gallery.starts[shard]
     return rows if share >= 1 else max(1, round(rows * share))

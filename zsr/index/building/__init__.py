@@ -1,1 +1,1 @@
-"""Build an index: choose its kind, train, add, merge, tune, verify, publish."""
+"""Build an index: choose the index key, train, add, merge, tune, verify, publish."""

@@ -1,13 +1,13 @@
-"""Measure candidate codes on the gallery's own vectors with real queries, before an index is built.
+"""Benchmark candidate codes on gallery vectors with real queries, before an index is built.
 
-What decides whether a code finds the ten nearest is how well it tells the few hundred nearest apart. So the trial looks
-for the exact neighbours of some real sketches among up to a million vectors, trains each code on a uniform sample, and
-asks it to rank those neighbours. A uniform sample alone is too thin: its nearest are far apart, and every code looks
-good. Galleries beyond `POPULATION` are measured at that and at a quarter of it, and the line through both, over the
-logarithm of the size, is followed to the full size.
+Whether a code finds the ten nearest neighbors depends on how well it separates the nearest few hundred. The benchmark
+therefore searches the exact neighbors of real sketches among up to a million vectors, trains each code on a uniform
+sample, and measures how well the code ranks those neighbors. A uniform sample alone is too sparse: its nearest vectors
+are far apart, so every code looks good. For galleries larger than `POPULATION`, recall is measured at that size and at
+a quarter of it, and extrapolated to the full size linearly in the logarithm of the size.
 
-A trial costs at most TRIAL_FRACTION of the build: the codes whose length promises the target come first, and no further
-one is measured when those before have used it.
+The benchmark costs at most TRIAL_FRACTION of the build: codes whose length usually reaches the target come first, and
+no further code starts once this budget is used up.
 
 Shapes: Q queries, N coded vectors, D dimensions, W dimensions after the transform.
 """
@@ -33,47 +33,47 @@ from zsr.index.building.plan import (
     require_budget,
 )
 from zsr.index.building.report import note
-from zsr.index.ground_truth import K, Truth, exact
+from zsr.index.ground_truth import GroundTruth, K, exact
 from zsr.index.storage.embeddings import Vectors
 
 POPULATION: Final = 1_000_000
 QUERIES: Final = 256
-NEAR: Final = 100  # exact neighbours of each query that the codes have to rank
+NEAR: Final = 100  # exact neighbors per query that the codes have to rank
 SAMPLE: Final = 32_768
 SMALLEST_SAMPLE: Final = 4096
-SAMPLED: Final = 8  # vectors of the gallery per vector of the sample: a small gallery builds quickly
-LISTS: Final = 2048  # with 256 the residuals were so long that PQ64 seemed .11 of recall worse than it was
-LIST_POINTS: Final = 16  # vectors of the sample a list
+SAMPLED: Final = 8  # gallery vectors per sample vector: a small gallery builds quickly
+LISTS: Final = 2048  # with 256 lists the residuals were so long that PQ64 measured .11 too low in recall
+LIST_POINTS: Final = 16  # sample vectors per list
 FACTORS: Final = (1, 2, 4, 8)  # candidates re-ranked, in multiples of K
-CODE_ITERATIONS: Final = 6  # of the k-means of product codes; a build takes faiss's 25
-CODE_POINTS: Final = 32  # training vectors a centroid of product codes; a build takes 256
+CODE_ITERATIONS: Final = 6  # k-means iterations of product codes; a build uses faiss's default of 25
+CODE_POINTS: Final = 32  # training vectors per centroid of product codes; a build uses 256
 OPQ_POINTS: Final = 4096
 OPQ_ITERATIONS: Final = 8
-PROBED: Final = 16  # lists that a query is taken to look into when its time is extrapolated
-TRIAL_FRACTION: Final = 0.2  # of the CPU seconds that the cheapest build measured so far is predicted to take
-# recall@10 by bits per dimension: RaBitQ1, 2, 4 and SQ8 on a million vectors; it orders the trials and decides nothing
+PROBED: Final = 16  # lists probed per query, as assumed when query time is extrapolated
+TRIAL_FRACTION: Final = 0.2  # of the predicted CPU seconds of the cheapest build measured so far
+# recall@10 by bits per dimension: RaBitQ1, 2, 4 and SQ8 on a million vectors; only orders the candidates
 PROMISED: Final = ((0.45, 0.67, 0.88, 0.99), (1.0, 2.0, 4.0, 8.0))
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What a trial works on.
+class BenchmarkData:
+    """Vectors, queries and ground truth of the benchmark.
 
     Attributes:
-        sample: (S, D) uniform over the gallery. near: (M, D), every vector that is among the nearest of some query.
-        truth: the queries' neighbours as rows of `near`, among `population` vectors.
-        quarter: (M,) bool, those of `near` that a population of a quarter of the size would hold.
+        sample: (S, D), uniform over the gallery. near: (M, D), the union of all queries' nearest neighbors.
+        truth: the queries' neighbors among `population` vectors, as rows of `near`.
+        quarter: (M,) bool, the rows of `near` that belong to a random quarter of the population.
     """
 
     sample: np.ndarray
     near: np.ndarray
-    truth: Truth
+    truth: GroundTruth
     population: int
     quarter: np.ndarray
     decoded: dict[str, np.ndarray] = field(default_factory=dict)
 
     def scores(self, key: str, found: np.ndarray, metric: str) -> np.ndarray:
-        """Scores of the rows `found` (Q, C) of `near` by the refine codes of `key`: (Q, C)."""
+        """Scores (Q, C) of the rows `found` (Q, C) of `near` by the refine codes of `key`."""
         kind = faiss_backend.parse(key)["refine"] or "whole"
         if kind not in self.decoded:
             codec: Any = faiss_backend.refiner(key, self.sample)
@@ -81,23 +81,23 @@ class Ground:
         return faiss_backend.exact_scores(self.truth.queries, self.decoded[kind][found], metric)
 
 
-def ground_of(gallery: Vectors, queries: Vectors, seed: int) -> Ground:
-    """Two passes over the gallery in Ray tasks: the neighbours and the sample, then the neighbours' vectors."""
+def ground_of(gallery: Vectors, queries: Vectors, seed: int) -> BenchmarkData:
+    """Collect the benchmark data in two passes of Ray tasks: neighbors and sample, then the neighbors' vectors."""
     share = min(1.0, POPULATION / gallery.rows)
     sketches = queries.sample(QUERIES, seed)
     truth = exact(gallery, sketches, depth=NEAR, share=share, seed=seed)
     chosen = np.unique(truth.ordinals[truth.ordinals >= 0])
     places = np.where(truth.ordinals >= 0, np.searchsorted(chosen, truth.ordinals), -1)
-    truth = Truth(truth.queries, places, truth.scores, truth.floor)
+    truth = GroundTruth(truth.queries, places, truth.scores, truth.floor)
     quarter = np.random.default_rng(seed).random(len(chosen)) < 0.25
     size = min(SAMPLE, max(SMALLEST_SAMPLE, gallery.rows // SAMPLED))
-    return Ground(gallery.sample(size, seed), gallery.take(chosen), truth, round(gallery.rows * share), quarter)
+    return BenchmarkData(gallery.sample(size, seed), gallery.take(chosen), truth, round(gallery.rows * share), quarter)
 
 
 def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evidence]:
-    """Evidence for the candidates that fit the budget, the promising ones first, for TRIAL_FRACTION of the build.
+    """Benchmark the candidates that fit the budget, most promising first, within TRIAL_FRACTION of the build.
 
-    Deterministic but for its timings, and for how many candidates are measured: at least one, and none that takes more
+    Deterministic except for the timings and the number of candidates measured: at least one, and none that takes more
     bytes than one that reached the target.
 
     Raises:
@@ -108,7 +108,7 @@ def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evi
     every = [key for code in candidates(count, dim, points) for key in refined(code)]
     fitting = set(require_budget(every, count, dim, metric, config))
     codes = [code for code in candidates(count, dim, points) if fitting & set(refined(code))]
-    note("plan: look for the exact neighbors of %d queries among %d vectors", QUERIES, min(count, POPULATION))
+    note("plan: search the exact neighbors of %d queries among %d vectors", QUERIES, min(count, POPULATION))
     trial = _Trial(ground_of(gallery, queries, config.seed), metric, count, fitting, config.recall_target)
     found: list[Evidence] = []
     clock = time.process_time()
@@ -127,22 +127,22 @@ def measure(gallery: Vectors, queries: Vectors, config: IndexConfig) -> list[Evi
 
 
 def _shown(seen: Sequence[Evidence]) -> str:
-    """Recall of a code, and of the best of its refinements."""
+    """Recall of a code alone and with its best refine code, for the log."""
     own, best = seen[0].recall, max(evidence.recall for evidence in seen)
     return f"recall@{K} {own:.3f}" + (f", {best:.3f} with refine codes" if len(seen) > 1 else "")
 
 
 def _could_win(code: str, found: Sequence[Evidence], gallery: Vectors, target: float) -> bool:
-    """Whether `code` takes about as few bytes as the smallest that has reached the target, or none has; see `rank`."""
+    """Whether `code` is about as small as the smallest code that reached the target, or none did yet; see `rank`."""
     reached = [evidence.bytes for evidence in found if evidence.recall >= target + PROBING_LOSS]
     size = index_bytes(code, gallery.rows, gallery.space.dim, gallery.space.metric)
     return size <= NEAR_BYTES * min(reached, default=size)
 
 
 def by_promise(codes: Sequence[str], dim: int, target: float) -> list[str]:
-    """`codes` by how near their bits per dimension of the gallery are to those that usually reach the target.
+    """Sort `codes` by how close their bits per dimension are to those that usually reach the target.
 
-    Those behind a rotation for product codes come last, since learning it takes longer than many trials.
+    Codes with an OPQ rotation come last, since learning the rotation takes longer than benchmarking many codes.
     """
     wanted = float(np.interp(target + PROBING_LOSS, *PROMISED))
     bits = {code: 8 * faiss_backend.ivf_of(faiss_backend.empty(code, dim, "ip")).code_size / dim for code in codes}
@@ -151,11 +151,13 @@ def by_promise(codes: Sequence[str], dim: int, target: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Moved:
-    """A field behind a transform and a coarse quantizer, which all codes of that transform share.
+    """Benchmark data after a transform, with a coarse quantizer; shared by all codes with that transform.
 
     Attributes:
-        sample, near, queries: (., W). centroids: (L, W). seconds: CPU, of learning the transform and of applying it to
-            one vector; of one distance to a centroid.
+        sample, near, queries: (., W).
+        centroids: (L, W), of the coarse quantizer.
+        learning: CPU seconds to learn the transform. applying: to transform one vector.
+        distance: CPU seconds of one distance to a centroid.
     """
 
     sample: np.ndarray
@@ -167,7 +169,7 @@ class Moved:
     distance: float
 
 
-def _move(ground: Ground, transform: str, metric: str) -> Moved:
+def _move(ground: BenchmarkData, transform: str, metric: str) -> Moved:
     clock = time.process_time()
     sample, near, queries = ground.sample, ground.near, ground.truth.queries
     if transform:
@@ -189,14 +191,14 @@ def _move(ground: Ground, transform: str, metric: str) -> Moved:
 
 
 class _Trial:
-    """Measures one code after the other; what codes behind one transform share is made once."""
+    """Benchmarks one code after the other; transformed data are cached, since codes share them."""
 
-    def __init__(self, ground: Ground, metric: str, count: int, fitting: set[str], target: float) -> None:
+    def __init__(self, ground: BenchmarkData, metric: str, count: int, fitting: set[str], target: float) -> None:
         self.ground, self.metric, self.count, self.fitting, self.target = ground, metric, count, fitting, target
         self.moved = cache(lambda transform: _move(ground, transform, metric))
 
     def of(self, code: str) -> list[Evidence]:
-        """Evidence for `code` and those of its refinements that fit the budget."""
+        """Measure `code` alone and with each refine code that fits the budget."""
         moved, dim = self.moved(faiss_backend.parse(code)["transform"] or ""), self.ground.sample.shape[1]
         timing = _Timing(moved)
         found = _coded(self.ground, moved, code, self.metric, timing)
@@ -209,14 +211,14 @@ class _Trial:
 
 
 class _Timing:
-    """CPU seconds of one code, measured on the field and extrapolated."""
+    """CPU seconds of one code, measured on the benchmark data and extrapolated."""
 
     def __init__(self, moved: Moved) -> None:
         self.moved = moved
-        self.train = self.encode = self.scan = 0.0  # of training; a vector; a vector and query
+        self.train = self.encode = self.scan = 0.0  # for training; per vector; per vector and query
 
     def build(self, code: str, count: int, dim: int) -> float:
-        """Of a build of `count` vectors: transform, k-means over the lists, codebooks, and adding."""
+        """CPU seconds to build an index of `count` vectors: transform, k-means of the lists, codebooks, adding."""
         nlist = faiss_backend.list_count(code)
         points = min(count, 64 * nlist)
         links = faiss_backend.parse(code)["links"]
@@ -227,13 +229,13 @@ class _Timing:
         return self.moved.learning + lists + self.train * more + adding
 
     def query(self, code: str, count: int) -> float:
-        """Of a query that looks into PROBED lists."""
+        """CPU seconds of a query that probes PROBED lists."""
         nlist = faiss_backend.list_count(code)
         return nlist * self.moved.distance + PROBED * count / nlist * self.scan
 
 
-def _coded(ground: Ground, moved: Moved, code: str, metric: str, timing: _Timing) -> np.ndarray:
-    """Rows of `near` in the order that the codes give them, for every query: (Q, NEAR and more)."""
+def _coded(ground: BenchmarkData, moved: Moved, code: str, metric: str, timing: _Timing) -> np.ndarray:
+    """Rows of `near` ranked by the codes, for every query: (Q, C)."""
     index = faiss_backend.trial_index(code, moved.centroids, metric, CODE_ITERATIONS, CODE_POINTS)
     clock = time.process_time()
     index.train(moved.sample)
@@ -250,8 +252,10 @@ def _coded(ground: Ground, moved: Moved, code: str, metric: str, timing: _Timing
     return ordinals
 
 
-def _recall(ground: Ground, key: str, found: np.ndarray, metric: str, count: int, target: float) -> tuple[float, int]:
-    """recall@10 at full size, and the smallest factor of re-ranking that reaches the target, or the best."""
+def _recall(
+    ground: BenchmarkData, key: str, found: np.ndarray, metric: str, count: int, target: float
+) -> tuple[float, int]:
+    """recall@10 at full size, and the smallest refine factor that reaches the target, or else the best one."""
     factors = FACTORS if _refines(key) else (1,)
     scores = (
         ground.scores(key, found, metric) if _refines(key) else -np.broadcast_to(np.arange(found.shape[1]), found.shape)
@@ -276,7 +280,7 @@ def _refines(key: str) -> bool:
     return bool(parts["refine"] or parts["exact"])
 
 
-def _ranked(truth: Truth, found: np.ndarray, scores: np.ndarray, factor: int) -> float:
-    """recall@10 of the first candidates (Q, C), the best by `scores` (Q, C) first."""
+def _ranked(truth: GroundTruth, found: np.ndarray, scores: np.ndarray, factor: int) -> float:
+    """recall@10 of the first K * factor candidates of `found` (Q, C), re-ranked by `scores` (Q, C)."""
     near, scores = found[:, : K * factor], scores[:, : K * factor]
     return truth.recall(faiss_backend.top(near, np.where(near >= 0, scores, -np.inf), K))

@@ -1,7 +1,7 @@
 """Build an index: plan -> sample -> train -> add -> merge -> tune -> verify -> publish.
 
-Every stage leaves pieces with receipts in staging, so that a killed build goes on where it stopped. The bytes depend on
-the embeddings, the queries and the plan, not on how many tasks ran, on how many machines, or how often one was killed.
+Every stage leaves pieces with receipts in staging, so that a killed build resumes where it stopped. The bytes depend on
+the embeddings, the queries and the plan only, not on the number of tasks, machines or restarts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from zsr.index.building import benchmark, drift, report
 from zsr.index.building.plan import Evidence, IndexConfig, IndexPlan, plan, unmeasured
 from zsr.index.building.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.building.tune import queries_of, tune
-from zsr.index.ground_truth import Truth, exact
+from zsr.index.ground_truth import GroundTruth, exact
 from zsr.index.searching.searcher import GOLDEN, Searcher, golden_table
 from zsr.index.storage import inverted_lists
 from zsr.index.storage.embeddings import Vectors
@@ -48,14 +48,14 @@ def added_name(shard: int) -> str:
 
 
 def evidence_plan(gallery: Vectors, queries: Vectors, config: IndexConfig) -> Plan:
-    """What shapes the measurements of the candidates."""
+    """The inputs and settings that determine the benchmark of the candidates."""
     shaped = config.model_dump(include={"recall_target", "max_index_memory_usage", "train_size", "seed"})
     parents = {"embeddings": gallery.artifact.digest, "queries": queries.artifact.digest}
     return Plan("index-plan", shaped, parents)
 
 
 def kept_evidence(work: Plan, store: Store) -> list[Evidence] | None:
-    """What an earlier run measured and kept under `store`/plans; None if there is nothing. Writes nothing."""
+    """Measurements that an earlier run stored under `store`/plans, or None. Writes nothing."""
     kept = Store.at(f"{store}/plans")
     found = (kept.open(kept.digest_of(number)) for number in reversed(kept.versions()))
     done = next((artifact for artifact in found if artifact.plan == work.digest), None)
@@ -63,7 +63,7 @@ def kept_evidence(work: Plan, store: Store) -> list[Evidence] | None:
 
 
 def measured(gallery: Vectors, queries: Vectors, config: IndexConfig, store: Store) -> list[Evidence]:
-    """Evidence for the candidates, measured once for the same inputs and flags and kept under `store`/plans.
+    """Benchmark the candidates, once per inputs and flags; the measurements are stored under `store`/plans.
 
     Raises:
         Infeasible: no candidate fits the budget.
@@ -77,15 +77,15 @@ def measured(gallery: Vectors, queries: Vectors, config: IndexConfig, store: Sto
 
 
 class Unmeasured(ConfigError):
-    """The kind of index is chosen by measurements, which were not made yet."""
+    """The index key depends on a benchmark that has not run yet."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One build: its inputs, opened and found to belong together, and what will be made of them.
+    """One build: its inputs, opened and checked for compatibility, and the index to build.
 
     Attributes:
-        queries: what it is tuned on; the gallery itself where there are no others.
+        queries: what it is tuned on; the gallery itself if no queries were given.
     """
 
     gallery: Vectors
@@ -106,12 +106,12 @@ class Job:
         """Plan the index of `embeddings`, to be tuned on `queries`.
 
         Args:
-            queries: such as those that will be asked; None tunes on rows of the gallery.
-            store: of the index; what is measured for the plan is kept there and found again.
-            measure: whether candidates may be measured, which takes from seconds to minutes.
+            queries: representative of later searches; None tunes on rows of the gallery.
+            store: of the index; it also caches the measurements of candidates.
+            measure: whether to benchmark candidates, which takes from seconds to minutes.
 
         Raises:
-            Unmeasured: candidates have to be measured first, and may not be.
+            Unmeasured: candidates must be benchmarked first, and `measure` is False.
             ConfigError: queries of another checkpoint, width or metric; a key that does not fit; Infeasible budgets.
         """
         gallery, sketches = Vectors.of(embeddings), Vectors.of(embeddings if queries is None else queries)
@@ -131,14 +131,14 @@ class Job:
         if not measure:
             known = None if store is None else kept_evidence(evidence_plan(gallery, queries, config), store)
             if known is None:
-                raise Unmeasured("candidates are to be measured before one is chosen; `zsr index plan` measures them")
+                raise Unmeasured("the candidates have not been benchmarked yet; `zsr index plan` does so")
             return known
         return (
             benchmark.measure(gallery, queries, config) if store is None else measured(gallery, queries, config, store)
         )
 
     def artifact_plan(self) -> Plan:
-        """What shapes the bytes: budgets and the number of workers do so only through the plan that they led to."""
+        """What determines the bytes; budgets and the number of workers do so only through the chosen plan."""
         config = {
             "index_key": self.chosen.index_key,
             "train_size": self.chosen.train_size,
@@ -152,7 +152,7 @@ class Job:
 
     @property
     def tuned_on(self) -> str:
-        """Which vectors recall is measured with: a modality, or rows of the gallery itself."""
+        """The queries that recall is measured with: a modality, or rows of the gallery itself."""
         if self.queries.artifact.digest == self.gallery.artifact.digest:
             return "gallery rows"
         return str(self.queries.artifact.facts.get("modality", "queries"))
@@ -163,7 +163,7 @@ class Job:
         return runs_of(self.gallery, self.config.segment_rows)
 
     def as_json(self) -> dict[str, Any]:
-        """What a build would do."""
+        """The build as `zsr index plan` prints it."""
         return {
             **self.chosen.as_json(),
             "stages": list(STAGES),
@@ -176,7 +176,7 @@ class Job:
 
 
 def runs_of(gallery: Vectors, most: int) -> list[range]:
-    """Consecutive shards of at most `most` rows together; a larger shard alone."""
+    """Runs of consecutive shards with at most `most` rows in total; a larger shard is a run of its own."""
     runs, first = [], 0
     for shard in range(1, len(gallery.shards) + 1):
         if shard == len(gallery.shards) or gallery.starts[shard + 1] - gallery.starts[first] > most:
@@ -186,20 +186,20 @@ def runs_of(gallery: Vectors, most: int) -> list[range]:
 
 
 def build(job: Job, store: Store) -> Published:
-    """The index that `job` describes, as a version of `store`; the one made before if the same job ran already.
+    """Build the index of `job` and publish it as a version of `store`; if the same job ran before, return its result.
 
     Raises:
         QualityGateFailed: the recall target cannot be met; nothing is published.
-        DamagedArtifact: an input or a staged piece is not what was written.
+        DamagedArtifact: the bytes of an input or a staged piece do not match their digest.
         DiskFull, StorageError, AlreadyPublished: see `zsr.artifact`.
     """
     task = job.artifact_plan()
     if made := store.made(task, check=lambda artifact: verify(Searcher.of(artifact))):
         progress.up_to_date("index build", store, store.versions())
         return Published(made, version_of(store, made.digest))
-    staging, clock, key = store.staging(task), report.Ledger(), job.chosen.index_key
+    staging, clock, key = store.staging(task), report.BuildReport(), job.chosen.index_key
     report.note("%s", "; ".join(job.chosen.reasons))
-    asked = job.queries.sample(queries_of(key), job.config.seed)  # first: one that is not finite ends the job now
+    asked = job.queries.sample(queries_of(key), job.config.seed)  # first, so that a non-finite query fails early
     with clock.stage("sample"):
         clock.tasks("sample", sample(job, staging))
     with clock.stage("train"):
@@ -218,7 +218,7 @@ def build(job: Job, store: Store) -> Published:
 
 
 def sample(job: Job, staging: Staging) -> list[dict[str, Any]]:
-    """Stage the training vectors, uniform over all shards and in row order, one Ray task a shard; what each cost."""
+    """Stage the training vectors, uniform over all shards and in row order, one Ray task per shard; return costs."""
     if staging.finished(CODEC, scratch=True):
         return []
     todo = [piece for piece in drawn(job) if staging.finished(sample_name(piece["shard"]), scratch=True) is None]
@@ -230,7 +230,7 @@ def sample(job: Job, staging: Staging) -> list[dict[str, Any]]:
 
 
 def drawn(job: Job) -> list[dict[str, Any]]:
-    """Which rows of which shard are trained on."""
+    """The training rows of each shard, as work items."""
     return job.gallery.pieces(job.gallery.drawn(job.chosen.train_size, job.config.seed))
 
 
@@ -259,7 +259,7 @@ def staged_sample(job: Job, staging: Staging) -> np.ndarray:
 
 
 def train(job: Job, staging: Staging) -> None:
-    """Stage the trained, empty template, the codec of the refine codes, and what the sample looks like under them."""
+    """Stage the trained, empty template, the codec of the refine codes, and the sample's statistics for `drift`."""
     if staging.finished(CODEC, scratch=True):
         return
     vectors = staged_sample(job, staging)
@@ -281,7 +281,7 @@ def add(
     """Stage the index, id map and refine codes of the shards, one Ray task each, and return what each task cost.
 
     Args:
-        shards: which; all if not given. Segment names are given when they are merged.
+        shards: numbers of the shards; all if not given. Segment names are assigned by `merge`.
     """
     chosen = range(len(gallery.shards)) if shards is None else shards
     todo = [{"shard": i} for i in chosen if not all(_finished(staging, name) for name in scratch_names(i, key))]
@@ -293,7 +293,7 @@ def add(
 
 
 def scratch_names(shard: int, key: str) -> list[str]:
-    """What an add task leaves."""
+    """The scratch pieces that an add task writes."""
     parts = faiss_backend.parse(key)
     refine = [f"add/{refine_name(shard)}"] if parts["refine"] or parts["exact"] else []
     return [added_name(shard), f"add/{ids_name(shard)}", *refine]
@@ -324,7 +324,7 @@ def _add_shard(piece: Mapping[str, Any], gallery: Vectors, staging: Staging, key
 
 
 def _refine(vectors: np.ndarray, staging: Staging, key: str) -> bytes:
-    """Refine codes or whole vectors as the key asks for them; nothing if it does not."""
+    """Refine codes or full vectors as the key requires; empty if it has no refine codes."""
     if faiss_backend.parse(key)["exact"]:
         return vectors.astype(vectors.dtype.newbyteorder("<"), copy=False).tobytes()
     codec = staging.read(CODEC, scratch=True)
@@ -336,7 +336,7 @@ def _refine(vectors: np.ndarray, staging: Staging, key: str) -> bytes:
 
 
 def merge_all(job: Job, staging: Staging) -> None:
-    """Stage every segment, see `merge`."""
+    """Stage every segment; see `merge`."""
     starts = job.gallery.starts
     with progress.stage("merge", job.gallery.rows):
         for number, run in enumerate(job.segments):
@@ -379,7 +379,7 @@ def staged_spec(staging: Staging, segment: str) -> Spec:
 
 
 def staged_segment(staging: Staging, spec: Spec, gallery_space: Any, key: str) -> Segment:
-    """A staged segment, hashed again and opened."""
+    """Verify the hashes of a staged segment and open it."""
     prefix = f"{spec.name}/"
     files = {
         n.removeprefix(prefix): inverted_lists.staged(staging, n) for n in staging.pieces() if n.startswith(prefix)
@@ -388,7 +388,7 @@ def staged_segment(staging: Staging, spec: Spec, gallery_space: Any, key: str) -
 
 
 def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any], report.Tuning]:
-    """Tune the staged index, stage its golden queries, and return the facts of its manifest.
+    """Tune the staged index, stage its golden queries, and return the metadata of its manifest.
 
     Args:
         asked: (Q, D) float32, queries to tune on.
@@ -428,7 +428,7 @@ def finish(job: Job, staging: Staging, asked: np.ndarray) -> tuple[dict[str, Any
     return facts, report.Tuning.of(Searcher(segments, facts, np.empty(0, np.int64), {}), sketches, point, curve)
 
 
-def truths(gallery: Vectors, sketches: np.ndarray, count: int, seed: int) -> tuple[Truth, Truth]:
+def truths(gallery: Vectors, sketches: np.ndarray, count: int, seed: int) -> tuple[GroundTruth, GroundTruth]:
     """Exact neighbors of queries (Q, D) float32, and of `count` gallery vectors."""
     own = gallery.sample(count, seed + 1)
     both = exact(gallery, np.concatenate([sketches, own]))

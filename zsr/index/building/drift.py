@@ -1,4 +1,4 @@
-"""Whether new vectors still look like those that an index was trained on."""
+"""Drift: whether new vectors still match the distribution that an index was trained on."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,19 +10,19 @@ from zsr.artifact import Json, canonical
 from zsr.index import faiss_backend
 
 FOUND: Final = "trained_on.json"
-MORE_ERROR: Final = 1.2  # times the sample's quantisation error from which on a retrain is due
-LESS_BALANCE: Final = 2.0  # times the sample's imbalance
-FEWEST: Final = 1000  # vectors below which balance says nothing
+MORE_ERROR: Final = 1.2  # a retrain is due above this multiple of the training sample's quantization error
+LESS_BALANCE: Final = 2.0  # a retrain is due above this multiple of the training sample's imbalance
+FEWEST: Final = 1000  # min vectors for a meaningful imbalance
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How some vectors lie among the lists of a template.
+    """Distribution of some vectors over the lists of a template.
 
     Attributes:
-        rows: vectors looked at.
-        error: mean square distance from a vector to the centroid of its list, over the mean square length of vectors,
-            both after the transform.
+        rows: number of vectors.
+        error: mean squared distance from a vector to the centroid of its list, over the mean squared length of the
+            vectors, both after the transform.
         imbalance: see `imbalance`.
     """
 
@@ -32,7 +32,7 @@ class Spread:
 
     @classmethod
     def of(cls, template: Any, vectors: np.ndarray) -> "Spread":
-        """Of `vectors` (n, D) float32 under a trained index."""
+        """Measure `vectors` (n, D) float32 under a trained index."""
         with faiss_backend.threads(1):
             sizes, error = faiss_backend.assigned(template, vectors)
         return cls(len(vectors), round(error, 6), imbalance(sizes))
@@ -49,22 +49,21 @@ class Spread:
 
 
 def imbalance(sizes: np.ndarray) -> float:
-    """nlist times the chance that two vectors share a list, of list sizes (nlist,): 1 if all are equal."""
+    """nlist times the probability that two vectors share a list, for list sizes (nlist,): 1 if all are equal."""
     share = sizes / max(1, sizes.sum())
     return round(float(len(sizes) * np.square(share).sum()), 6)
 
 
 def report(trained_on: Json, new: Spread, sizes: np.ndarray) -> dict[str, Any]:
-    """The training sample beside the new vectors and the whole index, and whether a retrain is due, and why.
+    """Compare the training sample with the new vectors and the whole index: whether a retrain is due, and why.
 
-    New vectors are to lie as near to their centroids as the sample did. The lists are to stay as even as the sample
-    filled them, and of those the whole index counts: a shard that was written class by class fills few lists, and
-    slows no search down. n vectors put at random into L lists have an imbalance of about 1 + L / n, which is taken off
-    first.
+    Two criteria: the quantization error of the new vectors, and the imbalance of the lists. The imbalance is that of
+    the whole index, since a shard written class by class fills few lists without slowing search down. n vectors put at
+    random into L lists have an imbalance of about 1 + L / n; L / n is subtracted first.
 
     Args:
         new: of the new vectors.
-        sizes: (nlist,) vectors in each list of the whole index after the change, deleted ones with them.
+        sizes: (nlist,) vectors in each list of the whole index after the change, deleted ones included.
     """
     old, whole = Spread(**trained_on), {"rows": int(sizes.sum()), "imbalance": imbalance(sizes)}
     why = []

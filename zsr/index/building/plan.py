@@ -1,6 +1,6 @@
-"""Which index to build: candidates, bytes and memory, and the choice among candidates that were measured.
+"""Choose the index to build: candidate keys, bytes and memory, and the ranking of measured candidates.
 
-`zsr.index.building.benchmark` measures the candidates on the gallery itself; nothing here reads a vector.
+`zsr.index.building.benchmark` measures the candidates on the gallery; this module reads no vector.
 """
 
 import math
@@ -14,15 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from zsr.errors import ConfigError, Infeasible
 from zsr.index import faiss_backend
 
-POINTS_PER_CENTROID: Final = 39  # below it faiss calls a k-means poorly trained
+POINTS_PER_CENTROID: Final = 39  # below this, faiss warns that a k-means is poorly trained
 TRAIN_POINTS_PER_LIST: Final = 64
-GRAPH_FROM_LISTS: Final = 16384  # from here on comparing a query with every centroid costs more than scanning lists
-EXACT_ROWS: Final = 50_000  # galleries up to this size are searched exactly: a query compares all in milliseconds
-WHOLE_BYTES: Final = 32 << 20  # larger ones up to this size keep their vectors whole: no code is worth its loss
-WHOLE_CODES: Final = ("Flat", "SQfp16", "SQ8")  # from the largest; what these lose of recall needs no measurement
-SCALAR_POINTS: Final = 65_536  # training vectors of scalar codes: each dimension's range, beyond which values are cut
-PROBING_LOSS: Final = 0.02  # of recall, that the lists not looked into may cost beside what the codes lose
-NEAR_RECALL: Final = 0.01  # candidates this close in recall are told apart by their cost
+GRAPH_FROM_LISTS: Final = 16384  # from here on, comparing a query with every centroid costs more than scanning lists
+EXACT_ROWS: Final = 50_000  # galleries up to this size are searched exactly: a full scan takes milliseconds
+WHOLE_BYTES: Final = 32 << 20  # larger ones up to this size keep (almost) uncompressed vectors: they are small anyway
+WHOLE_CODES: Final = ("Flat", "SQfp16", "SQ8")  # largest first; their loss of recall is too small to need measurement
+SCALAR_POINTS: Final = 65_536  # training vectors of scalar codes, for each dimension's range; values beyond are clipped
+PROBING_LOSS: Final = 0.02  # recall that lists not probed may cost, in addition to the loss of the codes
+NEAR_RECALL: Final = 0.01  # candidates this close in recall are ranked by cost
 NEAR_BYTES: Final = 1.05
 SEGMENT_ROWS: Final = 100_000_000
 UNITS: Final = {"B": 1} | {
@@ -36,16 +36,16 @@ class IndexConfig(BaseModel):
     """How to build an index.
 
     Attributes:
-        index_key: faiss factory key, such as Flat (exact search) or IVF1024,PQ32,RFlat; chosen if not given: exact
-            search up to 50,000 vectors, beyond that what is measured.
-        recall_target: recall@10 against exact search that the sketches must reach, or nothing is published.
-        max_index_memory_usage: most bytes of codes, ids, centroids and refine codes, such as 1GB or 900MiB.
-        current_memory_available: most bytes of memory that one process of the build may use.
-        train_size: most vectors to train on; enough for the lists and codes if not given.
+        index_key: faiss factory key, such as Flat (exact search) or IVF1024,PQ32,RFlat. If not given: exact search up
+            to 50,000 vectors, beyond that chosen by a benchmark of candidates.
+        recall_target: min recall@10 of the sketch queries against exact search; below it nothing is published.
+        max_index_memory_usage: max bytes of codes, ids, centroids and refine codes, such as 1GB or 900MiB.
+        current_memory_available: max memory of one build process, such as 16GB.
+        train_size: max training vectors; enough for the lists and codes if not given.
         seed: of the training sample and of k-means.
-        threads: of training; part of what shapes the bytes, therefore not taken from the machine.
-        segment_rows: most vectors in one file of lists; beyond it the index becomes segments that share a template.
-        num_workers: most shards to add at once; as many as the cluster has cores if not given.
+        threads: training threads; they affect the bytes of the index, so they are not detected from the machine.
+        segment_rows: max vectors per file of lists; a larger index is split into segments that share a template.
+        num_workers: max shards to add in parallel; the number of CPUs of the cluster if not given.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,13 +63,13 @@ class IndexConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What was measured of one candidate on the gallery's own vectors, and what that comes to at full size.
+    """Measurements of one candidate on gallery vectors, extrapolated to full size.
 
     Attributes:
         index_key: the candidate.
         bytes: of codes, ids, centroids and refine codes at full size.
-        recall: recall@10 of real queries with every list looked into.
-        refine_factor: candidates re-ranked, in multiples of k, for that recall.
+        recall: recall@10 of real queries with every list probed.
+        refine_factor: candidates re-ranked for that recall, in multiples of k.
         build_seconds: CPU seconds of training and adding, extrapolated; query_seconds: of one query.
     """
 
@@ -84,23 +84,23 @@ class Evidence:
         return asdict(self)
 
     def lasting(self) -> dict[str, Any]:
-        """Without the timings, which another run would not repeat: what a manifest may hold."""
+        """The reproducible fields, without timings: a manifest may hold only these."""
         return {name: value for name, value in asdict(self).items() if not name.endswith("seconds")}
 
 
 @dataclass(frozen=True, slots=True)
 class IndexPlan:
-    """What will be built.
+    """The index to build.
 
     Attributes:
         index_key: faiss factory key.
         count, dim, metric: of the gallery.
         nlist: inverted lists.
         train_size: vectors to train on.
-        index_bytes: codes, ids, centroids, codebooks and refine codes. What a server keeps warm.
-        peak_memory: bytes of the hungriest process of the build, estimated.
-        reasons: why, one sentence each.
-        evidence: the candidates that were measured, best first; none where the key was given or the gallery is small.
+        index_bytes: codes, ids, centroids, codebooks and refine codes: the memory that a server needs.
+        peak_memory: estimated peak memory in bytes of the largest build process.
+        reasons: one sentence each.
+        evidence: measured candidates, best first; empty if the key was given or the gallery is small.
     """
 
     index_key: str
@@ -123,10 +123,10 @@ class IndexPlan:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes that a size such as 1GB (10^9), 1.5GiB (1.5 * 2^30) or 4096B names.
+    """Parse a size such as 1GB (10^9), 1.5GiB (1.5 * 2^30) or 4096B into bytes.
 
     Raises:
-        ConfigError: no unit, an unknown one, or not a positive number.
+        ConfigError: no unit, an unknown unit, or not a positive number.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)", text)
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
@@ -138,7 +138,7 @@ def parse_bytes(text: str) -> int:
 
 
 def show_bytes(size: float) -> str:
-    """`size` rounded up to a form that `parse_bytes` reads back as no less."""
+    """Format `size` rounded up, so that `parse_bytes` never returns less."""
     for unit in ("TB", "GB", "MB", "KB"):
         if size >= UNITS[unit]:
             return f"{math.ceil(size / UNITS[unit] * 10) / 10:g}{unit}"
@@ -154,15 +154,15 @@ def lists_for(count: int, points: int) -> int:
 
 
 def lists_key(count: int, points: int) -> str:
-    """The part of a key that names the lists, with a graph over their centroids where they are many."""
+    """The IVF part of a key, with an HNSW graph over the centroids if there are many lists."""
     nlist = lists_for(count, points)
     return f"IVF{nlist}{'_HNSW32' if nlist >= GRAPH_FROM_LISTS else ''}"
 
 
 def unmeasured(count: int, dim: int, metric: str, config: IndexConfig) -> str | None:
-    """The key of a gallery that is small enough to keep its vectors whole, within the budget; nothing is measured then.
+    """The key of a gallery small enough to store vectors (almost) uncompressed within the budget, without a benchmark.
 
-    None where the gallery is too large, or the budget too small, to choose without a measurement.
+    None if the gallery is too large, or the budget too small, to choose without a benchmark.
     """
     if count <= EXACT_ROWS:
         keys = list(WHOLE_CODES)
@@ -174,18 +174,18 @@ def unmeasured(count: int, dim: int, metric: str, config: IndexConfig) -> str | 
 
 
 def candidates(count: int, dim: int, points: int) -> list[str]:
-    """Keys to measure where nothing is chosen `unmeasured`, without refine codes: see `refined`."""
+    """Keys to benchmark if `unmeasured` returns none, without refine codes: see `refined`."""
     lists = lists_key(count, points)
     keys = []
     for transform, width in transforms(dim):
-        # a rotation for product codes is learnt for these codes, and slowly
+        # OPQ is learned for product codes, and slowly
         codes = [c for c in _codes(width) if c.startswith("PQ") or not transform.startswith("OPQ")]
         keys += [f"{transform}{lists},{code}" for code in codes]
     return keys
 
 
 def transforms(dim: int) -> list[tuple[str, int]]:
-    """What may be done to vectors before they are coded, and the dimension that it leaves."""
+    """Transforms to try before coding, as key prefix and output dimension."""
     found = [("", dim)]
     found += [(f"PCAR{width},", width) for width in (dim * 5 // 8 // 8 * 8, dim // 2 // 8 * 8) if 16 <= width < dim]
     if dim % 4 == 0 and dim >= 32:
@@ -194,7 +194,7 @@ def transforms(dim: int) -> list[tuple[str, int]]:
 
 
 def _codes(width: int) -> list[str]:
-    """Codes of vectors of `width` dimensions: product codes that divide it, and a few bits a dimension."""
+    """Codes to try for `width` dimensions: product codes that divide it, RaBitQ and scalar codes."""
     most = [m for m in range(1, width + 1) if width % m == 0]
     products = [m for m in most if 2 * m <= width < 9 * m][-3:]
     return [
@@ -227,15 +227,15 @@ def index_bytes(key: str, count: int, dim: int, metric: str) -> int:
 
 
 def limit_of(config: IndexConfig) -> float:
-    """The budget in bytes; infinite where none was given."""
+    """The budget in bytes; infinite if none was given."""
     return math.inf if config.max_index_memory_usage is None else parse_bytes(config.max_index_memory_usage)
 
 
 def require_budget(keys: Sequence[str], count: int, dim: int, metric: str, config: IndexConfig) -> list[str]:
-    """Those of `keys` that fit the budget.
+    """Return those of `keys` that fit the budget.
 
     Raises:
-        Infeasible: none does; names the smallest and what it needs.
+        Infeasible: none fits; the message names the smallest key and the bytes it needs.
     """
     sizes = {key: index_bytes(key, count, dim, metric) for key in keys}
     fitting = [key for key, size in sizes.items() if size <= limit_of(config)]
@@ -250,10 +250,10 @@ def require_budget(keys: Sequence[str], count: int, dim: int, metric: str, confi
 
 
 def rank(evidence: Sequence[Evidence], target: float) -> tuple[list[Evidence], str]:
-    """Measured candidates from best to worst, and by which rule.
+    """Rank measured candidates from best to worst, and state the rule.
 
-    Where some reach `target` with room for what probing loses, the fewest bytes win, and among about equal bytes the
-    least CPU time; otherwise the highest recall, and among about equal recall the least CPU time.
+    If some reach `target` plus PROBING_LOSS, the fewest bytes win, and among about equal bytes the least CPU time;
+    otherwise the highest recall wins, and among about equal recall the least CPU time.
     """
     good = [e for e in evidence if e.recall >= target + PROBING_LOSS]
     if good:
@@ -278,15 +278,16 @@ def plan(
     largest_shard: int = 0,
     evidence: Sequence[Evidence] = (),
 ) -> IndexPlan:
-    """The index for `count` vectors of length `dim`.
+    """Choose the index for `count` vectors of dimension `dim`.
 
     Args:
         largest_shard: rows of the largest shard, which one add task holds in memory.
-        evidence: candidates measured by `zsr.index.building.benchmark`, where no key is given and none is `unmeasured`.
+        evidence: candidates measured by `zsr.index.building.benchmark`; required if no key is given and `unmeasured`
+            returns none.
 
     Raises:
-        ConfigError: a key or size that is not understood, or a key that does not fit `dim`.
-        Infeasible: too few vectors for the key, or a budget that no candidate meets; names the nearest that can be met.
+        ConfigError: an invalid key or size, or a key that does not fit `dim`.
+        Infeasible: too few vectors for the key, or a budget that no candidate meets; names the smallest that would do.
     """
     ranked: list[Evidence] = []
     if config.index_key is not None:
@@ -303,7 +304,7 @@ def plan(
         reasons.append("exact search: a query is compared with every vector")
     size, nlist = index_bytes(key, count, dim, metric), faiss_backend.list_count(key)
     train_size = _train_size(key, count, dim, metric, config, reasons)
-    # a shard as it arrives and as float32, its index twice while that is written
+    # the shard as stored and as float32, and its index twice while that is serialized
     adding = largest_shard * (dim * 16 + 2 * size // count)
     peak = max(_training_memory(train_size, nlist, dim), adding)
     _check_memory(config.current_memory_available, peak, train_size, largest_shard)
@@ -311,16 +312,16 @@ def plan(
 
 
 def _require_lists(key: str, count: int) -> None:
-    """Raise Infeasible for more lists than vectors, before faiss allocates them."""
+    """Raise Infeasible if there are more lists than vectors, before faiss allocates them."""
     if (lists := faiss_backend.list_count(key)) > count:
         raise Infeasible(
-            f"--index-key {key!r} makes {lists} lists: {count} vectors are too few; give at most IVF{count}, "
+            f"--index-key {key!r} has {lists} lists: {count} vectors are too few; give at most IVF{count}, "
             "or Flat for exact search"
         )
 
 
 def _train_size(key: str, count: int, dim: int, metric: str, config: IndexConfig, reasons: list[str]) -> int:
-    """Vectors to train on: enough for lists and codes, no more than the gallery, the cap and the memory allow."""
+    """Number of training vectors: enough for lists and codes, limited by gallery, `train_size` and memory."""
     ivf = faiss_backend.ivf_of(faiss_backend.empty(key, dim, metric))
     centroids = ivf.pq.ksub if hasattr(ivf, "pq") else 1
     scalar = SCALAR_POINTS if re.search("SQ[468]", key) else 0
@@ -345,7 +346,7 @@ def _train_size(key: str, count: int, dim: int, metric: str, config: IndexConfig
 
 
 def _training_memory(train_size: int, nlist: int, dim: int) -> int:
-    """Bytes: the sample as it arrives and in one array, faiss's residuals and copies, and the centroids twice."""
+    """Bytes of the sample as read and as one array, faiss's residuals and copies, and the centroids twice."""
     return train_size * dim * 16 + nlist * dim * 8
 
 

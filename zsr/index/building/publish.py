@@ -1,4 +1,4 @@
-"""The gate between a built index and its readers: it must be whole and find what it found when it was tuned."""
+"""Publish an index after verification: every row in exactly one list, and recall equal to the tuned value."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from zsr.index.ground_truth import K
 from zsr.index.searching.searcher import Searcher
 from zsr.index.storage.segment import Segment
 
-SHARE: Final = 1 << 22  # ids that are sorted at once
-RECALL_TOLERANCE: Final = 1e-3  # another processor may round a tie the other way
+SHARE: Final = 1 << 22  # ids sorted at once
+RECALL_TOLERANCE: Final = 1e-3  # another CPU may break ties differently
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """An index and the version under which readers find it."""
+    """An index and its version number."""
 
     artifact: Artifact
     version: int
 
     def as_json(self) -> dict[str, Any]:
-        """What a job prints."""
+        """JSON output of the job."""
         facts = self.artifact.facts
         named = ("ntotal", "index_key", "exact", "operating_point", "imbalance", "dim", "metric", "checkpoint")
         return {
@@ -38,11 +38,11 @@ class Published:
 
 
 def verify(searcher: Searcher) -> None:
-    """Check that every list is readable and every row is in exactly one, that names are unique, and that recall holds.
+    """Check that lists are readable, every row is in exactly one, (id, part) is unique, and recall is as tuned.
 
     Raises:
-        DamagedArtifact: a row is missing, doubled or unnamed.
-        QualityGateFailed: recall at the operating point is not what it was when the index was tuned.
+        DamagedArtifact: a row is missing, duplicated or out of range.
+        QualityGateFailed: recall at the operating point differs from the tuned value.
     """
     with progress.stage("verify", sum(segment.spec.rows for segment in searcher.segments)):
         for segment in searcher.segments:
@@ -69,7 +69,7 @@ def _require_each_once(segment: Segment) -> None:
 
 
 def most_parts(searcher: Searcher) -> int:
-    """The most vectors that one item has, and at least 1; a share of the ids at a time, since every build asks."""
+    """Max number of vectors per item, at least 1. Sorts SHARE ids at a time to bound the memory of every build."""
     shares, alive, parts = -(-len(searcher.ids) // SHARE), searcher.alive, 1
     for share in range(shares):
         ids = np.sort(searcher.ids[alive & (searcher.ids % shares == share)])
@@ -79,7 +79,7 @@ def most_parts(searcher: Searcher) -> int:
 
 
 def require_unique(searcher: Searcher) -> None:
-    """Raise ConfigError if two rows that are not deleted have the same id and part: a hit could not say which it is."""
+    """Raise ConfigError if two live rows have the same id and part: a hit would be ambiguous."""
     if most_parts(searcher) == 1:
         return
     live = np.flatnonzero(searcher.alive)
@@ -103,10 +103,10 @@ def _require_recall(searcher: Searcher) -> None:
 
 
 def publish(store: Store, artifact: Artifact, after: int | None = None) -> Published:
-    """Reopen `artifact`, verify it, and make it the next version.
+    """Reopen `artifact`, verify it, and publish it as the next version.
 
     Args:
-        after: the newest version that it may follow, where it was made from that one; see `Store.publish`.
+        after: the version that `artifact` was derived from; no newer one may exist; see `Store.publish`.
 
     Raises:
         DamagedArtifact, QualityGateFailed: see `verify`; nothing is published.
@@ -114,13 +114,13 @@ def publish(store: Store, artifact: Artifact, after: int | None = None) -> Publi
     """
     verify(Searcher.of(artifact))
     with store.exclusive():
-        if not artifact.complete():  # an earlier version's, which was about to be published again
-            raise AlreadyPublished(f"{artifact.directory}: removed by a purge meanwhile; see which versions are left")
+        if not artifact.complete():  # the object of an earlier version that was to be published again
+            raise AlreadyPublished(f"{artifact.directory}: removed by a concurrent purge; see which versions are left")
         return Published(artifact, store.publish(artifact, after))
 
 
 def history(store: Store) -> dict[int, str]:
-    """Digest of every published version, by number; one whose file is damaged names none and is left out."""
+    """Digest of every published version by number; versions whose file is damaged are left out."""
     found = {}
     for number in store.versions():
         with suppress(DamagedArtifact):
@@ -129,20 +129,20 @@ def history(store: Store) -> dict[int, str]:
 
 
 def version_of(store: Store, digest: str) -> int:
-    """The highest version that names `digest`. Raises StorageError if none does."""
+    """The highest version that points to `digest`. Raises StorageError if none does."""
     numbers = [number for number, found in history(store).items() if found == digest]
     if not numbers:
-        raise StorageError(f"{store}: no version names {digest[:12]}; run the build again")
+        raise StorageError(f"{store}: no version points to {digest[:12]}; run the build again")
     return max(numbers)
 
 
 def rollback(store: Store, version: int) -> Published:
-    """Make the content of an earlier `version` the newest one, after verifying it. Later versions stay as they are.
+    """Publish the content of an earlier `version` as the newest, after verifying it. Later versions are kept.
 
     Raises:
         ConfigError: there is no such version.
-        DamagedArtifact, QualityGateFailed: it is not what it was; nothing is published.
-        AlreadyPublished: a change was published meanwhile, which the rollback would undo unseen.
+        DamagedArtifact, QualityGateFailed: it fails verification; nothing is published.
+        AlreadyPublished: a change was published concurrently, which the rollback would silently undo.
     """
     newest, versions = max(store.versions(), default=0), history(store)
     if version not in versions:

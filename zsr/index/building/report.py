@@ -1,4 +1,4 @@
-"""What a build cost and how fast its result answers: kept beside the versions, since timings are never the same twice.
+"""Build report: cost per stage and search speed. Stored beside the versions, since timings are not reproducible.
 
 ROOT/reports/DIGEST/build.json, curve.png
 """
@@ -15,7 +15,7 @@ from zsr.artifact import Artifact, Store, write_atomically
 from zsr.clock import Clock
 from zsr.index.building.plan import IndexPlan
 from zsr.index.building.tune import Point, timed
-from zsr.index.ground_truth import Truth
+from zsr.index.ground_truth import GroundTruth
 from zsr.index.searching.searcher import Searcher
 
 logger = logging.getLogger("zsr")
@@ -23,24 +23,24 @@ logger = logging.getLogger("zsr")
 
 def note(line: str, *values: object) -> None:
     """Write a progress line of an index job to standard error."""
-    logger.warning(f"index: {line}", *values)  # as `zsr.cluster.track` does: this level is shown without a set-up
+    logger.warning(f"index: {line}", *values)  # as `zsr.cluster.track` does: this level is shown without logging setup
 
 
-class Ledger:
-    """Cost of every stage."""
+class BuildReport:
+    """Cost of every build stage."""
 
     def __init__(self) -> None:
         self.stages: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure this process during a stage; what its tasks cost is added by `tasks`."""
+        """Measure this process during a stage; `tasks` adds the cost of its Ray tasks."""
         clock = Clock()
         yield
         self.stages[name] = {**self.stages.get(name, {}), **clock.spent()}
 
     def tasks(self, name: str, results: Sequence[dict[str, Any]]) -> None:
-        """Note what the Ray tasks of a stage cost."""
+        """Record the cost of a stage's Ray tasks."""
         found = self.stages.setdefault(name, {})
         found["tasks_cpu"] = round(sum(r["cpu"] for r in results), 3)
         found["tasks_rss"] = max((r["rss"] for r in results), default=0)
@@ -48,10 +48,10 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The tuned curve with its speed.
+    """The recall curve with search speed.
 
     Attributes:
-        rows: a point each, with `queries_per_second` on one thread in one batch. target: of recall.
+        rows: one per point, with `queries_per_second` on one thread in one batch. target: of recall.
     """
 
     rows: list[dict[str, Any]]
@@ -59,12 +59,12 @@ class Tuning:
     target: float
 
     @classmethod
-    def of(cls, searcher: Searcher, sketches: Truth, point: Point, curve: Sequence[Point]) -> "Tuning":
+    def of(cls, searcher: Searcher, sketches: GroundTruth, point: Point, curve: Sequence[Point]) -> "Tuning":
         rows = timed(searcher, curve, point, sketches)
         return cls(rows, point, float(searcher.facts["recall_target"]))
 
     def picture(self) -> bytes:
-        """Recall against queries a second for both kinds of query, as PNG."""
+        """Plot recall against queries per second for sketches and gallery vectors, as PNG."""
         import matplotlib
 
         matplotlib.use("Agg")  # imported here: jobs that build no index need no plots
@@ -85,7 +85,7 @@ class Tuning:
                 weight="bold" if chosen else "normal",
             )
         axes.axhline(self.target, color="#c33", linewidth=0.8, linestyle="--", label=f"target {self.target}")
-        axes.set(xscale="log", xlabel="queries a second, one thread, one batch", ylabel="recall@10")
+        axes.set(xscale="log", xlabel="queries per second, one thread, one batch", ylabel="recall@10")
         axes.set_title(f"refine factor {self.point.refine_factor}", size=10)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left")
@@ -96,8 +96,8 @@ class Tuning:
         return out.getvalue()
 
 
-def write(store: Store, artifact: Artifact, ledger: Ledger, plan: IndexPlan, tuning: Tuning) -> None:
-    """Write what the build of `artifact` cost, with the plan's own measurements, and the plot of its curve."""
+def write(store: Store, artifact: Artifact, ledger: BuildReport, plan: IndexPlan, tuning: Tuning) -> None:
+    """Write the build report of `artifact`: stage costs, the benchmark of the plan, and the recall curve."""
     place = store.place / "reports" / artifact.digest
     report = {"stages": ledger.stages, "plan": plan.as_json(), "curve": tuning.rows}
     write_atomically(place / "build.json", json.dumps(report, indent=1).encode())

@@ -1,7 +1,7 @@
-"""Recall@10 against exact search over nprobe and refine_factor, and the cheapest operating point that meets the target.
+"""Tune nprobe and refine_factor: recall@10 against exact search, and the cheapest operating point at the target.
 
-Sketches are far from photos in the embedding space, so recall measured with gallery vectors flatters an index: both are
-measured, and the target is held on the sketches.
+Sketches are far from photos in the embedding space, so recall with gallery vectors as queries is too optimistic: both
+are measured, and the target applies to the sketches.
 """
 
 import time
@@ -12,26 +12,26 @@ from typing import Any, Final
 from zsr import faults, progress
 from zsr.errors import QualityGateFailed
 from zsr.index import faiss_backend
-from zsr.index.ground_truth import K, Truth
+from zsr.index.ground_truth import GroundTruth, K
 from zsr.index.searching.searcher import Searcher
 
 QUERIES: Final = 1000  # of each kind: recall@10 of 0.9 is then known to about 0.01
-EXACT_QUERIES: Final = 200  # for exact search, whose recall is 1 but for rounding: enough to see that it is
-ROUNDING: Final = 1e-3  # recall that exact search may lose where faiss rounds two neighbors at a distance to one
+EXACT_QUERIES: Final = 200  # for exact search: enough to check that recall is 1 up to rounding
+ROUNDING: Final = 1e-3  # recall that exact search may lose where faiss rounds two different distances to one
 REFINE_FACTORS: Final = (1, 2, 4, 8, 16, 32)
-MOST_SCANNED: Final = 250_000  # vectors a query; beyond it a scan of the codes is no better than exact search
-BEYOND: Final = 2  # doublings of nprobe that the curve goes on after the target is met
-FLAT: Final = 0.0005  # recall that a doubling of nprobe must gain for the curve to go on
+MOST_SCANNED: Final = 250_000  # vectors per query; beyond it, scanning codes is no better than exact search
+BEYOND: Final = 2  # further doublings of nprobe after the target is met
+FLAT: Final = 0.0005  # stop when doubling nprobe gains less recall than this
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One setting and what it costs and finds.
+    """One setting with its recall and cost.
 
     Attributes:
         recall_sketch, recall_self: recall@10 of real queries and of gallery vectors.
-        scanned: vectors whose codes are compared with a query, on average.
-        read: bytes of codes, ids and refine codes that a query touches, on average; the cost that is minimised.
+        scanned: mean number of vectors whose codes are compared with a query.
+        read: mean bytes of codes, ids and refine codes read per query; the cost that is minimized.
     """
 
     nprobe: int
@@ -46,15 +46,15 @@ class Point:
 
 
 def queries_of(key: str) -> int:
-    """How many queries of each kind the recall of an index of `key` is measured with."""
+    """Number of queries of each kind used to measure the recall of an index of `key`."""
     return EXACT_QUERIES if faiss_backend.is_exact(key) else QUERIES
 
 
-def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tuple[Point, tuple[Point, ...]]:
-    """The point that reads the fewest bytes a query among those whose recall on the sketches meets `target`; the curve.
+def tune(searcher: Searcher, sketches: GroundTruth, own: GroundTruth, target: float) -> tuple[Point, tuple[Point, ...]]:
+    """Return the point that meets `target` on the sketches with the fewest bytes read per query, and the curve.
 
     Raises:
-        QualityGateFailed: none does; the message names the best.
+        QualityGateFailed: no point does; the message names the best.
     """
     faults.here("index.tune")
     if faiss_backend.is_exact(str(searcher.facts["index_key"])):
@@ -63,7 +63,7 @@ def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tupl
     for point in sorted(curve, key=lambda p: (p.read, p.nprobe, p.refine_factor)):
         if point.recall_sketch >= target:
             found = at_point(searcher, point, sketches, own)
-            # a shorter search may break ties of codes another way than the long one that the curve was read from
+            # a search at this refine factor may break ties of codes differently from the longer one of the curve
             if found.recall_sketch >= target:
                 return found, curve
     best = max(curve, key=lambda point: point.recall_sketch)
@@ -75,8 +75,8 @@ def tune(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> tupl
     )
 
 
-def at_point(searcher: Searcher, point: Point, sketches: Truth, own: Truth | None = None) -> Point:
-    """`point` with the recall that a search at it has now."""
+def at_point(searcher: Searcher, point: Point, sketches: GroundTruth, own: GroundTruth | None = None) -> Point:
+    """`point` with its recall measured again by searching at that setting."""
     found = [
         truth.recall(searcher.nearest(truth.queries, K, point.nprobe, point.refine_factor)[0])
         for truth in (sketches, own)
@@ -85,8 +85,8 @@ def at_point(searcher: Searcher, point: Point, sketches: Truth, own: Truth | Non
     return replace(point, recall_sketch=found[0], recall_self=found[-1] if own is not None else point.recall_self)
 
 
-def measure(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> Iterator[Point]:
-    """The curve: powers of two of nprobe with every refine factor, on from one list until nothing more is gained."""
+def measure(searcher: Searcher, sketches: GroundTruth, own: GroundTruth, target: float) -> Iterator[Point]:
+    """Yield the curve: nprobe in powers of two with every refine factor, until recall stops improving."""
     factors = _factors(searcher)
     last, after = 0.0, 0
     for nprobe, scanned in _nprobes(searcher, sketches):
@@ -101,7 +101,7 @@ def measure(searcher: Searcher, sketches: Truth, own: Truth, target: float) -> I
 
 
 def _factors(searcher: Searcher) -> tuple[int, ...]:
-    """Refine factors worth trying: one where nothing is re-ranked, none beyond all rows."""
+    """Refine factors worth trying: only 1 without re-ranking, and none that exceeds the number of rows."""
     if not searcher.segments[0].refine:
         return (1,)
     rows = int(searcher.facts["ntotal"])
@@ -109,7 +109,7 @@ def _factors(searcher: Searcher) -> tuple[int, ...]:
 
 
 def _at(
-    searcher: Searcher, truths: tuple[Truth, Truth], nprobe: int, scanned: float, factors: Sequence[int]
+    searcher: Searcher, truths: tuple[GroundTruth, GroundTruth], nprobe: int, scanned: float, factors: Sequence[int]
 ) -> list[Point]:
     found = [searcher.candidates(t.queries, K * factors[-1], nprobe) for t in truths]
     row = faiss_backend.ivf_of(searcher.segments[0].stored).code_size + faiss_backend.ID_BYTES
@@ -126,8 +126,8 @@ def _at(
     return points
 
 
-def _nprobes(searcher: Searcher, truth: Truth) -> list[tuple[int, float]]:
-    """Values of nprobe to try, each with the vectors that a query scans."""
+def _nprobes(searcher: Searcher, truth: GroundTruth) -> list[tuple[int, float]]:
+    """Values of nprobe to try, each with the mean number of vectors scanned per query."""
     nlist = int(searcher.facts["nlist"])
     values = [2**i for i in range(nlist.bit_length()) if 2**i <= nlist]
     values += [] if values[-1] == nlist else [nlist]
@@ -136,10 +136,10 @@ def _nprobes(searcher: Searcher, truth: Truth) -> list[tuple[int, float]]:
     return costs[:1] + [pair for pair in costs[1:] if pair[1] <= MOST_SCANNED]
 
 
-def timed(searcher: Searcher, curve: Sequence[Point], point: Point, truth: Truth) -> list[dict[str, float]]:
-    """Queries a second on one thread, in one batch, along the curve at the operating point's refine factor.
+def timed(searcher: Searcher, curve: Sequence[Point], point: Point, truth: GroundTruth) -> list[dict[str, float]]:
+    """Queries per second on one thread, in one batch, along the curve at the operating point's refine factor.
 
-    Timings differ from run to run, so they are for the report beside the versions and never in a manifest.
+    Timings differ from run to run, so they belong in the build report and never in a manifest.
     """
     rows = []
     with faiss_backend.threads(1):

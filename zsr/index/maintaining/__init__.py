@@ -1,1 +1,1 @@
-"""Change an index that is published: add, delete, rebuild, compact, purge."""
+"""Change a published index: add, delete, rebuild, compact, purge."""

@@ -1,7 +1,8 @@
 """Change a published index without building it again: delete, add, rebuild on a changed gallery, compact.
 
-Every change is a new version. Deletes and additions write only what is new and name the objects that hold the rest;
-`compact` writes one whole object, without what was deleted. All segments share the template, so that codes compare.
+Every change is a new version. Deletes and additions write only what is new and refer to the objects that hold the rest;
+`compact` writes one self-contained object without the deleted vectors. All segments share the template, so that their
+codes are comparable.
 """
 
 import logging
@@ -20,7 +21,7 @@ from zsr.index import faiss_backend
 from zsr.index.building import build, drift
 from zsr.index.building.publish import Published, most_parts, publish, require_unique, verify, version_of
 from zsr.index.building.tune import Point, at_point, tune
-from zsr.index.ground_truth import DEPTH, K, Truth, exact, floor_of
+from zsr.index.ground_truth import DEPTH, GroundTruth, K, exact, floor_of
 from zsr.index.searching.searcher import DEAD, GOLDEN, Searcher, golden_table
 from zsr.index.storage import inverted_lists
 from zsr.index.storage.embeddings import Vectors
@@ -28,18 +29,18 @@ from zsr.index.storage.segment import INDEX, LISTS, REFINE, Spec, ids_name, list
 
 logger = logging.getLogger("zsr")
 
-ATTEMPTS: Final = 5  # at one change, while others publish theirs in between
-AGREEMENT: Final = 0.95  # of what the live version finds for its golden queries, where it is still there
+ATTEMPTS: Final = 5  # per change, when others publish concurrently
+AGREEMENT: Final = 0.95  # min fraction of the live version's golden-query results that the new version must find
 DRIFT_ROWS: Final = 8192
-FEWEST_GOLDEN: Final = 30  # queries whose neighbours are still known; with fewer, recall is anybody's guess
+FEWEST_GOLDEN: Final = 30  # min queries whose neighbors are still known: fewer are too few to estimate recall
 
 
 @dataclass(frozen=True)
 class Live:
-    """The version that readers see, opened for a change.
+    """The current version, opened for a change.
 
     Attributes:
-        newest: the highest version number when it was opened; the change is published as the next one, or not at all.
+        newest: the highest version number when it was opened; the change is published as the next one or refused.
     """
 
     store: Store
@@ -49,60 +50,60 @@ class Live:
 
     @classmethod
     def of(cls, store: Store) -> "Live":
-        """The latest version of `store`. Raises StorageError, DamagedArtifact, ConfigError."""
-        newest = max(store.versions(), default=0)  # first: what is published from now on is noticed at the end
+        """Open the latest version of `store`. Raises StorageError, DamagedArtifact, ConfigError."""
+        newest = max(store.versions(), default=0)  # first, so that `publish` detects versions published from now on
         artifact = store.latest()
         return cls(store, artifact, Searcher.of(artifact), newest)
 
     @property
     def rows(self) -> int:
-        """Vectors, the deleted ones with them."""
+        """Number of vectors, including deleted ones."""
         return len(self.searcher.ids)
 
     def specs(self) -> list[Spec]:
-        """The segments as a later version names them."""
+        """The segments as a later version refers to them."""
         return [replace(s.spec, object=s.spec.object or self.artifact.digest) for s in self.searcher.segments]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What becomes of the live version.
+    """Content of the new version.
 
     Attributes:
-        specs: segments of the new version, `dead` their deleted ordinals, `truth` the golden queries' new neighbours.
-        seen: how vectors that are new lie under the template.
+        specs: its segments. dead: deleted ordinals in these. truth: the golden queries' new neighbors.
+        seen: distribution of the new vectors over the lists of the template.
     """
 
     specs: Sequence[Spec]
     dead: np.ndarray
-    truth: Truth
+    truth: GroundTruth
     seen: drift.Spread | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """The new version, and what was done."""
+    """The new version, and what was changed."""
 
     published: Published
     told: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """What a job prints."""
+        """JSON output of the job."""
         return {**self.published.as_json(), **self.told}
 
 
 def _from_newest(store: Store, change: Callable[[Live], Changed]) -> Changed:
-    """Make `change` of the newest version; again, if another one was published before it was ready.
+    """Apply `change` to the newest version; retry if another version was published in the meantime.
 
     Raises:
-        AlreadyPublished: each of ATTEMPTS times.
+        AlreadyPublished: in each of ATTEMPTS attempts.
     """
     for _ in range(1, ATTEMPTS):
         newest = max(store.versions(), default=0)
         try:
             return change(Live.of(store))
         except AlreadyPublished as error:
-            logger.warning("%s; doing so now", error)
+            logger.warning("%s; retrying now", error)
         except (DamagedArtifact, StorageError):  # a purge may remove the version that is being read
             if newest == max(store.versions(), default=0):
                 raise
@@ -114,14 +115,14 @@ def _plan(live: Live, what: str, **inputs: str) -> Plan:
 
 
 def delete(store: Store, ids: Collection[int]) -> Changed:
-    """A version in which no item of `ids` is found any more. Its vectors stay in the files until `compact` or `purge`.
+    """Publish a version without the items `ids`. Their vectors stay in the files until `compact` or `purge`.
 
-    What is deleted already is counted and changes nothing: the live version is returned where there is nothing else.
+    Items deleted before are only counted; if there are no others, the live version is returned.
 
     Raises:
-        ConfigError: an id that the index does not hold, or all items that it holds.
+        ConfigError: an id that is not in the index, or all items of the index.
         QualityGateFailed: the recall target cannot be met any more.
-        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
+        AlreadyPublished: other changes were published first, in each of ATTEMPTS attempts.
     """
     return _from_newest(store, lambda live: _delete(live, ids))
 
@@ -150,12 +151,12 @@ def _delete(live: Live, ids: Collection[int]) -> Changed:
 
 
 def add(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
-    """A version that also finds the items of `embeddings`, coded by the trained template in a segment of its own.
+    """Publish a version with the items of `embeddings` added, encoded with the trained template in a new segment.
 
     Raises:
         ConfigError: another checkpoint, width or metric, or items that are in the index already.
         QualityGateFailed: the recall target cannot be met any more.
-        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
+        AlreadyPublished: other changes were published first, in each of ATTEMPTS attempts.
     """
     return _from_newest(store, lambda live: _add(live, embeddings, workers))
 
@@ -171,14 +172,14 @@ def _add(live: Live, embeddings: Artifact, workers: int | None) -> Changed:
 
 
 def rebuild(store: Store, embeddings: Artifact, *, workers: int | None = None) -> Changed:
-    """A version of what `embeddings` hold now: shards with the bytes of before are kept, others added or left out.
+    """Publish a version with the current content of `embeddings`: unchanged shards are kept, others added or removed.
 
     Items that were deleted from the index stay deleted in the shards that are kept.
 
     Raises:
         ConfigError: another checkpoint, width or metric: such vectors need a new template.
         QualityGateFailed: the recall target cannot be met any more.
-        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
+        AlreadyPublished: other changes were published first, in each of ATTEMPTS attempts.
     """
     return _from_newest(store, lambda live: _rebuild(live, embeddings, workers))
 
@@ -206,13 +207,13 @@ def _rebuild(live: Live, embeddings: Artifact, workers: int | None) -> Changed:
     if not fresh and (alive == live.searcher.alive).all():
         return Changed(Published(live.artifact, version_of(live.store, live.artifact.digest)), told)
     work = _plan(live, "rebuild", embeddings=embeddings.digest)
-    # a shard that left the gallery is forgotten: it may come back, and its items with it
+    # the source of a removed shard is cleared, so that the shard can be added again later
     specs = [replace(s, sources=tuple(one if one in kept else "" for one in s.sources)) for s in live.specs()]
     return _extend(live, work, gallery, fresh, np.flatnonzero(~alive), workers, told, specs)
 
 
 def _shards(searcher: Searcher) -> list[tuple[int, int, str]]:
-    """First ordinal, rows and source of every shard of an index."""
+    """First ordinal, number of rows and source of every shard of an index."""
     found = []
     for base, segment in zip(searcher.starts, searcher.segments, strict=False):
         bounds = [*segment.spec.starts, segment.spec.rows]
@@ -224,7 +225,7 @@ def _shards(searcher: Searcher) -> list[tuple[int, int, str]]:
 
 
 def _in(searcher: Searcher, sources: Collection[str]) -> np.ndarray:
-    """(N,) whether each ordinal came from one of `sources`."""
+    """(N,) bool over ordinals, True for vectors from one of `sources`."""
     mask = np.zeros(len(searcher.ids), bool)
     for start, rows, source in _shards(searcher):
         mask[start : start + rows] = source in sources
@@ -241,7 +242,7 @@ def _extend(
     told: Mapping[str, Any],
     specs: Sequence[Spec],
 ) -> Changed:
-    """Add some shards of `gallery` in a segment of their own to the segments `specs`, with `dead` deleted."""
+    """Add some shards of `gallery` as a new segment to the segments `specs`, with `dead` deleted."""
     if not len(shards):
         return _made(live, work, told, lambda _: Change(specs, dead, live.searcher.golden.without(dead)))
 
@@ -254,12 +255,12 @@ def _extend(
 
 def _new_segment(
     live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], dead: np.ndarray, workers: int | None
-) -> tuple[Spec, Truth, drift.Spread | None]:
+) -> tuple[Spec, GroundTruth, drift.Spread | None]:
     """Stage a segment of some shards of `gallery`.
 
     Returns:
-        What it is, the golden queries' neighbors with its items and without `dead`, and how the items lie under the
-        template.
+        Its spec, the golden queries' neighbors with its items and without `dead`, and the items' distribution over the
+        lists of the template (None for exact search).
     """
     key = str(live.artifact.facts["index_key"])
     first = live.searcher.segments[0]
@@ -277,13 +278,13 @@ def _new_segment(
     joined = truth.joined(exact(gallery, truth.queries, shards=shards).renumbered(numbers))
     looked = np.sort(np.random.default_rng(0).permutation(rows)[:DRIFT_ROWS])
     template = faiss_backend.from_bytes(staging.read(build.TEMPLATE, scratch=True), build.TEMPLATE)
-    # exact search has no lists or codes that new vectors could fit badly
+    # exact search has no lists or codes that could drift
     seen = None if faiss_backend.is_exact(key) else drift.Spread.of(template, gallery.take(looked))
     return spec, joined, seen
 
 
 def _require_new(live: Live, staging: Staging, gallery: Vectors, shards: Sequence[int], dead: np.ndarray) -> None:
-    """Raise ConfigError if a staged item is in the index already and stays there, by what the add tasks staged."""
+    """Raise ConfigError if an item staged by the add tasks is in the index already and not among `dead`."""
     kept = np.ones(live.rows, bool)
     kept[dead] = False
     held, there, first = live.searcher.ids[kept], 0, ""
@@ -298,19 +299,19 @@ def _require_new(live: Live, staging: Staging, gallery: Vectors, shards: Sequenc
     if there:
         raise ConfigError(
             f"{gallery.artifact.directory}: {there} of {gallery.rows} vectors are of items that are in the index "
-            f"already, such as {first!r}; leave these out, delete them from the index first, or make the index one of "
-            "what the embeddings hold now with `rebuild`"
+            f"already, such as {first!r}; leave these out, delete them from the index first, or update the index to "
+            "the current embeddings with `rebuild`"
         )
 
 
 def _made(live: Live, work: Plan, told: Mapping[str, Any], make: Callable[[Staging], Change]) -> Changed:
-    """The version that `work` makes of the live one: made before, or made now.
+    """Apply `work` to the live version and publish the result, or return it if that was done before.
 
     Args:
-        told: what the job prints beside. A drift report that the change has made is added.
+        told: further results for the job to print. The drift report of the change is added.
 
     Raises:
-        AlreadyPublished: the live version is not the newest any more; nothing is staged then.
+        AlreadyPublished: the live version is not the newest any more; nothing stays staged.
         QualityGateFailed: see `_publish`.
     """
     try:
@@ -325,17 +326,17 @@ def _made(live: Live, work: Plan, told: Mapping[str, Any], make: Callable[[Stagi
 
 
 def _drifted(live: Live, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The drift report of `facts`, if it is another than the live version's."""
+    """The drift report in `facts`, if it differs from the live version's."""
     report = facts.get("drift")
     return {} if report is None or report == live.artifact.facts.get("drift") else {"drift": report}
 
 
 def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[str, Any]]:
-    """Tune and stage what is left to stage, compare with the live version, and publish; how far both agree.
+    """Tune, stage the rest, compare with the live version, and publish; also return the agreement of both versions.
 
     Raises:
         AlreadyPublished: the live version is not the newest any more.
-        QualityGateFailed: see `delete`; or the golden queries do not find what the live version finds.
+        QualityGateFailed: see `delete`; or the golden-query results differ too much from the live version's.
     """
     staging = live.store.staging(work)
     faults.here("index.change")
@@ -362,26 +363,26 @@ def _publish(live: Live, work: Plan, change: Change) -> tuple[Published, dict[st
     return publish(live.store, artifact, live.newest), told
 
 
-def _golden(live: Live, new: Searcher, truth: Truth) -> Truth:
-    """The golden queries whose exact neighbors in the new version are known.
+def _golden(live: Live, new: Searcher, truth: GroundTruth) -> GroundTruth:
+    """The golden queries whose exact neighbors in the new version are still known.
 
     Raises:
         QualityGateFailed: too few to measure recall.
     """
-    if faiss_backend.is_exact(str(new.facts["index_key"])):  # finds the neighbors itself, whatever a change took away
+    if faiss_backend.is_exact(str(new.facts["index_key"])):  # can search the neighbors again after any change
         ordinals, scores = new.nearest(truth.queries, DEPTH)
-        return Truth(truth.queries, ordinals, scores, floor_of(ordinals, scores))
+        return GroundTruth(truth.queries, ordinals, scores, floor_of(ordinals, scores))
     known, fewest = truth.sure(), min(FEWEST_GOLDEN, len(live.searcher.golden.queries))
     if len(known.queries) < fewest:
         raise QualityGateFailed(
             f"{live.artifact.directory}: after this change the exact neighbors of {len(known.queries)} golden queries "
-            f"are still known, and recall needs {fewest}; build the index again"
+            f"are still known, and recall requires {fewest}; build the index again"
         )
     return known
 
 
-def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of the new version: the old operating point if it still meets the target, otherwise a new one."""
+def _measured(searcher: Searcher, truth: GroundTruth, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of the new version: the old operating point if it still meets the target, otherwise a new one."""
     target, point = float(facts["recall_target"]), Point(**facts["operating_point"])
     found = at_point(searcher, point, truth)
     curve = facts["curve"]
@@ -394,36 +395,36 @@ def _measured(searcher: Searcher, truth: Truth, facts: Mapping[str, Any]) -> dic
     return {**counted, "parts": parts, "golden_k": truth.k, "operating_point": found.as_json(), "curve": curve}
 
 
-def agree(old: Searcher, new: Searcher, truth: Truth) -> float:
-    """Share of what `old` finds for the golden queries, and is in `new` as it was, that `new` finds too; 1 of nothing.
+def agree(old: Searcher, new: Searcher, truth: GroundTruth) -> float:
+    """Fraction of the golden-query results of `old` that `new` also finds, among unchanged items; 1 if there are none.
 
     Raises:
-        QualityGateFailed: below AGREEMENT: something is wrong with the new version, whatever its recall.
+        QualityGateFailed: below AGREEMENT: the new version is broken, whatever its recall.
     """
     before, after = (s.search(truth.queries, K) for s in (old, new))
-    # a rebuild may give an old id to a new vector, so that what was kept is told by ordinals; a compaction keeps all
+    # a rebuild may reuse an id for a new vector, so kept items are identified by ordinals; a compaction keeps all
     there = new.alive[: len(old.ids)] & old.alive if len(new.ids) >= len(old.ids) else None
     held = np.isin(before.ids, new.live_ids if there is None else old.ids[there])
     worst = after.scores[:, -1:]
-    # what was pushed out by nearer items that are new is no disagreement
+    # results displaced by nearer new items are no disagreement
     due = held & (before.scores > worst)
     found = (before.ids[:, :, None] == after.ids[:, None, :]).any(axis=2)
-    # where every shard was replaced there is nothing to compare, and recall alone has to tell
+    # if every shard was replaced there is nothing to compare, and only recall is checked
     share = float(round((found & due).sum() / due.sum(), 6)) if due.any() else 1.0
     if share < AGREEMENT:
         raise QualityGateFailed(
-            f"the new version finds {share:.3f} of what the live version finds for its golden queries, expected "
+            f"the new version finds {share:.3f} of the live version's results for its golden queries, expected "
             f"{AGREEMENT}; not published. Build the index again"
         )
     return share
 
 
 def compact(store: Store) -> Changed:
-    """A version with one segment and without the vectors of deleted items; it finds what the live version finds.
+    """Publish a version with one segment and without the vectors of deleted items; search results do not change.
 
     Raises:
         ConfigError: everything was deleted.
-        AlreadyPublished: other changes were published first, each of ATTEMPTS times.
+        AlreadyPublished: other changes were published first, in each of ATTEMPTS attempts.
     """
     return _from_newest(store, _compact)
 
@@ -436,7 +437,7 @@ def _compact(live: Live) -> Changed:
 
 
 def _whole(live: Live, staging: Staging) -> Change:
-    """Stage one segment of all that is not deleted."""
+    """Stage one segment with all vectors that are not deleted."""
     alive, name = live.searcher.alive, segment_name(0)
     numbers = np.where(alive, np.cumsum(alive) - 1, -1)
     first = live.searcher.segments[0]
@@ -455,7 +456,7 @@ def _whole(live: Live, staging: Staging) -> Change:
 
 
 def _copy_live(staging: Staging, name: str, searcher: Searcher) -> None:
-    """Stage ids and refine codes of what is not deleted, shard by shard; shards that lost every row are left out."""
+    """Stage ids and refine codes of vectors that are not deleted, shard by shard; empty shards are left out."""
     place, alive = 0, searcher.alive
     for base, segment in zip(searcher.starts, searcher.segments, strict=False):
         bounds = [*segment.spec.starts, segment.spec.rows]

@@ -1,8 +1,8 @@
-"""Take deleted items out of every file of an index, and prove it by a scan of what is left.
+"""Remove deleted items from every file of an index, and verify it by a scan of the remaining files.
 
 A delete hides an item; its codes and refine codes stay in the files of the versions that hold it. `purge` compacts,
-removes all older versions and all staging, and then reads every file that is left. What a disk keeps of freed blocks,
-copies elsewhere, the embeddings and the pictures themselves are not its business.
+removes all older versions and all staging, and then reads every remaining file. Freed disk blocks, copies elsewhere,
+the embeddings and the images themselves are out of scope.
 """
 
 import shutil
@@ -25,11 +25,11 @@ from zsr.index.storage.segment import LISTS, Segment
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """The one version that is left.
+    """The remaining version and counts of what was removed.
 
     Attributes:
-        items: that were in an older version and are nowhere now. versions, objects: removed.
-        scanned: bytes read for the proof.
+        items: items of older versions that are in no file any more. versions, objects: removed.
+        scanned: bytes read for verification.
     """
 
     published: Published
@@ -39,19 +39,19 @@ class Purged:
     scanned: int
 
     def as_json(self) -> dict[str, Any]:
-        """What a job prints."""
+        """JSON output of the job."""
         counts = {"purged": self.items, "versions_removed": self.versions, "objects_removed": self.objects}
         return {**self.published.as_json(), **counts, "bytes_scanned": self.scanned}
 
 
 def purge(store: Store) -> Purged:
-    """Leave nothing of what was deleted in any version.
+    """Remove everything that was deleted from all versions.
 
     Raises:
-        DamagedArtifact: the scan still found something; it names the file.
+        DamagedArtifact: the scan still found deleted data; the message names the file.
         ConfigError: everything was deleted.
-        AlreadyPublished: a change was published, or is being made, at the same time; nothing of it is lost.
-        StorageError: the index lies in an object store, whose old generations and mirrors only its owner can remove.
+        AlreadyPublished: a concurrent change was published or is in progress; it is not lost.
+        StorageError: the index is in an object store, whose old generations and mirrors only its owner can remove.
     """
     if store.url:
         raise StorageError(f"{store}: purge works on directories; copy the index, purge the copy, remove the bucket's")
@@ -70,12 +70,12 @@ def purge(store: Store) -> Purged:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """What the scan looks for: ids, and digests of the refine codes and codes of items that older versions held.
+    """Data that the scan must not find: ids, and digests of codes and refine codes of items in older versions.
 
     Attributes:
-        ids: of items that the newest version has no more.
-        rows: digest of the bytes of one vector's refine code or code -> why it may still be there: how many items that
-            stay have the same bytes.
+        ids: of items that are not in the newest version any more.
+        rows: digest of one vector's code or refine code -> how often it may still occur: the number of remaining items
+            with the same bytes.
     """
 
     ids: frozenset[int]
@@ -83,7 +83,7 @@ class Gone:
 
 
 def _objects(store: Store) -> list[Artifact]:
-    """Every index object that a version names, once."""
+    """Every distinct index object that a version points to."""
     return [store.open(digest) for digest in sorted(set(history(store).values()))]
 
 
@@ -103,7 +103,7 @@ def _gone(store: Store, newest: Artifact) -> Gone:
 
 
 def digests(segment: Segment, wanted: np.ndarray) -> Iterator[str]:
-    """Digests of the refine codes and of the codes (with their list) of the ordinals that `wanted` (rows,) marks."""
+    """Digests of the refine codes and of the codes (with their list) of the ordinals in the mask `wanted` (rows,)."""
     bounds = [*segment.spec.starts, segment.spec.rows]
     for number, stored in enumerate(segment.refine):
         chosen = np.flatnonzero(wanted[bounds[number] : bounds[number + 1]])
@@ -121,13 +121,13 @@ def _lists(segment: Segment) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 
 
 def _remove_others(store: Store, kept: Published, newest: int) -> tuple[int, int]:
-    """Remove staging, every version but `kept`, then every object but its own. Nobody publishes meanwhile.
+    """Remove staging, every version but `kept`, then every object but its own. The caller holds the store exclusively.
 
     Args:
-        newest: the highest version that was looked at; it is another one where it is damaged.
+        newest: the highest version number when the purge began; differs from `kept` if that version is damaged.
 
     Raises:
-        AlreadyPublished: a change was published after that, or is being made; it may name what would be removed.
+        AlreadyPublished: a change was published since, or is in progress; it may refer to what would be removed.
     """
     numbers = store.versions()
     if numbers[-1] != newest:
@@ -143,10 +143,10 @@ def _remove_others(store: Store, kept: Published, newest: int) -> tuple[int, int
 
 
 def scan(store: Store, newest: Artifact, searcher: Searcher, gone: Gone) -> int:
-    """Read all that is left; the bytes read.
+    """Read all remaining files and return the number of bytes read.
 
     Raises:
-        DamagedArtifact: a deleted id, a code or refine code without a live item, or a file that nobody lists.
+        DamagedArtifact: a deleted id, a code or refine code without a live item, or a file that no manifest lists.
     """
     listed = {newest.directory / entry.path for entry in newest.files} | {newest.directory / "manifest.json"}
     for folder in ("objects", "staging"):
@@ -165,10 +165,10 @@ def scan(store: Store, newest: Artifact, searcher: Searcher, gone: Gone) -> int:
 
 
 def _scan_lists(segment: Segment) -> None:
-    """Raise DamagedArtifact unless the lists hold one code for each row that is named, and no byte beside."""
+    """Raise DamagedArtifact unless the lists hold exactly one code for each row of the id map, and no other byte."""
     seen = np.zeros(segment.spec.rows, np.int64)
     for _, _, ordinals in _lists(segment):
         seen[ordinals] += 1
     size = faiss_backend.ivf_of(segment.stored).code_size + faiss_backend.ID_BYTES
     if (seen != 1).any() or segment.files[LISTS].stat().st_size != len(seen) * size:
-        raise DamagedArtifact(f"{segment.files[LISTS]}: holds codes of no named row; build the index again")
+        raise DamagedArtifact(f"{segment.files[LISTS]}: holds codes without a row; build the index again")

@@ -1,1 +1,1 @@
-"""Search: one index, shards of it on many machines, batches of queries; and what is written of the results."""
+"""Search: one index, an index sharded over machines, batches of queries; and the result files."""

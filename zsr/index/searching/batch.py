@@ -1,7 +1,7 @@
-"""Answers to all items of an embeddings artifact, as an artifact: NEIGHBOURS, a shard beside each shard of queries.
+"""Batch search: neighbors of all items of an embeddings artifact, as an artifact NEIGHBOURS with the same shards.
 
-`modality=sketch/part-NNNNN.parquet` has a row a hit; see `answers_table`. Finished shards of a killed run are kept.
-All ways to search give the same bytes.
+`modality=sketch/part-NNNNN.parquet` has one row per hit; see `answers_table`. A killed run resumes after its finished
+shards. Every search mode gives the same bytes.
 """
 
 import time
@@ -21,32 +21,32 @@ from zsr.errors import StorageError
 from zsr.executor import QUERIES, map_pieces, runs_here
 from zsr.index.searching import list_major
 from zsr.index.searching.list_major import Merged, Work, actors, rows_of
-from zsr.index.searching.results import Asked, Searches, answer_block, answers_table, queries_of
+from zsr.index.searching.results import Searches, SearchParams, answer_block, answers_table, queries_of
 from zsr.index.searching.searcher import Searcher, classes_of, resolved
 from zsr.index.searching.sharded import ShardedSearcher
 from zsr.index.storage.embeddings import Vectors
 
-WARMED: Final = 256  # queries that a plan asks first and does not time
-TRIED: Final = 2048  # queries that it asks before it looks at the clock; fewer at once take more each
+WARMED: Final = 256  # warm-up queries of `predict`, not timed
+TRIED: Final = 2048  # queries per timed block of `predict`; smaller blocks are slower per query
 
 
-def plan(index: Artifact, queries: Artifact, asked: Asked) -> Plan:
-    """Keyed by index, queries and what is asked, the operating point as it is in the index."""
+def plan(index: Artifact, queries: Artifact, asked: SearchParams) -> Plan:
+    """Plan keyed by index, queries and search parameters, with nprobe and refine_factor resolved from the index."""
     point = index.facts["operating_point"]
     config = asdict(asked) | {"nprobe": asked.nprobe or point["nprobe"], "labels": sorted(asked.labels)}
     config |= {"refine_factor": asked.refine_factor or point["refine_factor"]}
     return Plan("neighbours", config, {"index": index.digest, "queries": queries.digest})
 
 
-def spelled(index: Artifact, asked: Asked) -> Asked:
-    """`asked` with its labels as the index spells them. Raises ConfigError for a class that no item has."""
+def spelled(index: Artifact, asked: SearchParams) -> SearchParams:
+    """`asked` with its labels in the spelling of the index. Raises ConfigError for a class that no item has."""
     return replace(asked, labels=resolved(asked.labels or None, lambda: classes_of(index)) or ())
 
 
 def search_all(
     index: Artifact,
     queries: Artifact,
-    asked: Asked,
+    asked: SearchParams,
     output: Store,
     *,
     replicas: int = 0,
@@ -54,19 +54,19 @@ def search_all(
     workers: int | None = None,
     prices: Prices = FREE,
 ) -> tuple[Artifact, dict[str, Any]]:
-    """Search for every item of `queries` and publish NEIGHBOURS; and what that took.
+    """Search for every item of `queries`, publish NEIGHBOURS, and return it with the cost of the search.
 
     Args:
-        replicas: 0: each of `workers` actors (as many as there are CPUs if not given) maps all segments and answers for
-            whole shards of queries. From 1 on the segments lie on the nodes, see `ShardedSearcher`: for an index that
-            is too large for one machine.
-        list_ranges: from 1 on, the number of ranges in which the lists are scanned, see `searching.list_major`: for an
-            index that is too large for the memory.
-        prices: of the CPU seconds that the answers took.
+        replicas: 0: each of `workers` actors (one per CPU if not given) maps all segments and answers whole shards of
+            queries. 1 or more: replicas per segment, with the segments distributed over the nodes, see
+            `ShardedSearcher`: for an index that is too large for one machine.
+        list_ranges: if at least 1, the number of ranges in which the lists are scanned, see `searching.list_major`: for
+            an index that is too large for memory.
+        prices: of the CPU seconds used.
 
     Raises:
-        ConfigError: queries of another space, a class that no item has, or what is not answered by ranges of lists.
-        StorageError: no node was left that holds some segment; what was answered before stays.
+        ConfigError: queries of another space, a class that no item has, or parameters that list ranges do not support.
+        StorageError: no shard actor is left for some segment; finished shards are kept.
     """
     if list_ranges:
         list_major.require(index, asked, replicas)
@@ -89,20 +89,20 @@ def search_all(
     asked_now = sum(one.get("queries", 0) for one in spent)
     told = clock.spent() | {"shards": len(todo), "tasks_cpu": round(sum(one["cpu"] for one in spent), 3)}
     told |= {"queries_per_second": round(asked_now / max(1e-9, told["wall"]), 1)}
-    if asked_now and not replicas:  # hosts of segments keep no account of their CPU seconds
+    if asked_now and not replicas:  # shard actors do not record their CPU seconds
         told |= cost_of(told["tasks_cpu"] / asked_now, False, prices)
     told |= {"list_ranges": work.ranges} if work.ranges else {}
     return artifact, told | {"tasks_rss": max((one["rss"] for one in spent), default=0)}
 
 
 def predict(
-    index: Artifact, queries: Artifact, asked: Asked, *, workers: int | None = None, prices: Prices = FREE
+    index: Artifact, queries: Artifact, asked: SearchParams, *, workers: int | None = None, prices: Prices = FREE
 ) -> dict[str, Any]:
-    """What `search_all` would take with actors that map the whole index, told by some seconds of the first shard.
+    """Predict the cost of `search_all` with actors that map the whole index, from a few seconds of the first shard.
 
-    A Ray task maps the index as they would, which hashes it, and writes nothing. Rows are vectors, of which a query of
-    several parts has several. `hours` are those of workers that have a CPU each; what they take to start and to open
-    the index is not in it.
+    A Ray task opens the index as they would, which hashes it, and writes nothing. Rows are vectors; a multi-vector
+    query has several. `hours` is wall time with one CPU per worker, without the time to start workers and to open the
+    index.
 
     Raises:
         ConfigError: queries of another space, or a class that no item has.
@@ -118,12 +118,12 @@ def predict(
     return {"seconds_a_row": seconds, "workers": size, "hours": round(hours / size, 6), **whole, **priced}
 
 
-def _seconds_a_row(index: Artifact, source: Vectors, asked: Asked) -> float:
-    """Wall seconds that a row of the first shard takes. Runs in a Ray task."""
+def _seconds_a_row(index: Artifact, source: Vectors, asked: SearchParams) -> float:
+    """Wall seconds per row, measured on the first shard. Runs in a Ray task."""
     searcher = Searcher.of(index)
     searcher.check(source.artifact)
     queries = queries_of(source.read(0))[1]
-    asked.of(searcher, queries[:WARMED])  # opens what is opened when it is first needed
+    asked.of(searcher, queries[:WARMED])  # warm-up, which also opens what is opened lazily
     timed = queries[WARMED:] if len(queries) > WARMED else queries
     rows, began = 0, time.perf_counter()
     for at in range(0, len(timed), TRIED):
@@ -136,7 +136,7 @@ def _seconds_a_row(index: Artifact, source: Vectors, asked: Asked) -> float:
 
 
 def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dict[str, Any]]:
-    """Answer some shards of queries by the hosts of the segments."""
+    """Answer some shards of queries with the shard actors of the segments."""
     searcher = ShardedSearcher.open(f"{work.index.place}/objects/{work.index.digest}", replicas=replicas)
     searcher.check(work.source.artifact)
     with progress.stage("search", sum(rows_of(work, todo)), "queries"):
@@ -144,7 +144,7 @@ def _by_nodes(work: Work, todo: list[dict[str, Any]], replicas: int) -> list[dic
 
 
 def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> list[dict[str, Any]]:
-    """Answer some shards of queries by actors that map the index, after scanning it by range where that is wanted."""
+    """Answer some shards of queries with actors that map the index, after scanning it by range if requested."""
     rows = rows_of(work, todo)
     small = sum(rows) <= QUERIES
     most = workers or (1 if runs_here(small) else int(resources().get("CPU", 1)))
@@ -154,7 +154,7 @@ def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> l
 
 
 class ShardSearcher:
-    """A Ray actor that maps an index and answers for one shard of queries after the other."""
+    """A Ray actor that maps an index and answers one shard of queries per call."""
 
     def __init__(self, work: Work) -> None:
         self.work, self.searcher = work, Searcher.of(work.index)
@@ -166,17 +166,17 @@ class ShardSearcher:
 
 
 def answered(searcher: Searches, work: Work, piece: dict[str, Any]) -> dict[str, Any]:
-    """Stage the answers to one shard of queries; what that took.
+    """Search and stage the hits of one shard of queries, and return the cost.
 
     Raises:
-        StorageError: a part of the gallery could not be searched.
+        StorageError: part of the gallery could not be searched.
     """
     clock = Clock()
     answers = answer_block(searcher, work.source.read(int(piece["shard"])), work.asked)
     if answers.hits.missing:
         raise StorageError(
-            f"{piece['name']}: nobody holds {answers.hits.missing:.1%} of the gallery any more; add nodes or replicas "
-            "and run the job again, which keeps the shards that were answered"
+            f"{piece['name']}: no shard actor is left for {answers.hits.missing:.1%} of the gallery; add nodes or "
+            "replicas and run the job again: finished shards are kept"
         )
     progress.advance(sum(rows_of(work, [piece])))
     table = answers_table(answers)

@@ -1,4 +1,4 @@
-"""A picture of search results: each query in a row of its own, with what was found for it."""
+"""Contact sheet of search results: one row per query, followed by its hits."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from zsr.index.searching.results import Answers
 SIDE: Final = 112
 TEXT: Final = 30
 GAP: Final = 8
-ROWS: Final = 20  # queries shown at most
+ROWS: Final = 20  # max queries shown
 SAME, OTHER, QUERY = "#2a7a2a", "#888888", "#0055aa"
 
 
 def pictures_in(data: Artifact, modality: str, ids: set[int]) -> Iterator[tuple[int, bytes | None]]:
-    """Id and encoded picture of some rows of DATA; one pass over the shards."""
+    """Id and encoded image of some rows of DATA; one pass over the shards."""
     wanted = pa.array(sorted(ids), pa.int64())
     for entry in data.shards(modality):
         table = data.read_table(entry.path, columns=["id", "image"])
@@ -33,7 +33,7 @@ def draw(answers: Answers, found: Mapping[int, bytes | None], queries: Sequence[
     """Write the first ROWS queries and their hits as PNG.
 
     Args:
-        found: encoded picture of each hit's id. queries: of each query; an empty tile for those without.
+        found: encoded image of each hit by id. queries: encoded image of each query; None gives an empty tile.
     """
     count, k = min(ROWS, len(answers.ids)), answers.hits.ids.shape[1]
     width, height = (k + 1) * (SIDE + GAP) + GAP, count * (SIDE + TEXT + GAP) + GAP
@@ -53,7 +53,7 @@ def draw(answers: Answers, found: Mapping[int, bytes | None], queries: Sequence[
 
 
 def _tile(sheet: Image.Image, at: tuple[int, int], picture: bytes | None, lines: Sequence[str], colour: str) -> None:
-    """One picture with its frame and the lines below it."""
+    """Draw one image with its frame and the lines below it."""
     x, y = GAP + at[1] * (SIDE + GAP), GAP + at[0] * (SIDE + TEXT + GAP)
     pen = ImageDraw.Draw(sheet)
     try:
@@ -68,7 +68,7 @@ def _tile(sheet: Image.Image, at: tuple[int, int], picture: bytes | None, lines:
 
 def _fitted(pen: ImageDraw.ImageDraw, line: str) -> str:
     """The end of `line` that fits under a tile: keys differ at their ends."""
-    line = line.encode("ascii", "replace").decode()  # the built-in font has no other letters
+    line = line.encode("ascii", "replace").decode()  # the built-in font has only ASCII
     while pen.textlength(line) > SIDE:
         line = line[1:]
     return line

@@ -1,14 +1,14 @@
-"""Offline search by ranges of lists, for an index that is larger than a machine's memory.
+"""List-major batch search, for an index that is larger than a machine's memory.
 
-A search touches lists at random, so that every worker that answers whole queries reads all codes again and again. Here
-the inverted lists are cut into contiguous ranges of about equal bytes, and a task scans one range for all queries:
+Queries probe lists at random, so every worker that answers whole queries reads all codes repeatedly. Here the inverted
+lists are split into contiguous ranges of about equal bytes, and a task scans one range for all queries:
 
-assign  a task a shard of queries: the lists that each of them looks into
-scan    a task a range: the best candidates in its lists, for each shard of queries that was assigned
-merge   a task a shard of queries (`Merged`): the best candidates of all ranges, which are ranked and named as ever
+assign  one task per shard of queries: the lists to probe for each query
+scan    one task per range: the best candidates in its lists, for each assigned shard of queries
+merge   one task per shard of queries (`Merged`): the best candidates of all ranges, re-ranked and named as usual
 
-What the first two write are scratch pieces of the staging: a killed run goes on with them, they never enter the
-artifact, and they go with the staging when it is published.
+The first two write scratch pieces in staging: a killed run resumes from them, they never enter the artifact, and they
+are deleted with the staging when it is published.
 """
 
 from dataclasses import dataclass
@@ -26,80 +26,80 @@ from zsr.clock import Clock
 from zsr.errors import ConfigError
 from zsr.executor import map_pieces
 from zsr.index import faiss_backend
-from zsr.index.searching.results import Asked, queries_of
+from zsr.index.searching.results import SearchParams, queries_of
 from zsr.index.searching.searcher import Hits, Labels, Searcher, flattened, merge_best, reach
 from zsr.index.storage.embeddings import Vectors
 from zsr.index.storage.inverted_lists import staged
 from zsr.index.storage.segment import list_sizes
 
-COLUMNS: Final = ("vectors", "lists", "distances")  # of the lists that queries look into, as `Probes` has them
+COLUMNS: Final = ("vectors", "lists", "distances")  # of a file of probed lists: the fields of `Probes`
 
 
 def probes_name(shard: int) -> str:
-    """Name of the lists that a shard of queries looks into."""
+    """Name of the scratch piece with the lists to probe for a shard of queries."""
     return f"assign/part-{shard:05d}.parquet"
 
 
-def require(index: Artifact, asked: Asked, replicas: int) -> None:
-    """Raise ConfigError for what is not answered by ranges of lists."""
+def require(index: Artifact, asked: SearchParams, replicas: int) -> None:
+    """Raise ConfigError for parameters that list ranges do not support."""
     key = str(index.facts["index_key"])
     if replicas:
-        raise ConfigError("--list-ranges and --replicas are two ways to do the same; give one of them")
+        raise ConfigError("--list-ranges and --replicas exclude each other; give one of them")
     if asked.labels:
         raise ConfigError(
-            "--labels looks into more lists until k are found, which ranges of lists cannot; leave --list-ranges out"
+            "--labels probes more lists until k hits are found, which ranges do not support; leave --list-ranges out"
         )
     if faiss_backend.lists_interact(key):
         raise ConfigError(
-            f"index key {key!r}: what faiss finds in one list of such codes depends on the others that it looks into; "
+            f"index key {key!r}: with such codes, faiss's results in one list depend on the other lists probed; "
             "leave --list-ranges out, or build with PQm, PQmxbits, SQ8, RaBitQ1 or Flat"
         )
 
 
 @dataclass(frozen=True)
 class Work:
-    """An offline search; every task of it gets one.
+    """A batch search; shared by all of its tasks.
 
     Attributes:
-        ranges: of lists; 0 where the index is searched whole.
+        ranges: number of ranges of lists; 0 for a search without ranges.
     """
 
     index: Artifact
     source: Vectors
-    asked: Asked
+    asked: SearchParams
     staging: Staging
     ranges: int
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Candidates a query, and lists that it looks into; see `zsr.index.searching.searcher.reach`."""
+        """Candidates and probed lists per query; see `zsr.index.searching.searcher.reach`."""
         facts, asked = self.index.facts, self.asked
         return reach(facts, asked.k * int(facts["parts"]), asked.nprobe, asked.refine_factor)
 
     def found_name(self, number: int, shard: int) -> str:
-        """Name of what range `number` holds for a shard of queries; another count makes other ranges."""
+        """Name of the candidates in range `number` for a shard of queries; the count determines the ranges."""
         return f"scan/{number:05d}-of-{self.ranges:05d}/part-{shard:05d}.parquet"
 
     def lacks(self, name: str) -> bool:
-        """Whether scratch piece `name` is still to be made."""
+        """Whether scratch piece `name` is not finished yet."""
         return self.staging.finished(name, scratch=True) is None
 
     def probes(self, shard: int) -> faiss_backend.Probes:
-        """The lists that a shard of queries looks into. Raises DamagedArtifact."""
+        """The lists to probe for a shard of queries. Raises DamagedArtifact."""
         table = self.read(probes_name(shard))
         return faiss_backend.Probes(*(_matrix(table.column(name)) for name in COLUMNS))
 
     def read(self, name: str) -> pa.Table:
-        """Scratch piece `name`. Raises DamagedArtifact: the next run makes it again."""
+        """Read scratch piece `name`. Raises DamagedArtifact; the next run then writes the piece again."""
         return pq.read_table(staged(self.staging, name, scratch=True))
 
 
 class Assigner:
-    """A Ray actor that finds the lists for one shard of queries after the other."""
+    """A Ray actor that assigns the lists to probe for one shard of queries per call."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.searcher = Searcher.of(work.index, [0])  # its centroids are those of every segment
+        self.searcher = Searcher.of(work.index, [0])  # all segments share the same centroids
         self.searcher.check(work.source.artifact)
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, Any]:
@@ -113,14 +113,14 @@ class Assigner:
 
 
 class Scanner:
-    """A Ray actor that scans one range of lists after the other, each for all `shards` of queries."""
+    """A Ray actor that scans one range of lists per call, for all `shards` of queries."""
 
     def __init__(self, work: Work, shards: list[int]) -> None:
         self.work, self.shards = work, shards
 
     @cached_property
     def searcher(self) -> Searcher:
-        """Opened late: a killed run may have scanned everything."""
+        """Opened lazily: a killed run may have scanned everything already."""
         return Searcher.of(self.work.index)
 
     @cached_property
@@ -134,9 +134,9 @@ class Scanner:
         return {"rows": sum(self._scan(number, shard) for shard in todo), **clock.spent()}
 
     def _scan(self, number: int, shard: int) -> int:
-        """Stage what the lists of range `number` hold for one shard of queries; how many of them look into it."""
+        """Stage the candidates in range `number` for one shard of queries; return how many queries probe the range."""
         rows, probes = self.work.probes(shard).within(*self.bounds[number : number + 2])
-        # one more than is asked for tells whether the last one has an equal that was left out
+        # one extra candidate shows whether the last one that is kept ties with one that is cut off
         ordinals, scores = self.searcher.coded_in(probes, self.work.reach[0] + 1)
         query, rank = np.nonzero(ordinals >= 0)
         found = {"query": rows[query].astype(np.int32), "ordinal": ordinals[query, rank], "score": scores[query, rank]}
@@ -147,7 +147,7 @@ class Scanner:
 
 @dataclass(frozen=True)
 class Merged:
-    """Answers one shard of queries by what all ranges have found for it."""
+    """Searches for one shard of queries by merging the candidates of all ranges."""
 
     work: Work
     searcher: Searcher
@@ -166,10 +166,10 @@ class Merged:
         *,
         labels: Labels = None,
     ) -> Hits:
-        """The k nearest items of the shard's queries (B, D) or (B, P, D), as it was asked of the ranges.
+        """The k nearest items of the shard's queries (B, D) or (B, P, D); the other parameters are those of the scan.
 
         Raises:
-            DamagedArtifact: what a range has found was damaged since; the next run scans it again.
+            DamagedArtifact: the candidates of a range were damaged; the next run scans it again.
         """
         flat = flattened(queries)
         ordinals, codes = self._coded(len(flat))
@@ -177,10 +177,10 @@ class Merged:
         return self.searcher.hits(merge_best(ordinals, scores, None, k * self.searcher.parts), len(queries), k)
 
     def _coded(self, queries: int) -> tuple[np.ndarray, np.ndarray]:
-        """What `Searcher.coded` gives for the shard, but for the order: ordinals and code scores, two (B, depth).
+        """The result of `Searcher.coded` for the shard, except for the order: ordinals and code scores, two (B, depth).
 
-        Where the last candidate that stays and the first that goes are equal, faiss keeps one or the other by the order
-        of the lists. Such queries look into all of their lists again.
+        If the last candidate kept ties with the first one cut off, faiss's choice depends on the order of the lists.
+        Such queries are searched again in all of their lists.
         """
         depth = self.work.reach[0]
         best = np.full((queries, depth + 1), -1), np.full((queries, depth + 1), -np.inf, np.float32)
@@ -197,10 +197,10 @@ class Merged:
 
 
 def scan(work: Work, shards: list[int], workers: int) -> list[dict[str, Any]]:
-    """Assign and scan for some shards of queries by so many actors; what that took.
+    """Assign and scan some shards of queries with `workers` actors, and return the costs.
 
     Raises:
-        ConfigError: queries of another space. DamagedArtifact: a piece of a killed run; the next run makes it again.
+        ConfigError: queries of another space. DamagedArtifact: a damaged piece; the next run writes it again.
     """
     todo = [{"shard": shard} for shard in shards if work.lacks(probes_name(shard))]
     given = {"rows": rows_of(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
@@ -211,21 +211,21 @@ def scan(work: Work, shards: list[int], workers: int) -> list[dict[str, Any]]:
 
 
 def rows_of(work: Work, pieces: list[dict[str, Any]]) -> list[int]:
-    """Query vectors of each of some shards of queries."""
+    """Number of query vectors in each of some shards."""
     starts = work.source.starts
     return [starts[piece["shard"] + 1] - starts[piece["shard"]] for piece in pieces]
 
 
 def actors(pieces: list[dict[str, Any]], workers: int) -> dict[str, Any]:
-    """Options of `map_pieces` for at most so many actors of one CPU."""
+    """Options of `map_pieces` for at most `workers` actors with one CPU each."""
     return {"compute": ActorPoolStrategy(size=max(1, min(len(pieces), workers))), "num_cpus": 1}
 
 
 def bounds_of(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Where each of `count` contiguous ranges of lists starts, and the number of lists: (count + 1,) int64.
+    """First list of each of `count` contiguous ranges, and the number of lists: (count + 1,) int64.
 
     Args:
-        sizes: (nlist,) int64, vectors in each list. Every vector takes the same bytes.
+        sizes: (nlist,) int64, vectors in each list; all vectors have the same number of bytes.
     """
     ends = np.cumsum(sizes)
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count)
@@ -233,7 +233,7 @@ def bounds_of(sizes: np.ndarray, count: int) -> np.ndarray:
 
 
 def _keep(best: tuple[np.ndarray, np.ndarray], table: pa.Table) -> None:
-    """Put those candidates of one range in their place that are among the best so far."""
+    """Merge the candidates of one range into `best`, in place."""
     query, ordinal, score = (table.column(name).to_numpy() for name in ("query", "ordinal", "score"))
     rows, start, count = np.unique(query, return_index=True, return_counts=True)
     if not len(rows):
@@ -253,6 +253,6 @@ def _column(matrix: np.ndarray) -> pa.Array:
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """What `_column` was made from."""
+    """The inverse of `_column`."""
     lists = column.combine_chunks()
     return np.asarray(lists.flatten()).reshape(len(lists), -1)

@@ -1,4 +1,4 @@
-"""Answers to the items of an embeddings artifact, and the file that they are written to."""
+"""Search results for the items of an embeddings artifact, as a table and as a file."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from zsr.index.storage.embeddings import Block, Vectors
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Hits for some items, in the order in which the items first appear.
+    """Hits of some query items, in order of first appearance.
 
     Attributes:
         ids: (Q,) int64. keys, labels: (Q,) object. hits: Q rows.
@@ -46,8 +46,8 @@ class Searches(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked of every query; see `Searcher.search`. `labels` empty admits all."""
+class SearchParams:
+    """Search parameters for all queries; see `Searcher.search`. Empty `labels` do not filter."""
 
     k: int
     nprobe: int | None = None
@@ -55,15 +55,15 @@ class Asked:
     labels: tuple[str, ...] = ()
 
     def of(self, searcher: Searches, queries: np.ndarray) -> Hits:
-        """Hits of queries (B, D) or (B, P, D)."""
+        """Search for queries (B, D) or (B, P, D)."""
         return searcher.search(queries, self.k, self.nprobe, self.refine_factor, labels=self.labels or None)
 
 
-def answer(searcher: Searches, embeddings: Artifact, asked: Asked) -> Answers:
-    """The nearest items of every item of `embeddings`; several parts of one query merge by best score.
+def answer(searcher: Searches, embeddings: Artifact, asked: SearchParams) -> Answers:
+    """Search for every item of `embeddings`; a multi-vector query counts the best score of its vectors.
 
     Raises:
-        ConfigError: another checkpoint, width, metric or normalisation than the gallery's.
+        ConfigError: the checkpoint, width, metric or normalization differs from the gallery's.
     """
     searcher.check(embeddings)
     source = Vectors.of(embeddings)
@@ -72,8 +72,8 @@ def answer(searcher: Searches, embeddings: Artifact, asked: Asked) -> Answers:
     return answer_block(searcher, whole, asked)
 
 
-def answer_block(searcher: Searches, block: Block, asked: Asked) -> Answers:
-    """The nearest items of the items of one block, whose parts are all in it."""
+def answer_block(searcher: Searches, block: Block, asked: SearchParams) -> Answers:
+    """Search for the items of one block; all vectors of an item must be in it."""
     first, queries = queries_of(block)
     hits = asked.of(searcher, queries)
     ids, keys, labels = (block.names.column(c).take(pa.array(first)) for c in ("id", "key", "label"))
@@ -81,13 +81,13 @@ def answer_block(searcher: Searches, block: Block, asked: Asked) -> Answers:
 
 
 def queries_of(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each item of one block, in order of appearance (Q,), and its parts (Q, P, D) float32."""
+    """First row of each item of one block, in order of appearance (Q,), and its vectors (Q, P, D) float32."""
     first, rows = _group(block.names.column("id").to_numpy())
     return first, block.vectors.astype(np.float32)[rows]
 
 
 def answers_table(answers: Answers) -> pa.Table:
-    """One row a hit: the query's id, key and label, the rank from 1, and the neighbour's id, key, label and score."""
+    """One row per hit: the query's id, key and label, the rank from 1, and the neighbor's id, key, label and score."""
     query, rank = np.nonzero(answers.hits.ids >= 0)
     hits = {name: getattr(answers.hits, name)[query, rank] for name in ("ids", "keys", "labels", "scores")}
     return pa.table(
@@ -105,7 +105,7 @@ def answers_table(answers: Answers) -> pa.Table:
 
 
 def write_answers(answers: Answers, output: Path) -> None:
-    """Write `answers_table` as parquet, or as a JSON list of its rows, by the suffix of `output`; whole or not at all.
+    """Write `answers_table` atomically, as parquet or as a JSON list of rows, depending on the suffix of `output`.
 
     Raises:
         ConfigError: another suffix. DiskFull, StorageError: it cannot be written.
@@ -122,15 +122,15 @@ def write_answers(answers: Answers, output: Path) -> None:
 
 
 def into_file(output: Path) -> bool:
-    """Whether answers go into one file, `output`, and not into an artifact with that ROOT.
+    """Whether `output` is a single file, and not the ROOT of an artifact.
 
-    A suffix of letters alone makes a file, unless there is a directory; that of neighbours-v1.0 is part of a name.
+    A suffix of letters only means a file, unless it is a directory; in neighbours-v1.0, ".0" is part of the name.
     """
     return output.suffix[1:].isalpha() and not output.is_dir()
 
 
 def require_suffix(output: Path) -> None:
-    """Raise ConfigError unless `write_answers` knows how to write `output`."""
+    """Raise ConfigError unless `write_answers` supports the suffix of `output`."""
     if output.suffix not in (".json", ".parquet"):
         raise ConfigError(
             f"--output {output}: a file of neighbors is .json or .parquet, found {output.suffix!r}; give one of "

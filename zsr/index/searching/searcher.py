@@ -1,4 +1,4 @@
-"""Search: candidates by code over all segments, re-ranking by refine codes, parts of one item merged by best score."""
+"""Search: candidates by code over all segments, re-ranking by refine codes, best score per multi-vector item."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,28 +16,28 @@ from zsr.data.finite import require_finite
 from zsr.data.published import Spellings
 from zsr.errors import ConfigError
 from zsr.index import faiss_backend
-from zsr.index.ground_truth import K, Truth
+from zsr.index.ground_truth import GroundTruth, K
 from zsr.index.storage.embeddings import Space
-from zsr.index.storage.id_map import Names
+from zsr.index.storage.id_map import IdMap
 from zsr.index.storage.segment import Segment, Spec, ids_name, object_of, segment_files
 
 GOLDEN: Final = "golden.parquet"
 DEAD: Final = "deleted.parquet"
-RERANK_BYTES: Final = 64 << 20  # candidate vectors gathered at once
+RERANK_BYTES: Final = 64 << 20  # bytes of candidate vectors gathered at once
 Labels = str | Collection[str] | None  # a class, or several, that a search is restricted to
-WIDEN: Final = 4  # a query that a filter leaves too few hits looks into this many times the lists, again and again
+WIDEN: Final = 4  # factor by which nprobe grows, repeatedly, for queries that a filter leaves with too few hits
 
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Neighbours of B queries, best first; padded with id -1, None and minus infinity where there are fewer than k.
+    """Neighbors of B queries, best first; padded with id -1, None and minus infinity where there are fewer than k.
 
     Attributes:
         ids: (B, k) int64.
         keys, labels: (B, k) object, str or None.
-        scores: (B, k) float32, higher is nearer: inner product, or minus the Euclidean distance; of the vectors as the
-            refine codes have them, or as the codes have them where nothing is re-ranked.
-        missing: share of the gallery's vectors that nobody could be asked about; see `zsr.index.searching.sharded`.
+        scores: (B, k) float32, higher is nearer: inner product, or minus the Euclidean distance, computed from the
+            refine codes, or from the codes if nothing is re-ranked.
+        missing: fraction of the gallery's vectors on unavailable shard actors; see `zsr.index.searching.sharded`.
     """
 
     ids: np.ndarray
@@ -48,13 +48,13 @@ class Hits:
 
 
 def resolved(labels: Labels, known: Callable[[], Collection[str]]) -> tuple[str, ...] | None:
-    """`labels` as the index spells them, without repetitions; None stays None.
+    """`labels` in the spelling of the index, without duplicates; None stays None.
 
     Args:
-        known: gives the classes of the index; called only if there are labels.
+        known: returns the classes of the index; called only if there are labels.
 
     Raises:
-        ConfigError: a class that the index does not hold; names the nearest that it does.
+        ConfigError: a class that is not in the index; the message names the closest ones.
     """
     if labels is None:
         return None
@@ -63,12 +63,12 @@ def resolved(labels: Labels, known: Callable[[], Collection[str]]) -> tuple[str,
 
 
 def starts_of(specs: Sequence[Spec]) -> np.ndarray:
-    """Ordinal of the first vector of each segment, and the number of all: (S + 1,) int64."""
+    """Ordinal of the first vector of each segment, and the total: (S + 1,) int64."""
     return np.cumsum([0, *(spec.rows for spec in specs)])
 
 
 def reach(facts: Json, count: int, nprobe: int | None, refine_factor: int | None) -> tuple[int, int]:
-    """Candidates to rank for `count` neighbours, and lists to look into; what is not given as it was published.
+    """Candidates to re-rank for `count` neighbors, and lists to probe; defaults are the published operating point.
 
     Raises:
         ConfigError: a number below 1.
@@ -82,12 +82,14 @@ def reach(facts: Json, count: int, nprobe: int | None, refine_factor: int | None
 
 
 class Searcher:
-    """An opened index version. Lists, refine codes and names are mapped from disk, so that memory does not grow with
-    the gallery, but for a bit a vector where some are deleted, and a byte a vector while a filter is in use.
+    """An opened index version.
+
+    Lists, refine codes and id map are memory-mapped, so that memory does not grow with the gallery, except for one bit
+    per vector if some are deleted, and one byte per vector while a filter is in use.
 
     Attributes:
-        names: of the N vectors, whose numbers are their ordinals.
-        ids: (N,) int64, of their items.
+        names: id map of the N vectors by ordinal.
+        ids: (N,) int64, item of each vector.
         dead: ordinals of deleted vectors, ascending.
     """
 
@@ -95,29 +97,29 @@ class Searcher:
         """Use `open` for a published index; this takes segments that are already opened.
 
         Args:
-            files: of the version itself, beside its segments.
+            files: of the version itself, outside of its segments.
         """
         self.segments, self.facts, self.dead, self.files = segments, facts, dead, files
         self.space = segments[0].space
         self.starts = starts_of([segment.spec for segment in segments])
-        self.names = Names.joined([segment.names for segment in segments])
+        self.names = IdMap.joined([segment.names for segment in segments])
         self.ids = self.names.ids
 
     @classmethod
     def open(cls, index_dir: str | Path) -> "Searcher":
-        """The index at `index_dir`: a ROOT (its highest version that verifies) or an object. Every file is hashed.
+        """Open the index at `index_dir`: a ROOT (its highest version that verifies) or an object. Hashes every file.
 
         Raises:
-            StorageError: nothing is there. DamagedArtifact: bytes are not what the manifest says.
+            StorageError: there is no index. DamagedArtifact: bytes do not match the manifest.
         """
         return cls.of(open_artifact(index_dir, "index"))
 
     @classmethod
     def of(cls, artifact: Artifact, chosen: Sequence[int] | None = None) -> "Searcher":
-        """The index in `artifact`. Raises DamagedArtifact.
+        """Open the index in `artifact`. Raises DamagedArtifact.
 
         Args:
-            chosen: numbers of the segments to open, ascending; their vectors are numbered on without the others.
+            chosen: numbers of the segments to open, ascending; ordinals then count the vectors of these segments only.
         """
         facts = artifact.facts
         space = Space.of(facts, str(artifact.directory))
@@ -136,17 +138,17 @@ class Searcher:
 
     @property
     def parts(self) -> int:
-        """The most vectors that one item has."""
+        """Max number of vectors per item."""
         return int(self.facts["parts"])
 
     @property
     def live_ids(self) -> np.ndarray:
-        """Distinct ids of what is not deleted."""
+        """Distinct ids of items that are not deleted."""
         return np.unique(self.ids[self.alive])
 
     @property
     def alive(self) -> np.ndarray:
-        """(N,) bool over ordinals, those that are not deleted; made anew each time."""
+        """(N,) bool over ordinals, True for vectors that are not deleted; a new array on each access."""
         mask = np.ones(len(self.ids), bool)
         mask[self.dead] = False
         return mask
@@ -156,16 +158,16 @@ class Searcher:
         return self.bits(self.alive) if len(self.dead) else None
 
     def rows_of(self, segment: int) -> tuple[int, int]:
-        """Ordinals of a segment, from and to."""
+        """First ordinal of a segment, and one past its last."""
         return int(self.starts[segment]), int(self.starts[segment + 1])
 
     def bits(self, mask: np.ndarray) -> list[np.ndarray]:
-        """`mask` (N,) over ordinals as a bitmap a segment."""
+        """`mask` (N,) over ordinals as one bitmap per segment."""
         pieces = zip(self.starts[:-1], self.starts[1:], strict=True)
         return [np.packbits(mask[a:b], bitorder="little") for a, b in pieces]
 
     def check(self, embeddings: Artifact) -> None:
-        """Raise ConfigError if `embeddings` have another checkpoint, width, metric or normalisation."""
+        """Raise ConfigError if the checkpoint, width, metric or normalization of `embeddings` differs."""
         where = str(embeddings.directory)
         self.space.require(Space.of(embeddings.facts, where), where)
 
@@ -179,14 +181,14 @@ class Searcher:
         labels: Labels = None,
         ids: Collection[int] | None = None,
     ) -> Hits:
-        """The k nearest items.
+        """Search the k nearest items.
 
         Args:
-            queries: (B, D) float32, or (B, P, D) for queries of several parts, whose best one counts.
-            nprobe: lists to look into; refine_factor: candidates to re-rank, in multiples of k. The published operating
-                point if not given.
-            labels: only items of this class, or of one of these, under any spelling. ids: only these. A query looks
-                into more lists than `nprobe` where it takes them to find k.
+            queries: (B, D) float32, or (B, P, D) for multi-vector queries, whose best score counts.
+            nprobe: lists to probe. refine_factor: candidates to re-rank, in multiples of k. Both default to the
+                published operating point.
+            labels: restrict to items of this class, or these classes, in any spelling. ids: restrict to these items.
+                With a filter, a query probes more than `nprobe` lists if it needs them to find k items.
 
         Raises:
             ConfigError: queries of another shape or not finite, a number below 1, or a class that no item has.
@@ -196,7 +198,7 @@ class Searcher:
         return self.hits(found, len(queries), k)
 
     def hits(self, found: tuple[np.ndarray, np.ndarray], queries: int, k: int) -> Hits:
-        """The k nearest items by the ordinals and scores that were found for all parts of so many queries."""
+        """Hits from the ordinals and scores `found` for all vectors of `queries` queries."""
         ordinals, scores = (part.reshape(queries, part.size // queries if queries else part.shape[1]) for part in found)
         return self.resolve(*merge_best(ordinals, scores, self.ids, k))
 
@@ -211,7 +213,7 @@ class Searcher:
         return frozenset(found)
 
     def mask(self, labels: Labels = None, ids: Collection[int] | None = None) -> np.ndarray | None:
-        """(N,) bool over ordinals, those that a filter admits and nobody deleted; None without a filter.
+        """(N,) bool over ordinals, True for vectors that pass the filter and are not deleted; None without a filter.
 
         Raises:
             ConfigError: a class that no item has.
@@ -220,7 +222,7 @@ class Searcher:
         return self.admitted(among, ids)
 
     def admitted(self, labels: Collection[str] | None, ids: Collection[int] | None) -> np.ndarray | None:
-        """`mask` for labels as the index spells them; one that no item has admits nothing."""
+        """`mask` for labels in the spelling of the index; a label that no item has matches nothing."""
         if labels is None and ids is None:
             return None
         mask = self.alive
@@ -241,7 +243,7 @@ class Searcher:
         *,
         wanted: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ordinals and scores of the `count` nearest vectors: two (B, count), padded with -1 and minus infinity.
+        """Search the `count` nearest vectors: ordinals and scores, two (B, count), padded with -1 and minus infinity.
 
         Args:
             wanted: (N,) bool, see `mask`.
@@ -261,10 +263,10 @@ class Searcher:
     def candidates(
         self, queries: np.ndarray, depth: int, nprobe: int, allowed: list[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates in the order of their codes' scores, with re-ranked scores: two (B, depth), padded.
+        """Candidates ordered by the scores of their codes, with re-ranked scores: two (B, depth), padded.
 
         Args:
-            allowed: a bitmap a segment; what is not deleted if not given.
+            allowed: one bitmap per segment; all vectors that are not deleted if not given.
         """
         ordinals, scores = self.coded(queries, depth, nprobe, allowed)
         return ordinals, self.ranked(queries, ordinals, scores)
@@ -278,10 +280,10 @@ class Searcher:
         *,
         segments: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates (B, depth) as the codes order them, and their scores by the codes; see `candidates`.
+        """Candidates (B, depth) ordered by their codes, and the scores by the codes; see `candidates`.
 
         Args:
-            segments: which of them are looked into; all if not given.
+            segments: numbers of the segments to search; all if not given.
         """
         queries, lists = as_queries(queries, self.space.dim), self.lists(nprobe)
 
@@ -291,15 +293,15 @@ class Searcher:
         return self._over_segments(probe, depth, allowed, segments)
 
     def lists(self, nprobe: int) -> int:
-        """How many lists `nprobe` comes to."""
+        """`nprobe` capped at the number of lists."""
         return min(nprobe, int(self.facts["nlist"]))
 
     def coarse(self, queries: np.ndarray, nprobe: int) -> faiss_backend.Probes:
-        """The lists that `coded` looks into for queries (B, D): the same in every segment, since they share them."""
+        """The lists that `coded` probes for queries (B, D): the same in all segments, which share their centroids."""
         return faiss_backend.coarse(self.segments[0].index, as_queries(queries, self.space.dim), self.lists(nprobe))
 
     def coded_in(self, probes: faiss_backend.Probes, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `coded`, in lists that were chosen before."""
+        """As `coded`, in preassigned lists."""
 
         def probe(index: Any, deep: int, bits: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
             return faiss_backend.probe_assigned(index, probes, deep, bits)
@@ -313,7 +315,7 @@ class Searcher:
         allowed: list[np.ndarray] | None = None,
         segments: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What `probe` finds in each segment, given its index, how many are wanted and its bitmap, as one list."""
+        """Merge the results of `probe(index, depth, bitmap)` over segments into one list."""
         bits = self._undeleted if allowed is None else allowed
 
         def over(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -324,12 +326,12 @@ class Searcher:
 
         first, *others = range(len(self.segments)) if segments is None else segments
         best = over(first)
-        for number in others:  # one after the other, so that memory does not grow with them
+        for number in others:  # sequentially, so that memory does not grow with the number of segments
             best = joined(best, over(number), depth)
         return best
 
     def ranked(self, queries: np.ndarray, ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Scores of candidates (B, C) by their refine codes, if there are some; else `scores`, those by the codes."""
+        """Scores of candidates (B, C) by their refine codes, if there are any; else `scores`, those by the codes."""
         if not self.segments[0].refine:
             return scores
         return self._refined(np.ascontiguousarray(queries, np.float32), ordinals)
@@ -355,7 +357,7 @@ class Searcher:
         return out.reshape(*ordinals.shape, self.space.dim)
 
     def resolve(self, ordinals: np.ndarray, scores: np.ndarray) -> Hits:
-        """Names of the items at `ordinals` (B, k)."""
+        """Hits with ids, keys and labels of the items at `ordinals` (B, k)."""
         missing = ordinals < 0
         at = np.where(missing, 0, ordinals)
         ids = np.where(missing, -1, self.ids[at])
@@ -366,13 +368,13 @@ class Searcher:
         return Hits(ids, named[0], named[1], scores)
 
     @cached_property
-    def golden(self) -> Truth:
-        """The queries that the index was tuned on, with their exact neighbours."""
+    def golden(self) -> GroundTruth:
+        """The golden queries, which the index was tuned on, with their exact neighbors."""
         return golden_truth(pq.read_table(self.files[GOLDEN]), self.space.dim)
 
 
 def classes_of(index: Artifact) -> frozenset[str]:
-    """`Searcher.labels` of an index that is not opened: of its files only the id maps are hashed and read.
+    """`Searcher.labels` without opening the index: only its id maps are hashed and read.
 
     Raises:
         DamagedArtifact: see `Artifact.read_table`.
@@ -392,8 +394,8 @@ def classes_of(index: Artifact) -> frozenset[str]:
     return frozenset(found)
 
 
-def golden_table(truth: Truth) -> pa.Table:
-    """Queries and their exact neighbours, kept in the index so that any reader can measure its recall again."""
+def golden_table(truth: GroundTruth) -> pa.Table:
+    """Golden queries and their exact neighbors as a table, stored in the index so that readers can measure recall."""
 
     def column(matrix: np.ndarray) -> pa.Array:
         return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
@@ -408,19 +410,19 @@ def golden_table(truth: Truth) -> pa.Table:
     )
 
 
-def golden_truth(table: pa.Table, dim: int) -> Truth:
-    """What `golden_table` wrote."""
+def golden_truth(table: pa.Table, dim: int) -> GroundTruth:
+    """The inverse of `golden_table`."""
 
     def matrix(name: str) -> np.ndarray:
         column = table.column(name).combine_chunks()
         return np.asarray(column.flatten()).reshape(len(table), -1)
 
     queries = matrix("query").reshape(-1, dim)
-    return Truth(queries, matrix("ordinals"), matrix("scores"), table.column("floor").to_numpy())
+    return GroundTruth(queries, matrix("ordinals"), matrix("scores"), table.column("floor").to_numpy())
 
 
 def as_queries(queries: np.ndarray, dim: int) -> np.ndarray:
-    """(B, dim) float32 as faiss requires it. Raises ConfigError for another shape, or values that are not finite."""
+    """Check and convert queries to (B, dim) float32. Raises ConfigError for another shape or non-finite values."""
     if queries.ndim != 2 or queries.shape[1] != dim:
         raise ConfigError(f"queries are {queries.shape}, expected (B, {dim}) as in the gallery")
     with np.errstate(over="ignore"):  # a float64 beyond float32 is refused below
@@ -430,7 +432,7 @@ def as_queries(queries: np.ndarray, dim: int) -> np.ndarray:
 
 
 def flattened(queries: np.ndarray) -> np.ndarray:
-    """Queries (B, D), or (B, P, D) of several parts, as (B * P, D)."""
+    """Queries (B, D), or multi-vector queries (B, P, D), as (B * P, D)."""
     return queries.reshape(-1, queries.shape[-1]) if queries.ndim == 3 else queries
 
 
@@ -440,14 +442,14 @@ def unfilled(queries: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def short(ordinals: np.ndarray, enough: int) -> np.ndarray:
-    """Which rows (B,) of ordinals (B, C) hold fewer than `enough`."""
+    """Mask (B,) of the rows of ordinals (B, C) with fewer than `enough` hits."""
     return np.asarray((ordinals >= 0).sum(axis=1) < enough)
 
 
 def joined(
     one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], depth: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates of two sets of segments as one list in the order of their scores, ties by ordinal."""
+    """Merge the candidates of two sets of segments, sorted by score, ties by ordinal."""
     ordinals, scores = (np.concatenate(pair, axis=1) for pair in zip(one, other, strict=True))
     order = np.lexsort((ordinals, -scores), axis=1)[:, :depth]
     return np.take_along_axis(ordinals, order, 1), np.take_along_axis(scores, order, 1)
@@ -456,11 +458,11 @@ def joined(
 def merge_best(
     ordinals: np.ndarray, scores: np.ndarray, ids: np.ndarray | None, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of each row, best first, ties by ordinal; of several candidates with one id only the best.
+    """The k best of each row, best first, ties by ordinal; only the best of several candidates with the same id.
 
     Args:
         ordinals: (B, C) int64, -1 where there is no candidate. scores: (B, C) float32.
-        ids: id of every ordinal, or None where each ordinal is an item of its own.
+        ids: id of every ordinal, or None if every ordinal is a separate item.
 
     Returns:
         ordinals and scores, both (B, k), padded with -1 and minus infinity.
@@ -476,9 +478,9 @@ def merge_best(
 
 
 def _first_of_each(ordinals: np.ndarray, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows sorted by score, with every later candidate of an id that was there before moved to the end and blanked."""
+    """Keep the first candidate of each id per row (rows sorted by score); blank the others and move them to the end."""
     named, there = np.full(ordinals.shape, -1, np.int64), ordinals >= 0
-    named[there] = ids[ordinals[there]]  # where nobody answers there are no ids at all
+    named[there] = ids[ordinals[there]]  # `ids` is empty if no shard actor answers
     by_id = np.argsort(named, axis=1, kind="stable")
     grouped = np.take_along_axis(named, by_id, 1)
     repeated = np.zeros(ordinals.shape, bool)
@@ -489,7 +491,7 @@ def _first_of_each(ordinals: np.ndarray, scores: np.ndarray, ids: np.ndarray) ->
 
 
 def objects(column: pa.ChunkedArray) -> np.ndarray:
-    """Strings and nulls as an object array."""
+    """A string column with nulls as an object array."""
     out = np.empty(len(column), object)
     out[:] = column.to_pylist()
     return out

@@ -1,12 +1,12 @@
-"""Search over the nodes that hold the segments: scatter to one actor a node, gather, replicas where one is lost.
+"""Sharded search: segments on one shard actor per node, scatter-gather, and failover to replicas.
 
-Every node of the cluster that has CPUs gets an actor, a host, which opens some of the segments; a segment lies on as
-many hosts as there are replicas. A query goes to one host for each segment. Where a host does not answer, the next
-replica of its segments is asked; where none is left, the answer says which share of the gallery is missing from it. Ray
-starts a lost host again, on another node if it has to, and it is asked again as soon as it answers. A new version is
-opened by the same hosts beside the old one, and then asked.
+Every node with CPUs runs one shard actor, which opens some of the segments; each segment is on as many shard actors as
+there are replicas. A query is sent to one shard actor per segment. If it does not answer, the next replica is tried; if
+none is left, the result states the fraction of the gallery that is missing. Ray restarts a lost shard actor, on another
+node if necessary, and it is used again as soon as it answers. A new version is opened by the same shard actors while
+the old one still serves.
 
-Candidates are chosen by their codes over all segments, as `Searcher` does, so the answers are the same.
+Candidates are selected by their codes over all segments, as in `Searcher`, so the results are the same.
 """
 
 import logging
@@ -47,16 +47,16 @@ from zsr.index.storage.segment import Spec
 
 logger = logging.getLogger("zsr")
 
-PATIENCE: Final = 60.0  # seconds that a host may take for one batch; then its replicas are asked
-OPENING: Final = 3600.0  # seconds that a host may take to hash and open its segments
-BLOCK: Final = 1024  # queries that a host answers in one call; up to twice as many in the last one
-GATHERED: Final = 256 << 20  # bytes of candidates that all hosts may send for a block
-CANDIDATE: Final = 24  # bytes of one in `Candidates`
+PATIENCE: Final = 60.0  # timeout in seconds of a shard actor's call; then replicas are tried
+OPENING: Final = 3600.0  # timeout in seconds to hash and open the segments of a shard actor
+BLOCK: Final = 1024  # queries per call of a shard actor; up to twice as many in the last one
+GATHERED: Final = 256 << 20  # max bytes of candidates gathered from all shard actors per block
+CANDIDATE: Final = 24  # bytes per candidate in `Candidates`
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a filter admits, as `Searcher.mask` takes it."""
+    """A filter, with the arguments of `Searcher.mask`."""
 
     labels: frozenset[str] | None = None
     ids: frozenset[int] | None = None
@@ -64,13 +64,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Of B queries, from some segments.
+    """Candidates of B queries in some segments.
 
     Attributes:
         ordinals: (B, C) int64 over the whole gallery, -1 where there is none.
-        codes, scores: (B, C) float32, by the codes, and as they are ranked.
+        codes, scores: (B, C) float32, scores by the codes, and scores after re-ranking.
         ids: (B, C) int64, of the items.
-        admitted: vectors that the filter leaves in these segments.
+        admitted: number of vectors in these segments that pass the filter.
     """
 
     ordinals: np.ndarray
@@ -82,14 +82,14 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Segments `numbers` of the index version that lies at `place`."""
+    """The segments `numbers` of the index version at `place`, as assigned to one shard actor."""
 
     place: str
     numbers: tuple[int, ...]
 
 
 class Part:
-    """Some segments of one version. They are opened when they are first needed."""
+    """Some segments of one version, opened on first use."""
 
     def __init__(self, held: Held, threads: int) -> None:
         self.held, self.numbers, self.threads = held, held.numbers, threads
@@ -101,25 +101,25 @@ class Part:
 
     @cached_property
     def shifts(self) -> np.ndarray:
-        """What each segment's own ordinals lack to those of the whole gallery."""
+        """Offset from each segment's local ordinals to those of the whole gallery."""
         every = starts_of([Spec.of(spec) for spec in self.searcher.facts["segments"]])
         return np.asarray(every[list(self.numbers)] - self.searcher.starts[:-1])
 
     def open(self) -> None:
-        """Raises DamagedArtifact."""
+        """Open the segments. Raises DamagedArtifact."""
         _ = self.shifts
 
     def _mask(self, wanted: Wanted) -> np.ndarray | None:
         if wanted not in self.masks:
             self.masks = {
                 wanted: self.searcher.admitted(wanted.labels, wanted.ids)
-            }  # the last one: filters come in runs
+            }  # only the latest: consecutive calls tend to share a filter
         return self.masks[wanted]
 
     def candidates(
         self, queries: np.ndarray, depth: int, nprobe: int, wanted: Wanted, numbers: Sequence[int]
     ) -> Candidates:
-        """The best `depth` of the segments `numbers`."""
+        """The best `depth` candidates in the segments `numbers`."""
         searcher, mask = self.searcher, self._mask(wanted)
         at = [self.numbers.index(number) for number in numbers]
         bits = None if mask is None else searcher.bits(mask)
@@ -133,7 +133,7 @@ class Part:
         return Candidates(ordinals, codes, scores, np.where(found, searcher.ids[own], -1), admitted)
 
     def labels(self, numbers: Sequence[int]) -> frozenset[str]:
-        """Classes of all items that these segments hold; `numbers` are among them."""
+        """Classes of all items in the segments of this object, of which `numbers` are some."""
         return self.searcher.labels
 
     def names(self, ordinals: np.ndarray, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -143,8 +143,8 @@ class Part:
         return objects(rows.column("key")), objects(rows.column("label"))
 
 
-class Host:
-    """An actor of one node. Every call says what it is about, so that a host that Ray started again needs no more."""
+class ShardActor:
+    """The actor of one node. Every call names its segments, so that a restarted actor needs no state to answer it."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -154,12 +154,12 @@ class Host:
         return self.parts.setdefault(held, Part(held, self.threads))
 
     def ready(self, held: Held) -> str:
-        """Open the segments; the id of the node that this host runs on. Raises DamagedArtifact."""
+        """Open the segments and return the id of the node that this actor runs on. Raises DamagedArtifact."""
         self._part(held).open()
         return str(ray.get_runtime_context().get_node_id())
 
     def forget(self, held: Held) -> None:
-        """Close what is no longer asked for."""
+        """Close the segments of a version that is no longer served."""
         self.parts.pop(held, None)
 
     def candidates(self, held: Held, *words: Any) -> Candidates:
@@ -178,13 +178,14 @@ class Host:
 
 @dataclass
 class Serving:
-    """The hosts of one version.
+    """The shard actors that serve one version.
 
     Attributes:
-        hosts: actors. nodes: where each runs, as it said itself: a node without free CPUs has its host on another.
-        held: what each holds.
-        replicas: of each segment, the numbers of its hosts, in the order in which they are asked.
-        down: hosts that did not answer, each with the call that will tell when it does again.
+        hosts: handles of the shard actors. nodes: where each runs, as reported by the actor: if its node has no free
+            CPUs, Ray starts it on another.
+        held: the segments of each.
+        replicas: for each segment, the numbers of its shard actors, in the order in which they are tried.
+        down: shard actors that did not answer, each with a pending `ready` call that shows when it does again.
         labels: classes of the items, once they are known.
     """
 
@@ -204,16 +205,18 @@ class Serving:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """(S,) vectors of each segment."""
+        """(S,) number of vectors in each segment."""
         return np.diff(self.starts)
 
     def lost(self, host: int, error: Exception) -> None:
-        """Leave `host` out until it answers again."""
-        logger.warning("host %d of index %s did not answer: %s", host, self.artifact.digest[:12], type(error).__name__)
+        """Mark shard actor `host` as down until it answers again."""
+        logger.warning(
+            "shard actor %d of index %s did not answer: %s", host, self.artifact.digest[:12], type(error).__name__
+        )
         self.down[host] = self.hosts[host].ready.remote(self.held[host])
 
     def recover(self) -> None:
-        """Take back the hosts that answer again."""
+        """Use shard actors again that have recovered."""
         for host, ref in list(self.down.items()):
             if ray.wait([ref], timeout=0)[0]:
                 try:
@@ -225,10 +228,10 @@ class Serving:
     def scatter(
         self, method: str, segments: Collection[int], shared: Sequence[Any], patience: float
     ) -> tuple[list[Any], set[int]]:
-        """Call `method(*shared, its segments)` of one host for each segment.
+        """Call `method(*shared, segments)` on one shard actor per segment, trying replicas on failure.
 
         Returns:
-            what every host that answered said, and the segments that nobody answered for.
+            The results of all calls that succeeded, and the segments without an answer.
         """
         self.recover()
         self.turn += 1
@@ -254,14 +257,14 @@ class Serving:
         return done, missing
 
     def _order(self, segment: int) -> list[int]:
-        """Replicas of a segment, a different one first each time."""
+        """Replicas of a segment, round-robin: a different one first each time."""
         hosts = self.replicas[segment]
         at = self.turn % len(hosts)
         return [*hosts[at:], *hosts[:at]]
 
 
 class ShardedSearcher:
-    """An index version that lies on several nodes; see `Searcher` for what a search gives. Not for several threads."""
+    """An index version served by several nodes; results are those of `Searcher`. Not thread-safe."""
 
     def __init__(self, store: Store, serving: Serving, replicas: int, threads: int, patience: float) -> None:
         """Use `open`."""
@@ -272,17 +275,17 @@ class ShardedSearcher:
     def open(
         cls, index_dir: str | Path, *, replicas: int = 2, threads: int = 1, patience: float = PATIENCE
     ) -> "ShardedSearcher":
-        """Open the index at `index_dir`, storage that all nodes reach, on the nodes of the cluster that have CPUs.
+        """Open the index at `index_dir`, in storage that all nodes can read, on all nodes of the cluster with CPUs.
 
         Args:
             index_dir: a ROOT (its highest version that verifies) or an object.
-            replicas: hosts of each segment, at most one a node.
-            threads: of a host's searches, and the CPUs that it asks for.
-            patience: seconds that a host may take for one batch.
+            replicas: shard actors per segment, at most one per node.
+            threads: search threads of each shard actor, and the CPUs that it reserves.
+            patience: timeout in seconds of a shard actor for one batch.
 
         Raises:
-            ConfigError: no replica wanted. StorageError: nothing is there, or no node has CPUs.
-            DamagedArtifact: bytes are not what the manifest says.
+            ConfigError: fewer than one replica. StorageError: there is no index, or no node has CPUs.
+            DamagedArtifact: bytes do not match the manifest.
         """
         if replicas < 1:
             raise ConfigError(f"replicas must be at least 1; found {replicas}")
@@ -292,11 +295,11 @@ class ShardedSearcher:
 
     @property
     def artifact(self) -> Artifact:
-        """The version that answers."""
+        """The version being served."""
         return self._serving.artifact
 
     def refresh(self) -> bool:
-        """Take over the newest version, if there is a newer one; the old one answers until all of it is open."""
+        """Switch to the newest version, if there is a newer one; the old one serves until the new one is open."""
         latest = self.store.latest()
         if latest.digest == self.artifact.digest:
             return False
@@ -306,7 +309,7 @@ class ShardedSearcher:
         return True
 
     def check(self, embeddings: Artifact) -> None:
-        """Raise ConfigError if `embeddings` have another checkpoint, width, metric or normalisation."""
+        """Raise ConfigError if the checkpoint, width, metric or normalization of `embeddings` differs."""
         where = str(embeddings.directory)
         Space.of(self.artifact.facts, str(self.artifact.directory)).require(Space.of(embeddings.facts, where), where)
 
@@ -320,12 +323,14 @@ class ShardedSearcher:
         labels: Labels = None,
         ids: Collection[int] | None = None,
     ) -> Hits:
-        """The k nearest items, as `Searcher.search`; `missing` is the share of the gallery that nobody was asked about,
-        or whose hosts were lost before they named what they had found: such hits have neither key nor label.
+        """Search the k nearest items, as `Searcher.search`.
+
+        `missing` is the fraction of the gallery whose shard actors were unavailable for the search or for the lookup of
+        keys and labels; in the second case hits have neither key nor label.
 
         Raises:
             ConfigError: queries of another shape or not finite, a number below 1, or a class that no item has.
-            DamagedArtifact: a host that was started again found damaged bytes.
+            DamagedArtifact: a restarted shard actor found damaged bytes.
         """
         among = resolved(labels, self._labels)
         wanted = Wanted(None if among is None else frozenset(among), None if ids is None else frozenset(ids))
@@ -345,24 +350,24 @@ class ShardedSearcher:
         )
 
     def _labels(self) -> frozenset[str]:
-        """Classes of the items that are not deleted, as the hosts know them.
+        """Classes of the items that are not deleted, collected from the shard actors.
 
         Raises:
-            StorageError: nobody answers for some segment, so that a class may be there or not.
+            StorageError: no shard actor answers for some segment, so the classes are incomplete.
         """
         serving = self._serving
         if serving.labels is None:
             found, missing = serving.scatter("labels", range(len(serving.sizes)), (), self.patience)
             if missing:
                 raise StorageError(
-                    f"{len(missing)} of {len(serving.sizes)} segments have no host that answers, so that the classes "
-                    "of the index are not known; ask again later, or without labels"
+                    f"{len(missing)} of {len(serving.sizes)} segments have no shard actor that answers, so the classes "
+                    "of the index are not known; try again later, or search without labels"
                 )
             serving.labels = frozenset().union(*found)
         return serving.labels
 
     def _block(self, queries: np.ndarray, k: int, count: int, depth: int, probes: int, wanted: Wanted) -> Hits:
-        """`search` for few queries."""
+        """`search` for one block of queries."""
         serving, facts = self._serving, self.artifact.facts
         flat, lists = as_queries(flattened(queries), int(facts["dim"])), int(facts["nlist"])
         ordinals, scores = unfilled(len(flat), count)
@@ -370,7 +375,7 @@ class ShardedSearcher:
         lost: set[int] = set()
         left = np.arange(len(flat))
         while len(left):
-            shared = ray.put(flat[left])  # once, and not once a host
+            shared = ray.put(flat[left])  # stored once, not once per shard actor
             parts, missing = serving.scatter(
                 "candidates", range(len(serving.sizes)), (shared, depth, probes, wanted), self.patience
             )
@@ -380,7 +385,7 @@ class ShardedSearcher:
             left = left[short(ordinals[left], enough)] if wanted != Wanted() and probes < lists else left[:0]
             probes *= WIDEN
         known, owners = named_by(told)
-        # numbered by their places among the known, in the same order, since nobody here has the ids of all
+        # replace ordinals by their positions in `known`, which keeps their order: the ids of all vectors are not here
         places = np.where(ordinals >= 0, np.searchsorted(known, ordinals), -1)
         rows = (len(queries), -1)
         places, scores = merge_best(places.reshape(rows), scores.reshape(rows), owners, k)
@@ -390,8 +395,10 @@ class ShardedSearcher:
     def _named(
         self, serving: Serving, places: np.ndarray, scores: np.ndarray, known: np.ndarray, owners: np.ndarray
     ) -> tuple[Hits, set[int]]:
-        """Hits of the items at `places` (B, k) of `known`, whose keys and labels their hosts know; and the segments
-        whose last host was lost since it found them: their hits have neither.
+        """Look up keys and labels of the items at `places` (B, k) of `known` on their shard actors.
+
+        Returns:
+            The hits, and the segments whose last shard actor was lost after the search: no key or label for their hits.
         """
         keys, labels = np.full(places.shape, None, object), np.full(places.shape, None, object)
         there = places >= 0
@@ -411,22 +418,22 @@ class ShardedSearcher:
 
 
 def at_once(depth: int, hosts: int) -> int:
-    """Queries of a block: few enough that a host answers within its patience, and that what all hosts say fits the
-    memory of the process that gathers it, however many they are.
+    """Queries per block: few enough to answer before the timeout, and that the candidates of all shard actors fit the
+    memory of the gathering process.
     """
     return max(1, min(BLOCK, GATHERED // (CANDIDATE * depth * hosts)))
 
 
 def blocks_of(count: int, size: int) -> list[tuple[int, int]]:
-    """From where to where each block goes; the last is up to twice as long, since faiss rounds the distances to the
-    centroids of a few queries otherwise than those of many.
+    """Start and end of each block; the last is up to twice as long, since faiss rounds centroid distances differently
+    for a few queries than for many.
     """
     starts = range(0, max(1, count // size) * size, size)
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
 def gathered(parts: Sequence[Candidates], queries: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `depth` best by their codes of all hosts, and the scores that rank them: two (B, C)."""
+    """The `depth` best candidates by code over all shard actors, and their re-ranked scores: two (B, C)."""
     if not parts:
         return np.full((queries, 1), -1, np.int64), np.full((queries, 1), -np.inf, np.float32)
     ordinals, codes, scores = (
@@ -437,7 +444,7 @@ def gathered(parts: Sequence[Candidates], queries: int, depth: int) -> tuple[np.
 
 
 def named_by(parts: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray]:
-    """Every ordinal that was found, ascending, and the id of its item: two (n,) int64."""
+    """The distinct ordinals found, ascending, and the ids of their items: two (n,) int64."""
     if not parts:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     ordinals, ids = (np.concatenate([getattr(part, name).ravel() for part in parts]) for name in ("ordinals", "ids"))
@@ -447,25 +454,25 @@ def named_by(parts: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def all_nodes() -> list[dict[str, Any]]:
-    """What Ray knows of every node."""
+    """Ray's description of every node."""
     connect()
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return found
 
 
 def serve(artifact: Artifact, replicas: int, threads: int, before: Serving | None = None) -> Serving:
-    """Have a host on every node open its segments of a version, and wait for them.
+    """Open the segments of a version on one shard actor per node, and wait for them.
 
     Args:
-        before: of another version, whose hosts are used where their nodes are still there: a second host on each node
-            would need its CPUs twice while both versions are open.
+        before: of another version; its shard actors are reused on nodes that still exist, since a second actor per node
+            would reserve the CPUs twice while both versions are open.
 
     Raises:
-        StorageError: no node has CPUs. DamagedArtifact: bytes are not what the manifest says.
+        StorageError: no node has CPUs. DamagedArtifact: bytes do not match the manifest.
     """
     nodes = sorted(n["NodeID"] for n in all_nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= threads)
     if not nodes:
-        raise StorageError(f"no node has {threads} CPUs to hold segments; add nodes, or ask for fewer threads")
+        raise StorageError(f"no node has {threads} CPUs for a shard actor; add nodes, or request fewer threads")
     segments = len(artifact.facts["segments"])
     copies = min(replicas, len(nodes))
     replicas_of = [[(segment + copy) % len(nodes) for copy in range(copies)] for segment in range(segments)]
@@ -487,11 +494,11 @@ def serve(artifact: Artifact, replicas: int, threads: int, before: Serving | Non
 
 
 def started(node: str, threads: int) -> Any:
-    """A host on the node with this id; when the node is lost, Ray starts it on another."""
+    """Start a shard actor on the node with this id; if the node is lost, Ray restarts it on another."""
     options = {
         "num_cpus": threads,
         "max_restarts": -1,
-        "max_concurrency": 2,  # so that it says that it lives while it searches
+        "max_concurrency": 2,  # so that it answers health checks while it searches
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
     }
-    return ray.remote(Host).options(**options).remote(threads)
+    return ray.remote(ShardActor).options(**options).remote(threads)

@@ -1,1 +1,1 @@
-"""The files of an index: embeddings that it is built from, id map, inverted lists, segments."""
+"""Files of an index: the embeddings it is built from, id map, inverted lists, segments."""

@@ -1,4 +1,4 @@
-"""Embeddings as an index sees them: verified shards, numbered rows, and the space that they live in."""
+"""Embeddings as input of an index: verified shards, numbered rows, and their embedding space."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ METRICS: Final = ("ip", "l2")
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What two sets of vectors must share before a distance between them means anything.
+    """Embedding space: what two sets of vectors must share for distances between them to be meaningful.
 
     Attributes:
         dim: D, the length of a vector.
         metric: "ip" (inner product) or "l2" (Euclidean).
         normalised: whether every vector has length one.
-        checkpoint: digest of the checkpoint that made the vectors.
+        checkpoint: digest of the checkpoint that computed the vectors.
     """
 
     dim: int
@@ -36,25 +36,25 @@ class Space:
 
     @classmethod
     def of(cls, facts: Json, where: str) -> "Space":
-        """The space that the facts of an artifact name.
+        """The space in the metadata `facts` of an artifact.
 
         Raises:
-            DamagedArtifact: a fact is missing.
-            ConfigError: a metric that an IVF index of float vectors cannot serve.
+            DamagedArtifact: an entry is missing.
+            ConfigError: a metric that an IVF index of float vectors does not support.
         """
         try:
             space = cls(int(facts["dim"]), str(facts["metric"]), bool(facts["normalised"]), str(facts["checkpoint"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedArtifact(f"{where}: its manifest lacks {error}; make it again with zsr embed") from error
+            raise DamagedArtifact(f"{where}: its manifest lacks {error}; write it again with zsr embed") from error
         if space.metric not in METRICS:
             raise ConfigError(
-                f"{where}: the metric is {space.metric!r}; an index serves {list(METRICS)}. Search binary codes "
+                f"{where}: the metric is {space.metric!r}; an index supports {list(METRICS)}. Search binary codes "
                 "exactly with zsr evaluate, or embed with a model whose metric is one of these"
             )
         return space
 
     def require(self, other: "Space", where: str) -> None:
-        """Raise ConfigError, naming both values, if `other` (found at `where`) is another space."""
+        """Raise ConfigError with both values if `other` (found at `where`) is a different space."""
         for name in ("checkpoint", "dim", "metric", "normalised"):
             found, wanted = getattr(other, name), getattr(self, name)
             if found != wanted:
@@ -78,7 +78,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Vectors:
-    """The rows of an embeddings artifact, numbered 0 .. rows-1 in shard order. Reads a shard at a time."""
+    """The rows of an embeddings artifact, numbered 0 .. rows-1 in shard order. Reads one shard at a time."""
 
     artifact: Artifact
     space: Space
@@ -88,18 +88,18 @@ class Vectors:
         """The vectors of `artifact`.
 
         Raises:
-            ConfigError: binary codes, or no row at all.
-            DamagedArtifact: the manifest lacks a fact.
+            ConfigError: binary codes, or no rows.
+            DamagedArtifact: the manifest lacks an entry.
         """
         where = str(artifact.directory)
         found = cls(artifact, Space.of(artifact.facts, where))
         if found.rows == 0:
-            raise ConfigError(f"{where} holds no embedding; check what zsr embed was given")
+            raise ConfigError(f"{where} holds no embedding; check the input of zsr embed")
         return found
 
     @cached_property
     def shards(self) -> tuple[FileEntry, ...]:
-        """The shards that hold a row, in name order."""
+        """The non-empty shards, in name order."""
         return tuple(entry for entry in self.artifact.shards() if self._count(entry))
 
     def _count(self, entry: FileEntry) -> int:
@@ -107,12 +107,12 @@ class Vectors:
             return int(entry.facts["rows"])
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedArtifact(
-                f"{self.artifact.directory / entry.path}: its manifest entry has no row count; make it with zsr embed"
+                f"{self.artifact.directory / entry.path}: its manifest entry has no row count; write it with zsr embed"
             ) from error
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Number of the first row of each shard, then the total."""
+        """Number of the first row of each shard, followed by the total."""
         return tuple(np.cumsum([0, *(self._count(entry) for entry in self.shards)]).tolist())
 
     @property
@@ -120,11 +120,11 @@ class Vectors:
         return self.starts[-1]
 
     def read(self, shard: int) -> Block:
-        """Shard number `shard`, verified.
+        """Read and verify shard number `shard`.
 
         Raises:
             DamagedArtifact: wrong bytes, columns, width or row count.
-            ConfigError: a value that is not finite, or a vector too long for float32 distances; names its key.
+            ConfigError: a non-finite value, or a vector too long for float32 distances; the message names its key.
         """
         name = self.shards[shard].path
         where = f"{self.artifact.directory / name}"
@@ -140,17 +140,17 @@ class Vectors:
         return Block(table.select(["id", "part", "key", "label"]), matrix)
 
     def sample(self, count: int, seed: int) -> np.ndarray:
-        """min(count, rows) rows drawn uniformly over all shards without replacement, in row order: (n, D) float32."""
+        """Sample min(count, rows) rows uniformly without replacement over all shards, in row order: (n, D) float32."""
         return self.take(self.drawn(count, seed))
 
     def drawn(self, count: int, seed: int) -> np.ndarray:
-        """The ordinals that `sample` takes, ascending."""
+        """The ordinals that `sample` returns, ascending."""
         if count >= self.rows:
             return np.arange(self.rows)
         return np.sort(np.random.default_rng(seed).choice(self.rows, count, replace=False, shuffle=False))
 
     def take(self, ordinals: np.ndarray) -> np.ndarray:
-        """The vectors of ascending `ordinals` (n,) as float32 (n, D), for a number that fits the memory well."""
+        """The vectors of ascending `ordinals` (n,) as float32 (n, D); all of them are held in memory."""
         pieces = self.pieces(ordinals)
         out = np.empty((len(ordinals), self.space.dim), np.float32)
         at = 0
@@ -164,7 +164,7 @@ class Vectors:
         return out
 
     def pieces(self, ordinals: np.ndarray) -> list[dict[str, Any]]:
-        """Ascending `ordinals` (n,) as pieces of work: `shard`, and its `rows`."""
+        """Split ascending `ordinals` (n,) into work items: `shard` and its `rows`."""
         bounds = np.searchsorted(ordinals, self.starts)
         return [
             {"shard": i, "rows": (ordinals[a:b] - self.starts[i]).tolist()}
@@ -173,11 +173,11 @@ class Vectors:
         ]
 
     def rows_in(self, shards: Iterable[int]) -> int:
-        """Rows of some shards together."""
+        """Total number of rows in some shards."""
         return sum(self.starts[shard + 1] - self.starts[shard] for shard in shards)
 
     def picked(self, piece: Mapping[str, Any]) -> np.ndarray:
-        """The vectors of one of `pieces`, (n, D) float32."""
+        """The vectors (n, D) float32 of one work item of `pieces`."""
         rows: Sequence[int] = piece["rows"]
         return np.asarray(self.read(int(piece["shard"])).vectors[np.asarray(rows)], np.float32)
 

@@ -1,8 +1,8 @@
-"""Which item each vector of an index belongs to: ids, parts, keys and labels, mapped from disk.
+"""Id map: the item of each vector of an index (id, part, key, label), memory-mapped.
 
-An artifact holds them as parquet, of which no single row can be read. When an index is opened they are written once as
-plain Arrow and numbers, into files below TMPDIR that have no name there and so go with the process, however it ends.
-What is held in memory does not grow with the gallery.
+An artifact stores it as parquet, which does not allow access to single rows. When an index is opened, it is converted
+once to Arrow and numpy data in unlinked temporary files below TMPDIR, which the OS deletes when the process ends.
+Memory does not grow with the gallery.
 """
 
 import mmap
@@ -19,17 +19,17 @@ import pyarrow.parquet as pq
 from zsr.artifact import disk_errors, refuse_extension_types
 from zsr.errors import DamagedArtifact
 
-ROWS: Final = 131_072  # in one batch
+ROWS: Final = 131_072  # per batch
 
 
 @dataclass(frozen=True)
-class Names:
-    """Names of N vectors by ordinal.
+class IdMap:
+    """Id map of N vectors by ordinal.
 
     Attributes:
         ids: (N,) int64, of the items.
-        batches: N rows of id, part, key and label, one batch after the other.
-        starts: (batches + 1,) ordinal of the first row of each, and N.
+        batches: N rows of id, part, key and label, in batches.
+        starts: (batches + 1,) ordinal of the first row of each batch, and N.
     """
 
     ids: np.ndarray
@@ -37,23 +37,23 @@ class Names:
     starts: np.ndarray
 
     @classmethod
-    def read(cls, files: Sequence[Path]) -> "Names":
-        """Id maps one after the other, which the caller has verified.
+    def read(cls, files: Sequence[Path]) -> "IdMap":
+        """Read and concatenate id map files, which the caller has verified.
 
         Raises:
             DamagedArtifact: a file is not readable as parquet, has an extension type, or other columns than the first.
-            DiskFull, StorageError: there is no room for them below TMPDIR.
+            DiskFull, StorageError: not enough space below TMPDIR.
         """
         schema = _opened(files[0]).schema_arrow
         whole = _mapped(lambda out: _write(out, schema, files))
-        pa.default_memory_pool().release_unused()  # what parquet was decoded into
+        pa.default_memory_pool().release_unused()  # the decoded parquet data
         reader = pa.ipc.open_file(whole)
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         return cls(_ids(batch.column("id").to_numpy() for batch in batches), batches, _starts(batches))
 
     @classmethod
-    def joined(cls, parts: Sequence["Names"]) -> "Names":
-        """Names one after the other."""
+    def joined(cls, parts: Sequence["IdMap"]) -> "IdMap":
+        """Concatenate id maps."""
         if len(parts) == 1:
             return parts[0]
         batches = [batch for part in parts for batch in part.batches]
@@ -78,7 +78,7 @@ class Names:
         return table.combine_chunks().take(pa.array(back))
 
     def column(self, name: str) -> Iterator[pa.Array]:
-        """A column, some rows at a time."""
+        """A column, one batch at a time."""
         for batch in self.batches:
             yield batch.column(name)
 
@@ -93,7 +93,7 @@ def _opened(path: Path) -> pq.ParquetFile:
 
 
 def _write(out: IO[bytes], schema: pa.Schema, files: Sequence[Path]) -> None:
-    """All `files` as one Arrow file, a row group or less at a time."""
+    """Write all `files` as one Arrow file, at most one row group at a time."""
     with pa.ipc.new_file(out, schema) as writer:
         for path in files:
             with _opened(path) as parquet:
@@ -106,12 +106,12 @@ def _write(out: IO[bytes], schema: pa.Schema, files: Sequence[Path]) -> None:
 def _read(path: Path, parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     try:
         yield from parquet.iter_batches(ROWS, use_threads=False)
-    except (pa.ArrowException, OSError) as error:  # not an error of the file that is written
+    except (pa.ArrowException, OSError) as error:  # an error of the file being read, not of the one being written
         raise DamagedArtifact(f"{path}: not readable as parquet: {error}") from error
 
 
 def _ids(pieces: Iterable[np.ndarray]) -> np.ndarray:
-    """Numbers one after the other, in a file of their own: numpy looks at them in one piece."""
+    """Concatenate ids in a mapped file of their own: numpy requires one contiguous array."""
 
     def write(out: IO[bytes]) -> None:
         for piece in pieces:
@@ -125,9 +125,9 @@ def _starts(batches: Sequence[pa.RecordBatch]) -> np.ndarray:
 
 
 def _mapped(write: Callable[[IO[bytes]], None]) -> pa.Buffer:
-    """What `write` wrote into a file without a name, mapped."""
+    """Run `write` on an unlinked temporary file and memory-map the result."""
     folder = Path(tempfile.gettempdir())
-    with disk_errors(folder / "names of an opened index"), tempfile.TemporaryFile(dir=folder) as file:
+    with disk_errors(folder / "id map of an opened index"), tempfile.TemporaryFile(dir=folder) as file:
         write(file)
         file.flush()
         size = file.tell()

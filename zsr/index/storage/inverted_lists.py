@@ -1,6 +1,6 @@
-"""Inverted lists as bytes: read from the indexes of single shards, written front to back into one file.
+"""Inverted lists as bytes: read from the indexes of single shards, written sequentially into one file.
 
-faiss's own merge maps its output into memory, where a full disk kills the process; here it is an error of a write.
+faiss's own merge memory-maps its output, so that a full disk kills the process; here it raises a write error.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from zsr.index import faiss_backend
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """Lists of codes and ordinals on disk, whose ordinals become those of the merged index.
+    """Lists of codes and ordinals on disk, to be merged into an index.
 
     Attributes:
-        data: (bytes,) uint8, mapped.
-        sizes: (nlist,) vectors in each list. offsets: (nlist,) where its codes start; its ordinals follow them.
-        numbers: (rows,) int64, the merged ordinal of each of its own; -1 for one that is left out.
+        data: (bytes,) uint8, memory-mapped.
+        sizes: (nlist,) vectors in each list. offsets: (nlist,) start of the list's codes; its ordinals follow them.
+        numbers: (rows,) int64, the merged ordinal for each local one; -1 drops the vector. None shifts the ordinals.
     """
 
     data: np.ndarray
@@ -35,13 +35,13 @@ class Added:
 
     @classmethod
     def open(cls, path: Path) -> "Added":
-        """The lists of a whole index in one file, which the caller has verified."""
+        """Open the lists of a single-file index, which the caller has verified."""
         index = faiss_backend.open_whole(path)
         return cls(mapped(path, np.dtype(np.uint8)), faiss_backend.list_sizes(index), faiss_backend.list_offsets(index))
 
     @classmethod
     def split(cls, index: Any, path: Path, numbers: np.ndarray) -> "Added":
-        """The lists at `path` of an opened index, whose ordinal i becomes numbers[i]."""
+        """Open the lists at `path` of an opened index; ordinal i becomes numbers[i]."""
         sizes, offsets = faiss_backend.list_sizes(index), faiss_backend.list_offsets(index)
         return cls(mapped(path, np.dtype(np.uint8)), sizes, offsets, numbers)
 
@@ -53,9 +53,9 @@ class Added:
 
 
 def write(staging: Staging, name: str, parts: Sequence[Added], code_size: int) -> np.ndarray:
-    """Stage the lists of all `parts` as one file; the vectors in each list, (nlist,) int64.
+    """Stage the lists of all `parts` as one file, and return the number of vectors in each list, (nlist,) int64.
 
-    Within a list the parts follow one another: a fixed order is what makes a rebuild byte-identical.
+    Within a list the parts are in order: a fixed order makes a rebuild byte-identical.
     """
     starts = np.cumsum([0, *(_rows(part) for part in parts)])
     sizes = np.zeros(len(parts[0].sizes), np.int64)
@@ -74,7 +74,7 @@ def write(staging: Staging, name: str, parts: Sequence[Added], code_size: int) -
 
 
 def _rows(part: Added) -> int:
-    """Vectors of a part whose ordinals are simply moved; a part with numbers of its own moves nobody."""
+    """By how much a part shifts the ordinals of those that follow; 0 if it has explicit `numbers`."""
     return int(part.sizes.sum()) if part.numbers is None else 0
 
 
@@ -90,17 +90,17 @@ def _kept(part: Added, number: int, code_size: int, start: int) -> Iterator[tupl
 
 
 def copy(staging: Staging, source: str, name: str, facts: Json) -> None:
-    """Stage a scratch piece as a piece of the artifact, after hashing it again."""
+    """Copy a scratch piece to a piece of the artifact, after verifying its hash."""
     if staging.finished(name) is None:
         with staging.piece(name, facts=dict(facts)) as path:
             shutil.copyfile(staged(staging, source, scratch=True), path)
 
 
 def staged(staging: Staging, name: str, *, scratch: bool = False) -> Path:
-    """Path of a finished piece, hashed again: what a killed run left may have been damaged since.
+    """Path of a finished piece after verifying its hash, since pieces of a killed run may have been damaged.
 
     Raises:
-        DamagedArtifact: it is missing or damaged. A damaged piece is forgotten, so that the next run makes it again.
+        DamagedArtifact: it is missing or damaged. A damaged piece is dropped, so that the next run writes it again.
     """
     entry, path = staging.finished(name, scratch=scratch), staging.path(name, scratch=scratch)
     if entry is None:

@@ -1,9 +1,9 @@
-"""A segment: lists of codes on disk, refine codes and names of a run of shards. An index version has one or more.
+"""A segment: inverted lists, refine codes and id map of a run of shards. An index version has one or more.
 
-segment-NNNNN/index.faiss            the template: coarse quantizer, codebooks, and where each list lies
-segment-NNNNN/index.ivfdata          list after list: codes, then ordinals
-segment-NNNNN/refine.faiss           codec of the refine codes, where the key asks for them
-segment-NNNNN/refine/part-NNNNN.raw  refine codes or whole vectors, row after row
+segment-NNNNN/index.faiss            the template: coarse quantizer, codebooks, and offset of each list
+segment-NNNNN/index.ivfdata          per list: codes, then ordinals
+segment-NNNNN/refine.faiss           codec of the refine codes, if the key has them
+segment-NNNNN/refine/part-NNNNN.raw  refine codes or full vectors, row by row
 segment-NNNNN/ids/part-NNNNN.parquet id, part, key, label; row i is ordinal i of the segment
 """
 
@@ -18,7 +18,7 @@ from zsr.artifact import Artifact, Json, Store, mapped
 from zsr.errors import DamagedArtifact
 from zsr.index import faiss_backend
 from zsr.index.storage.embeddings import Space
-from zsr.index.storage.id_map import Names
+from zsr.index.storage.id_map import IdMap
 
 INDEX: Final = "index.faiss"
 LISTS: Final = "index.ivfdata"
@@ -36,20 +36,21 @@ def ids_name(shard: int) -> str:
 
 
 def refine_name(shard: int) -> str:
-    """Name, inside its segment, of the refine codes or whole vectors of shard `shard`."""
+    """Name, inside its segment, of the refine codes or full vectors of shard `shard`."""
     return f"refine/part-{shard:05d}.raw"
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One segment as a manifest lists it.
+    """One segment as listed in a manifest.
 
     Attributes:
         name: its folder. object: digest of the index object that holds it; empty for the object of the manifest.
-        rows: vectors, with those that were deleted since.
-        sources: SHA-256 of the embedding shards that it was made from, in order; "" for one that has left the gallery.
+        rows: number of vectors, including deleted ones.
+        sources: SHA-256 of the embedding shards it was built from, in order; "" for one that is not in the gallery any
+            more.
         starts: ordinal of the first row of each shard in the segment.
-        dtype: of whole vectors, as the embeddings have them.
+        dtype: of full vectors, as in the embeddings.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Spec:
 
     @classmethod
     def of(cls, facts: Json) -> "Spec":
-        """From JSON."""
+        """Parse the JSON form."""
         return cls(**{**facts, "sources": tuple(facts["sources"]), "starts": tuple(facts["starts"])})
 
     def as_json(self) -> dict[str, Any]:
@@ -69,13 +70,13 @@ class Spec:
 
 
 class Segment:
-    """An opened segment: lists, refine codes and names are mapped from disk."""
+    """An opened segment: lists, refine codes and id map are memory-mapped."""
 
     def __init__(self, files: Mapping[str, Path], spec: Spec, space: Space, key: str) -> None:
         """Open `files` (by their names inside the segment), which the caller has verified.
 
         Raises:
-            DamagedArtifact: the files do not fit one another.
+            DamagedArtifact: the files are inconsistent.
         """
         self.spec, self.files, self.space = spec, files, space
         self.where = str(files[INDEX].parent)
@@ -87,11 +88,11 @@ class Segment:
             faiss_backend.from_bytes(files[REFINE].read_bytes(), str(files[REFINE])) if REFINE in files else None
         )
         self.refine = [self._map(files[refine_name(i)]) for i in shards if refine_name(i) in files]
-        self.names = Names.read([files[ids_name(i)] for i in shards])
+        self.names = IdMap.read([files[ids_name(i)] for i in shards])
         self._check_fit()
 
     def _map(self, path: Path) -> np.ndarray:
-        """Refine codes (n, bytes) uint8, or whole vectors (n, D), mapped read-only."""
+        """Refine codes (n, bytes) uint8, or full vectors (n, D), mapped read-only."""
         dtype = np.dtype(np.uint8) if self.codec else np.dtype(self.spec.dtype).newbyteorder("<")
         width = self.codec.sa_code_size() if self.codec else self.space.dim
         row = dtype.itemsize * width
@@ -112,7 +113,7 @@ class Segment:
 
     @property
     def refine_bytes(self) -> int:
-        """Bytes that re-ranking reads of one vector; 0 where nothing is re-ranked."""
+        """Bytes per vector that re-ranking reads; 0 without re-ranking."""
         return self.refine[0].itemsize * self.refine[0].shape[1] if self.refine else 0
 
     def vectors(self, ordinals: np.ndarray) -> np.ndarray:
@@ -139,5 +140,5 @@ def segment_files(artifact: Artifact, spec: Spec) -> dict[str, Path]:
 
 
 def list_sizes(segments: Sequence[Segment]) -> np.ndarray:
-    """Vectors in each list of all `segments` together, (nlist,) int64."""
+    """Vectors in each list, summed over `segments`, (nlist,) int64."""
     return np.asarray(np.sum([faiss_backend.list_sizes(segment.stored) for segment in segments], axis=0))

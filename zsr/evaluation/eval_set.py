@@ -1,11 +1,11 @@
-"""The rows that every model of a report is measured on, and how: one bench, one protocol, the same queries for all.
+"""Evaluation set: the queries and gallery of a protocol, the same for every model of a report.
 
     zero-shot             unseen queries, gallery of unseen items
-    generalised           unseen queries, gallery of all classes (Yelamarthi et al.); seen queries stand beside them
-    generalised-sempcyc   a fifth as many seen items as unseen ones join queries and gallery (SEM-PCYC's released code)
-    few-shot              as zero-shot, but models were trained on a few items of each unseen class, which are left out
+    generalised           unseen queries, gallery of all classes (Yelamarthi et al.); seen queries are scored separately
+    generalised-sempcyc   queries and gallery also hold a fifth as many seen as unseen items (SEM-PCYC's released code)
+    few-shot              as zero-shot, but models are trained on a few items of each unseen class, which are left out
 
-In both generalised settings the seen items are those that were trained on: nothing is held out of a seen class.
+In both generalised settings the seen items are training items: there is no held-out set of the seen classes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,20 +33,21 @@ from zsr.models import backbones
 from zsr.models.protocol import Embedder, Inputs
 from zsr.preprocessing import pictures_of
 
-SEEN_SHARE: Final = 0.2  # of the unseen items, in SEM-PCYC's released code
+SEEN_SHARE: Final = 0.2  # seen items per unseen item, in SEM-PCYC's released code
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of the models.
+    """The retrieval task and protocol to evaluate.
 
     Attributes:
         query, gallery: modalities.
-        protocol: see above.
-        as_released: validation classes are part of the test, as in SEM-PCYC's released code; they chose the checkpoint.
-        shots: items of each unseen class and modality that a few-shot model is trained on.
-        backbone_saw: what the backbone was trained on; auto goes by its name.
-        seed: of the draws of seen items and of shots.
+        protocol: see the module docstring.
+        as_released: include the validation classes, which selected the checkpoint, in the test, as SEM-PCYC's released
+            code does.
+        shots: training items per unseen class and modality of a few-shot model.
+        backbone_saw: training classes of the backbone; auto infers them from its name.
+        seed: of the samples of seen items and of shots.
     """
 
     query: str = "sketch"
@@ -63,7 +64,7 @@ class Pool:
     """Rows of one modality before they are embedded.
 
     Attributes:
-        ids, pairs: (N,) int64. labels, keys: (N,) strings. features: (N, D), or pictures (N, H, W, 3).
+        ids, pairs: (N,) int64. labels, keys: (N,) strings. features: (N, D), or images (N, H, W, 3).
     """
 
     ids: Ints
@@ -73,7 +74,7 @@ class Pool:
     features: np.ndarray
 
     def take(self, rows: np.ndarray) -> "Pool":
-        """The rows of a mask, or those that row numbers name."""
+        """Select rows by a mask or by row numbers."""
         return Pool(self.ids[rows], self.pairs[rows], self.labels[rows], self.keys[rows], self.features[rows])
 
     def of(self, classes: Iterable[str]) -> "Pool":
@@ -83,7 +84,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows of a protocol: unseen queries, seen queries (none but in the generalised settings) and the gallery."""
+    """Rows of a protocol: unseen queries, seen queries (in generalised settings only) and the gallery."""
 
     query: Pool
     seen: Pool | None
@@ -95,10 +96,10 @@ class Bench:
     """Data, and checkpoints of one split.
 
     Attributes:
-        features: of that data; None where every checkpoint has an image tower.
-        semantics: for the ridge floor; None leaves it out.
-        support: ids of unseen items that were trained on, in the few-shot setting.
-        devices: what models run on, and are trained again on.
+        features: of that data; None if every checkpoint has an image tower.
+        semantics: for the ridge baseline; None leaves it out.
+        support: ids of the unseen training items in the few-shot setting.
+        devices: for evaluation and retraining.
     """
 
     data: Artifact
@@ -114,19 +115,20 @@ class Bench:
         if not self.checkpoints:
             raise ConfigError("nothing to evaluate; give at least one --checkpoint")
         if self.task.query == self.task.gallery:
-            raise ConfigError(f"queries and gallery are both {self.task.query}; they are to be of two modalities")
+            raise ConfigError(f"queries and gallery are both {self.task.query}; they must be of two modalities")
         for checkpoint in self.checkpoints:
             towers = Inputs.model_validate(checkpoint.config["inputs"]).tower is not None
             for modality in (self.task.query, self.task.gallery):
                 source_of(self.data, None if towers else self.features, checkpoint, modality)
         if len({tuple(c.config["split"]["unseen"]) for c in self.checkpoints}) > 1:
-            raise ConfigError("the checkpoints of one bench were trained for different splits")
+            raise ConfigError("the checkpoints of one evaluation set were trained for different splits")
         self._refuse_leaks()
 
     def _refuse_leaks(self) -> None:
-        """Raise Leakage where a backbone was tuned on an unseen class, or anything trained on a class of `tested`.
+        """Raise Leakage if a backbone was fine-tuned on an unseen class, or anything was trained on a tested class.
 
-        Validation classes that only chose a checkpoint may be tested as released; after a refit they were trained on.
+        With `as_released`, validation classes that only selected a checkpoint may be tested; after retraining on all
+        seen classes (--refit) they may not, since they are then training classes.
         """
         tuned = {} if self.features is None else self.features.config
         trained = {name for c in self.checkpoints for name in c.facts["trained"]} | set(tuned.get("trained", ()))
@@ -135,13 +137,13 @@ class Bench:
             leaked |= trained & set(self.tested)
         if leaked:
             raise Leakage(
-                f"{sorted(leaked)[:5]} are to be tested, but a checkpoint (after --refit) or the features' backbone "
-                "was trained on them; take checkpoints and features that were not"
+                f"{sorted(leaked)[:5]} are test classes, but a checkpoint (after --refit) or the features' backbone "
+                "was trained on them; use checkpoints and features that were not"
             )
 
     @cached_property
     def split(self) -> Split:
-        """The split that the checkpoints carry."""
+        """The split recorded in the checkpoints."""
         found = self.checkpoints[0].config["split"]
         roles = {role: tuple(found[role]) for role in ("unseen", "validation", "training")}
         return Split(source=str(found["source"]), **roles)
@@ -153,18 +155,18 @@ class Bench:
 
     @property
     def device(self) -> str | None:
-        """Where models run and scores are ranked: this machine's GPU, unless CPUs are requested; None is the CPU."""
+        """Device for models and ranking: this machine's GPU, unless CPUs are requested; None is the CPU."""
         return "cuda" if torch.cuda.is_available() and self.devices.device != "cpu" else None
 
     @property
     def query_kind(self) -> str:
-        """What the models call queries: sketch or text. With `--query-modality photo` these are the gallery."""
+        """The models' query modality, sketch or text; with `--query-modality photo` it is the gallery here."""
         return self.task.gallery if self.task.query == "photo" else self.task.query
 
     # ---- rows ----
 
     def pool(self, source: Source, modality: str, classes: tuple[str, ...]) -> Pool:
-        """Every row of `classes`; read once."""
+        """Every row of `classes`; cached."""
         key = (source.digest if isinstance(source, Artifact) else source, modality, classes)
         if key not in self._held:
             with self._slow(f"read {modality}", self._count(modality, classes), not isinstance(source, Artifact)):
@@ -175,16 +177,16 @@ class Bench:
         return found
 
     def _count(self, modality: str, classes: tuple[str, ...]) -> int:
-        """Rows of `classes` in DATA."""
+        """Number of rows of `classes` in DATA."""
         return sum(int(e.facts["classes"].get(name, 0)) for e in self.data.shards(modality) for name in classes)
 
     @staticmethod
     def _slow(what: str, rows: int, pictures: bool) -> AbstractContextManager[object]:
-        """A stage for pictures; features take no time worth a line, and are no queries of a stage around this."""
+        """A progress stage for images only; features are fast, and must not count in an enclosing stage."""
         return progress.stage(what, rows) if pictures else progress.counting(progress.ignore)
 
     def asked(self, source: Source) -> Asked:
-        """The rows of this bench's protocol."""
+        """The rows of the protocol."""
         key = ("asked", source.digest if isinstance(source, Artifact) else source)
         if key not in self._held:
             self._held[key] = self._ask(source)
@@ -207,16 +209,16 @@ class Bench:
     # ---- models ----
 
     def source(self, model: Embedder) -> Source:
-        """What a model reads: FEATURES, or pictures where it has an image tower."""
+        """The input of a model: FEATURES, or images if it has an image tower."""
         tower = model.inputs.tower
         if tower is not None:
             return pictures_of(tower)
         if self.features is None:
-            raise ConfigError("a model of features is to be evaluated; give --features")
+            raise ConfigError("a model to evaluate requires features; give --features")
         return self.features
 
     def embed(self, model: Embedder, modality: str, pool: Pool) -> Side:
-        """Rows embedded by `model`, several parts of an item one after the other. All embedding goes through here."""
+        """Embed rows with `model`; the vectors of a multi-vector item are consecutive rows. Used for all embedding."""
         with self._slow(f"embed {modality}", len(pool.ids), pool.features.ndim > 2):
             embedded = vectors_of(model, modality, pool.features, self.device or "cpu")
         count, parts, dim = embedded.shape
@@ -232,10 +234,10 @@ class Bench:
         return self.embed(model, self.task.query, asked.query), self.embed(model, self.task.gallery, asked.gallery)
 
     def guard(self, query: Side, gallery: Side, saw: Iterable[str]) -> None:
-        """Refuse what the protocol forbids: see `protocol.zero_shot` and `protocol.few_shot`.
+        """Raise if the protocol is violated: see `protocol.zero_shot` and `protocol.few_shot`.
 
         Args:
-            saw: classes that the checkpoint was trained on or chosen by.
+            saw: classes that the checkpoint was trained on or selected by.
         """
         if self.task.protocol == "few-shot":
             protocol.few_shot(query, gallery, unseen=self.tested, support=np.array(self.support, dtype=np.int64))
@@ -246,7 +248,7 @@ class Bench:
         protocol.zero_shot(query, gallery, unseen=self.tested, trained=trained, generalised=generalised)
 
     def measure(self, name: str, model: Embedder, saw: Iterable[str], ks: Sequence[int]) -> Evaluation:
-        """One model, exactly. Raises Leakage where the protocol forbids what it was trained on."""
+        """Evaluate one model by exact search. Raises Leakage if the protocol forbids its training classes."""
         query, gallery = self.sides(model)
         self.guard(query, gallery, saw)
         options: dict[str, Any] = {"metric": model.metric, "ks": ks, "sampling": self.sampling, "device": self.device}
@@ -259,17 +261,17 @@ class Bench:
             return protocol.evaluate_generalised(name, query, seen, gallery, **options)
 
     def map_all(self, model: Embedder) -> float:
-        """mAP@all alone, for the many checkpoints of one run."""
+        """mAP@all only, which is cheaper, for the many checkpoints of one run."""
         query, gallery = self.sides(model)
         items, q = query.merged()
         others, g = gallery.merged()
         return metrics.mean_average_precision(q, g, items.labels, others.labels, model.metric, device=self.device)
 
-    # ---- what the backbone saw ----
+    # ---- training classes of the backbone ----
 
     @property
     def backbone(self) -> str:
-        """Name of the backbone behind the first checkpoint; imported where features came ready."""
+        """Name of the first checkpoint's backbone; "imported" if features were not computed here."""
         tower = Inputs.model_validate(self.checkpoints[0].config["inputs"]).tower
         if tower is not None:
             return str(tower.architecture["name"]) if tower.weights else "random weights"
@@ -277,7 +279,7 @@ class Bench:
 
     @cached_property
     def matches(self) -> dict[str, tuple[str, ...]] | None:
-        """For each tested class the backbone's own training classes that it is or holds; None if they are not known."""
+        """For each test class the backbone's training classes that equal it or are below it; None if unknown."""
         saw = self.task.backbone_saw
         if saw == "auto" and self.backbone == "random weights":
             return dict.fromkeys(self.tested, ())
@@ -286,14 +288,14 @@ class Bench:
 
     @property
     def sampling(self) -> Sampling:
-        """What is drawn, and the classes that the backbone has not seen."""
+        """Sampling settings, with the test classes that the backbone was not trained on."""
         found = self.matches
         new = None if found is None else tuple(label for label, known in found.items() if not known)
         return replace(protocol.DEFAULT, disjoint=new)
 
 
 def draw(pool: Pool, unseen: int, seed: int) -> Pool:
-    """A fifth as many rows as there are `unseen` ones, drawn without replacement; all where there are fewer."""
+    """Sample SEEN_SHARE * `unseen` rows without replacement; all rows if there are fewer."""
     count = min(len(pool.ids), round(SEEN_SHARE * unseen))
     rows = np.random.default_rng(seed).permutation(len(pool.ids))[:count]
     return pool.take(np.argsort(pool.ids)[rows])
