@@ -189,7 +189,7 @@ def test_a_class_that_the_checkpoint_saw_is_refused(made: Set) -> None:
     [
         (("--query-modality", "photo"), "both photo"),
         (("--query-modality", "text"), "hold no text"),
-        (("--bits", 64), "the widest has 50"),
+        (("--bits", 64), "the largest is 50"),
         (("--splits", 1, "--protocol", "few-shot"), "zero-shot and generalised"),
     ],
 )
