@@ -1,4 +1,4 @@
-"""What a piece of work costs the process that does it: wall and CPU seconds, and memory."""
+"""Measure the cost of a work item in this process: wall seconds, CPU seconds and memory."""
 
 import resource
 import time

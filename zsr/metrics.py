@@ -265,7 +265,7 @@ class PairRanks:
     gallery: Ints
 
     def accuracy(self, k: int) -> Floats:
-        """Acc@k (M,): 1 if it is in the top k; fractional if its tied group crosses the cut."""
+        """Acc@k (M,): 1 if the query's own item is in the top k, else 0; a fraction if ties with it cross the cut."""
         share: Floats = np.clip((k - self.above) / self.tied, 0.0, 1.0)
         return share
 

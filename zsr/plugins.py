@@ -1,7 +1,7 @@
 """Registries of models, data sources and backbones, which installed packages extend.
 
-A package adds one by an entry point, `NAME = "PACKAGE.MODULE:ATTRIBUTE"`, in the group of its kind. What stands behind
-a name is imported when it is first asked for.
+A package adds one by an entry point, `NAME = "PACKAGE.MODULE:ATTRIBUTE"`, in the group zsr.models,
+zsr.sources or zsr.backbones. The module is imported when NAME is first used.
 """
 
 from collections.abc import Callable, Iterator, Mapping

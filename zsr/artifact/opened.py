@@ -71,7 +71,7 @@ class Artifact:
         return {entry.path: entry for entry in self.files}
 
     def entry(self, name: str) -> FileEntry:
-        """The entry of `name`.
+        """The manifest's entry (size, SHA-256, metadata) for the file at the relative path `name`.
 
         Raises:
             DamagedArtifact: the manifest lists no such file.

@@ -140,7 +140,7 @@ def _heif() -> bool:
 
 
 def reads() -> dict[str, Any]:
-    """What determines which images are read here, and how: the decoder version, and whether HEIC is supported."""
+    """Everything that determines which images can be read, and how: decoder version, support for HEIC."""
     return {"decode": VERSION, "heif": _heif()}
 
 

@@ -45,7 +45,7 @@ class Drawing(BaseModel):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the bytes of an image depend on: the options, and the versions of matplotlib and Pillow."""
+        """Everything that determines the bytes of a rendered image: options, matplotlib and Pillow versions."""
         return {**self.model_dump(), "matplotlib": matplotlib.__version__, "pillow": PIL.__version__}
 
 

@@ -113,7 +113,7 @@ class Listing:
         digest: digest of keys, labels, pairs, texts and problems, in order.
         guards: digest of the items' guards, in order.
         refused: rows with bad or duplicate keys (the first one is kept) or colliding ids.
-        unread: number of input files that are not rows, by extension or reason.
+        unread: number of input files that were skipped, by file extension or reason.
     """
 
     rows: dict[str, int]

@@ -154,7 +154,7 @@ def _seal(
 
 
 def warn_unread(unread: Mapping[str, int]) -> None:
-    """Log the number of input files that are not rows, by extension or reason."""
+    """Log how many input files were skipped, by file extension or reason."""
     if unread:
         shown = ", ".join(f"{name} {count}" for name, count in sorted(unread.items(), key=lambda each: -each[1]))
         logger.warning("not read: %d files (%s)", sum(unread.values()), shown)

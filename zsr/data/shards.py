@@ -159,7 +159,7 @@ def featured_rows(
 def pictured_rows(
     data: Artifact, pictures: Pictures, name: str, classes: tuple[str, ...] | None
 ) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Rows of shard `name` and their images (N, size, size, 3) uint8, in at least one part, which may be empty.
+    """Yield the rows of shard `name` and their images (N, size, size, 3) uint8, in the parts of `encoded_rows`.
 
     `prepare` has decoded every image at a small size; one that fails at this size is skipped with a warning.
     """
@@ -176,7 +176,10 @@ def pictured(part: pa.Table, found: Decoded, name: str) -> tuple[pa.Table, np.nd
 
 
 def encoded_rows(data: Artifact, name: str, classes: tuple[str, ...] | None) -> Iterator[pa.Table]:
-    """Rows of shard `name` with their encoded images, DECODED at a time; at least one part, which may be empty."""
+    """Yield the rows of shard `name` with their encoded images, in tables of at most DECODED rows.
+
+    If it has no row of `classes` (None: of any class), one empty table is yielded.
+    """
     file, columns = shard(data, name).file, [*ROW, "image"]
     waiting = file.schema_arrow.empty_table().select(columns)
     for batch in file.iter_batches(DECODED, columns=columns, use_threads=False):

@@ -202,7 +202,7 @@ class Extractor:
         self.decoders = DeviceDecoders(pictures, self.device) if on_device else Decoders(pictures, decoders)
 
     def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, Made]]:
-        """See `shards.Maker`."""
+        """Compute the features of shard `name` in parts: yield the number of input rows and the result of each part."""
         side = side_of(name)
         with clocks.stage("read"):
             table = self.data.read_table(name, columns=["id", "key", "text" if side == "text" else "image"])

@@ -180,7 +180,7 @@ class Encoder:
         self.decoders = None if isinstance(source, Artifact) else Decoders(source, decoders)
 
     def made(self, name: str, clocks: Clocks) -> Iterator[tuple[int, pa.Table]]:
-        """See `shards.Maker`; the tables are EMB rows."""
+        """Embed shard `name` in parts: yield the number of input rows and the `embedding_table` of each part."""
         modality = name.partition("/")[0].partition("=")[2]
         last = dict(clocks.seconds)
         for rows, items in self._parts(name, modality, clocks):

@@ -50,7 +50,9 @@ class BackboneSettings(BaseModel):
 
 
 class Finetune(BaseModel):
-    """Fine-tuning of the backbone. The papers say that it was fine-tuned, but not how: these values are ours.
+    """Fine-tuning of the backbone.
+
+    Papers report that it was fine-tuned, but not how: the default values were chosen in this project.
 
     Attributes:
         shared: one backbone for both modalities; the papers fine-tune one per modality.

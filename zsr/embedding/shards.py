@@ -1,7 +1,8 @@
-"""Compute shards of features or embeddings by Ray actors: reuse of an earlier version, computation, and its cost.
+"""Compute shards of features or embeddings with Ray actors, reuse unchanged shards, and predict the cost.
 
-A shard is reused if the last version in the same ROOT has it with the same fingerprint: the same bytes of DATA and
-FEATURES, the same weights and settings. The result has the same bits as if computed, and so the same digest.
+A shard of the last version in the same ROOT is reused, as a hard link or a copy, if its name and fingerprint are the
+same. The fingerprint is a hash of the bytes of its DATA and FEATURES files, the weights and the settings. A reused
+shard is bit-identical to a newly computed one, so the artifact gets the same digest either way.
 """
 
 import logging

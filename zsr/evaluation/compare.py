@@ -234,7 +234,7 @@ def named(checkpoints: Sequence[Artifact]) -> dict[str, list[Artifact]]:
 
 
 def _shape(checkpoint: Artifact) -> dict[str, Any]:
-    """What distinguishes configurations, by name: options, settings except the seed, and model inputs."""
+    """Everything in which configurations differ, by name: options, settings except the seed, and model inputs."""
     config = checkpoint.config
     settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "keep_checkpoints")}
     inputs = Inputs.model_validate(config["inputs"])

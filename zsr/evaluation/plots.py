@@ -96,7 +96,7 @@ def _plain(name: str) -> str:
 
 
 def _told_apart(exact: Mapping[str, Json], shown: Json) -> list[Json]:
-    """At most CURVES rows, in their order: the one shown and the baselines take precedence."""
+    """Select at most CURVES rows: first `shown`, then baselines, models, and oracles last. Their order is kept."""
     first = sorted(exact.values(), key=lambda row: (row is not shown, row["kind"] != "floor", row["kind"] == "peak"))
     kept = {row["name"] for row in first[:CURVES]}
     return [row for name, row in exact.items() if name in kept]

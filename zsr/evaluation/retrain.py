@@ -114,7 +114,8 @@ class Shots:
 def few_shot(bench: Bench, store: Store) -> Shots:
     """Sample a few items of each unseen class for training.
 
-    Models are retrained with them, believed to be the setup of Dutta and Akata (IJCV 2020); the sample is ours.
+    Models are retrained with them. This is believed to be the setup of Dutta and Akata (IJCV 2020); how the items are
+    sampled was chosen in this project.
 
     Raises:
         ConfigError: no features, or a class with too few items.

@@ -374,8 +374,8 @@ def probe(
         allowed: (ceil(ntotal / 8),) uint8 bitmap of the ordinals to consider, lowest bit first; None allows all.
 
     Returns:
-        ordinals (B, depth) int64, padded with -1; scores (B, depth) float32 by the codes, higher is nearer: inner
-        product, or minus the Euclidean distance.
+        ordinals (B, depth) int64, padded with -1; scores (B, depth) float32, computed from the codes, higher is nearer:
+        inner product, or minus the Euclidean distance.
     """
     parameters = _parameters(nprobe, allowed)
     if isinstance(index, faiss.IndexPreTransform):

@@ -185,7 +185,7 @@ def _lite0_weights() -> Path:
 
 
 def _tiny() -> nn.Sequential:
-    """Ours: three strided convolutions, images (B, 3, H, W) -> (B, 64). For tests and demos; no weights exist."""
+    """Three strided convolutions for tests and demos, images (B, 3, H, W) -> (B, 64). No pretrained weights exist."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""CAAE: a conditional adversarial autoencoder that generates photo features from a sketch. Our reading.
+"""CAAE: a conditional adversarial autoencoder that generates photo features from a sketch.
 
 S. K. Yelamarthi, S. K. Reddy, A. Mishra, A. Mittal, "A Zero-Shot Framework for Sketch-based Image Retrieval",
 ECCV 2018 (arXiv:1807.11724), the same paper as CVAE.
@@ -6,9 +6,10 @@ ECCV 2018 (arXiv:1807.11724), the same paper as CVAE.
 Decoder, sketch reconstruction and retrieval are those of CVAE, but the encoder is deterministic, and instead of a
 Kullback-Leibler loss a discriminator compares the codes of a batch with samples of the prior N(0, I).
 
-Its code was never released. The objective is as others quote the paper; the discriminator, the weight of the
-adversarial loss, the optimizers and the order of the steps are ours. The parts shared with CVAE are as there: by
-default with our sizes and feature scaling, in the preset "paper" with those released for CVAE.
+Its code was never released, so this is a reconstruction. The objective is as others quote the paper; the
+discriminator, the weight of the adversarial loss, the optimizers and the order of the steps were chosen in this
+project. The parts shared with CVAE are as there: by default with this project's sizes and feature scaling, in the
+preset "paper" with those released for CVAE.
 
 Shapes: B batch, Y photo feature, Z latent.
 """
@@ -46,7 +47,7 @@ class Config(Options):
 
 # the objective as in the paper, with the sizes and features released for CVAE
 PAPER: Final = Config(**RELEASED_OPTIONS)
-# our recommendation: the encoder of CVAE, and an adversarial loss with a gradient from the start
+# recommended: the encoder of CVAE, and an adversarial loss with a gradient from the start
 OURS: Final = Config(encoder_input="image+sketch", adversarial="non-saturating")
 PRESETS: Final[Mapping[str, Config]] = {"paper": PAPER, "ours": OURS}
 SMALL: Final = {"latent": 4, "hidden": 8, "samples": 6, "judge": (8, 4)}

@@ -5,7 +5,7 @@ embedding is the feature itself, so a checkpoint serves as a fine-tuned backbone
 and, compared by cosine, as another baseline. Without a tower only the linear layers are trained, and embeddings do not
 change.
 
-That such a fine-tuning was done is known, but not how: optimizer and learning rates are ours.
+Papers report such fine-tuning, but not how it was done: optimizer and learning rates were chosen in this project.
 
 Shapes: B batch, F feature, N seen classes.
 """

@@ -1,4 +1,6 @@
-"""Supervised contrastive learning across modalities, starting from the backbone's feature space. Ours; no paper.
+"""Supervised contrastive learning across modalities, starting from the backbone's feature space.
+
+Designed in this project, not taken from a paper.
 
 What a backbone encodes about unseen classes is in the relations of its features. So the head is linear and initialized
 as the identity: at step 0 rows are compared by their backbone features, and training only changes that space slightly.
@@ -15,7 +17,7 @@ average-pooled after a ReLU. The loss pulls every row i of a batch, sketch or ph
 
 with targets t_ij proportional to 1 within a class, else to exp((cos(s_i, s_j) - 1) / softness), s the class embeddings,
 and summing to 1 over j. Supervised contrastive learning is that of P. Khosla et al., "Supervised Contrastive Learning",
-NeurIPS 2020, as recalled; the split by modality, the soft targets, the initialization and the asinh are ours.
+NeurIPS 2020, as recalled; the split by modality, the soft targets, the initialization and the asinh are this project's.
 
 Shapes: B batch, F feature, D embedding, S class embedding, G rows of all ranks, R = 2G those of both modalities.
 """

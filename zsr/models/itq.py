@@ -119,7 +119,7 @@ class Coded(Embedder):
     """A trained model whose embeddings are binary codes (B, P, C) uint8, compared by Hamming distance.
 
     Means and projection are buffers, fitted once on seen rows after training, and are saved in the checkpoint; a code
-    depends only on its own row. SEM-PCYC's released code has no inductive ITQ; ours.
+    depends only on its own row. SEM-PCYC's released code has no inductive ITQ: this one was designed in this project.
 
     Attributes:
         model: the model whose embeddings are encoded. They are scaled to unit length first if its metric is cosine.

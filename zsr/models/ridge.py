@@ -1,7 +1,8 @@
-"""Ridge regression to class embeddings: the baseline that any use of semantics has to beat. Ours; no paper.
+"""Ridge regression to class embeddings: the baseline that any use of semantics has to beat.
 
-Each modality is regressed separately, in closed form. With Z the standardized features of its seen rows (R, F) and Y
-their targets (R, S), the unit-length class embedding of the row's class minus the mean of these over the rows,
+Designed in this project, not taken from a paper. Each modality is regressed separately, in closed form. Z (R, F) are
+the standardized features of its seen rows. Y (R, S) are their targets: the class embedding of each row's class, scaled
+to unit length and centered, that is, minus the mean of these unit-length embeddings over all R rows. Then
 
     A = (Z'Z + penalty I)^-1 Z'Y = Z'(ZZ' + penalty I)^-1 Y        embedding = zA / |zA|, compared by cosine.
 

@@ -179,7 +179,7 @@ class SketchGcn(Model):
 
     @property
     def groups(self) -> Mapping[str, Group]:
-        """One optimizer and a joint step. Ours."""
+        """One optimizer and a joint step (ours)."""
         parts = nn.ModuleList([self.encoders, self.graph, self.classifier, self.generator])
         return {"all": Group(parts, Optimizer("adam", self.config.lr))}
 
@@ -217,7 +217,7 @@ class SketchGcn(Model):
         return cast(Tensor, self.graph(node, graph_GG))[first : first + len(word_BS)]
 
     def feature_loss(self, embedded: Mapping[str, Tensor], related_BD: Tensor) -> Tensor:
-        """|e_sketch - g|^2 + |e_photo - g|^2. The regression loss is ours, after ZSIH."""
+        """|e_sketch - g|^2 + |e_photo - g|^2, with g the graph network's outputs. The form is ours, modeled on ZSIH."""
         target_BD = related_BD.detach() if self.config.detach_target else related_BD
         return squared_error(embedded["sketch"], target_BD) + squared_error(embedded["photo"], target_BD)
 

@@ -33,8 +33,8 @@ from zsr.errors import ConfigError, DamagedArtifact
 FILES: Final = ("index.noun", "data.noun", "noun.exc")  # the files that noun similarities are computed from
 LEXICOGRAPHER_FILES: Final = 45  # in WordNet since 1.6; their names have no effect
 
-# Ours, for WordNet 3.0: Sketchy's classes whose first sense is not the object drawn, such as the proverb for a saw.
-# SEM-PCYC used a similar manual table, which was not released.
+# Made by hand for WordNet 3.0: Sketchy's classes whose first sense is not the object drawn, such as the proverb for a
+# saw. SEM-PCYC used a similar table, which was not released.
 SENSES: Final = {
     "banana": "banana.n.02",
     "blimp": "blimp.n.02",

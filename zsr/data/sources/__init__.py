@@ -84,7 +84,7 @@ class Walked(Protocol):
 
     @property
     def unread(self) -> Counter[str]:
-        """Number of files that the last run of `items` skipped because they are not rows, by extension or reason."""
+        """Number of files that the last run of `items` skipped, by file extension or reason."""
         ...
 
 

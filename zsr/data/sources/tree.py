@@ -261,7 +261,7 @@ def _local_entry(one: os.DirEntry[str]) -> Entry:
 
 
 def _sort_of(entry: Entry) -> str:
-    """The key under which `unread` counts a file: its extension, or a name that operating systems create."""
+    """The key under which `unread` counts a skipped file: its extension, or that it is hidden or macOS metadata."""
     if entry.name.startswith("._"):
         return "._*"  # macOS stores attributes of a file next to it
     if entry.name == ".DS_Store":
@@ -330,7 +330,7 @@ class TreeSource:
 
     @property
     def unread(self) -> Counter[str]:
-        """Number of files that are not rows, by extension or reason; complete when `items` is exhausted."""
+        """Number of files that were skipped, by file extension or reason; complete when `items` is exhausted."""
         return self.tree.unread
 
     def load(self, item: Item) -> bytes:

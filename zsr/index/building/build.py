@@ -138,7 +138,10 @@ class Job:
         )
 
     def artifact_plan(self) -> Plan:
-        """What determines the bytes; budgets and the number of workers do so only through the chosen plan."""
+        """Specification of the index: everything that determines its bytes.
+
+        Budgets and the number of workers are not in it: they only affect which index key and train size are chosen.
+        """
         config = {
             "index_key": self.chosen.index_key,
             "train_size": self.chosen.train_size,

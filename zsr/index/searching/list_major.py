@@ -77,7 +77,10 @@ class Work:
         return reach(facts, asked.k * int(facts["parts"]), asked.nprobe, asked.refine_factor)
 
     def found_name(self, number: int, shard: int) -> str:
-        """Name of the candidates in range `number` for a shard of queries; the count determines the ranges."""
+        """Name of the scratch piece with the candidates of range `number` of the lists for a shard of queries.
+
+        It contains the number of ranges, since that determines which lists are in range `number`.
+        """
         return f"scan/{number:05d}-of-{self.ranges:05d}/part-{shard:05d}.parquet"
 
     def lacks(self, name: str) -> bool:
@@ -90,7 +93,11 @@ class Work:
         return faiss_backend.Probes(*(_matrix(table.column(name)) for name in COLUMNS))
 
     def read(self, name: str) -> pa.Table:
-        """Read scratch piece `name`. Raises DamagedArtifact; the next run then writes the piece again."""
+        """Read the table in scratch piece `name`, after verifying its hash.
+
+        Raises:
+            DamagedArtifact: missing or damaged. A damaged piece is deleted, so that the next run computes it again.
+        """
         return pq.read_table(staged(self.staging, name, scratch=True))
 
 
@@ -134,7 +141,15 @@ class Scanner:
         return {"rows": sum(self._scan(number, shard) for shard in todo), **clock.spent()}
 
     def _scan(self, number: int, shard: int) -> int:
-        """Stage the candidates in range `number` for one shard of queries; return how many queries probe the range."""
+        """Search one range of lists for one shard of queries, and stage the candidates found.
+
+        Args:
+            number: of the range.
+            shard: number of the shard of queries.
+
+        Returns:
+            how many of the shard's queries probe a list in the range.
+        """
         rows, probes = self.work.probes(shard).within(*self.bounds[number : number + 2])
         # one extra candidate shows whether the last one that is kept ties with one that is cut off
         ordinals, scores = self.searcher.coded_in(probes, self.work.reach[0] + 1)
@@ -147,7 +162,7 @@ class Scanner:
 
 @dataclass(frozen=True)
 class Merged:
-    """Searches for one shard of queries by merging the candidates of all ranges."""
+    """A searcher for one shard of queries, which merges the candidates that were found in each range of lists."""
 
     work: Work
     searcher: Searcher
@@ -200,7 +215,8 @@ def scan(work: Work, shards: list[int], workers: int) -> list[dict[str, Any]]:
     """Assign and scan some shards of queries with `workers` actors, and return the costs.
 
     Raises:
-        ConfigError: queries of another space. DamagedArtifact: a damaged piece; the next run writes it again.
+        ConfigError: queries of another space.
+        DamagedArtifact: a scratch piece is damaged; it is deleted, so that the next run computes it again.
     """
     todo = [{"shard": shard} for shard in shards if work.lacks(probes_name(shard))]
     given = {"rows": rows_of(work, todo), "unit": "queries", "fn_constructor_kwargs": {"work": work}}
@@ -233,7 +249,7 @@ def bounds_of(sizes: np.ndarray, count: int) -> np.ndarray:
 
 
 def _keep(best: tuple[np.ndarray, np.ndarray], table: pa.Table) -> None:
-    """Merge the candidates of one range into `best`, in place."""
+    """Merge the candidates of one range of lists into `best`, in place."""
     query, ordinal, score = (table.column(name).to_numpy() for name in ("query", "ordinal", "score"))
     rows, start, count = np.unique(query, return_index=True, return_counts=True)
     if not len(rows):

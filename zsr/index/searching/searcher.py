@@ -263,7 +263,7 @@ class Searcher:
     def candidates(
         self, queries: np.ndarray, depth: int, nprobe: int, allowed: list[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates ordered by the scores of their codes, with re-ranked scores: two (B, depth), padded.
+        """Candidates in the order of `coded`, and their scores after re-ranking: two (B, depth), padded.
 
         Args:
             allowed: one bitmap per segment; all vectors that are not deleted if not given.
@@ -280,9 +280,10 @@ class Searcher:
         *,
         segments: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates (B, depth) ordered by their codes, and the scores by the codes; see `candidates`.
+        """Candidates and their scores, both (B, depth), computed from the codes in the inverted lists; best first.
 
         Args:
+            allowed: see `candidates`.
             segments: numbers of the segments to search; all if not given.
         """
         queries, lists = as_queries(queries, self.space.dim), self.lists(nprobe)
@@ -331,7 +332,7 @@ class Searcher:
         return best
 
     def ranked(self, queries: np.ndarray, ordinals: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Scores of candidates (B, C) by their refine codes, if there are any; else `scores`, those by the codes."""
+        """Scores of candidates (B, C) from the refine codes; if there are none, `scores`, the result of `coded`."""
         if not self.segments[0].refine:
             return scores
         return self._refined(np.ascontiguousarray(queries, np.float32), ordinals)

@@ -67,9 +67,10 @@ class Candidates:
     """Candidates of B queries in some segments.
 
     Attributes:
-        ordinals: (B, C) int64 over the whole gallery, -1 where there is none.
-        codes, scores: (B, C) float32, scores by the codes, and scores after re-ranking.
-        ids: (B, C) int64, of the items.
+        ordinals: (B, C) int64, numbers of the vectors in the whole gallery; -1 if there are fewer than C candidates.
+        codes: (B, C) float32, scores computed from the codes in the inverted lists; these select the candidates.
+        scores: (B, C) float32, scores after re-ranking with the refine codes; equal to `codes` if there are none.
+        ids: (B, C) int64, ids of the items.
         admitted: number of vectors in these segments that pass the filter.
     """
 
