@@ -18,7 +18,6 @@ from zsr.executor import map_pieces
 def where(piece: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
     sizes.append(piece["number"])
     progress.advance(piece["number"])
-    torch.set_num_threads(1)
     return {"pid": os.getpid(), "sizes": len(sizes), "threads": torch.get_num_threads(), "rows": piece["number"]}
 
 

@@ -117,6 +117,12 @@ def test_it_fails_with_the_stages_exit_code_and_goes_on_from_there(tmp_path: Pat
     assert planned_of(planned, "embed photo")["dim"] == planned_of(planned, "embed sketch")["dim"]
 
 
+def test_a_dry_run_measures_nothing(tmp_path: Path) -> None:
+    config = demo.composed(demo.Config(output=tmp_path, dry_run=True))
+    (built,) = (stage.config for stage in pipeline.Layout(config).stages() if stage.name == "index")
+    assert built.dry_run
+
+
 def made_once(root: Path) -> bool:
     """Whether every stage published one version."""
     return all([path.name for path in folder.iterdir()] == ["1"] for folder in root.glob("*/versions"))

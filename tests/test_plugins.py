@@ -168,12 +168,15 @@ def test_an_entry_point_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPa
     from importlib.metadata import EntryPoint
 
     point = EntryPoint("broken", "zsr_nowhere:Thing", "zsr.models")
+    nameless = EntryPoint("nameless", "zsr.errors", "zsr.models")
     ours = EntryPoint("mine", "zsr_nowhere:Other", "zsr.models")
-    monkeypatch.setattr("zsr.plugins.entry_points", lambda group: [point, ours])
+    monkeypatch.setattr("zsr.plugins.entry_points", lambda group: [point, ours, nameless])
     registry: Registry[Any] = Registry("zsr.models", "model", {"mine": "zsr.errors:ZsrError"})
-    assert list(registry) == ["mine", "broken"]
+    assert list(registry) == ["mine", "broken", "nameless"]
     assert registry["mine"].__name__ == "ZsrError"  # ours, whatever others call theirs
     with pytest.raises(ConfigError, match="model 'broken': entry point zsr_nowhere:Thing does not load"):
         registry["broken"]
-    with pytest.raises(ConfigError, match="no model 'none'; there are mine, broken"):
+    with pytest.raises(ConfigError, match="model 'nameless': entry point .* does not load"):
+        registry["nameless"]
+    with pytest.raises(ConfigError, match="no model 'none'; there are mine, broken, nameless"):
         registry["none"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
-from zsr.commands.base import overview
+from zsr.commands.base import overview, refuse
 from zsr.interrupt import WATCH
 
 # in the order in which a newcomer needs them
@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         WATCH.start()
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in COMMANDS:
-        return int(import_module(f"zsr.commands.{words[0]}").run(words[1:]))
-    return overview("zsr", COMMANDS, words)
+    if not words or words[0] not in COMMANDS:
+        return overview("zsr", COMMANDS, words)
+    try:
+        command = import_module(f"zsr.commands.{words[0]}")
+    except ImportError as error:
+        return refuse(f"zsr {words[0]}: {error}; install the extra `cpu` (or `gpu`), as in pip install 'zsr[cpu]'")
+    return int(command.run(words[1:]))

@@ -141,6 +141,8 @@ def _as_worker() -> Iterator[None]:
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     try:
         with threadpool_limits(1):
+            if threads is not None:  # torch's own MKL, which the limits do not reach
+                sys.modules["torch"].set_num_threads(1)
             yield
     finally:
         _here = outer

@@ -42,6 +42,7 @@ class Watch:
         self._lock = threading.Lock()  # held while the JSON line is printed
         self._stopping = False
         self._finished = False
+        self._out, self._err = 1, 2
         self._caught: tuple[signal.Signals, ...] = ()
 
     def start(self) -> None:
@@ -52,6 +53,7 @@ class Watch:
         if self._caught or threading.current_thread() is not threading.main_thread():
             return
         self._caught = tuple(number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN)
+        self._out, self._err = os.dup(1), os.dup(2)  # whatever is sent elsewhere later
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -101,7 +103,7 @@ class Watch:
 
     def _stop(self, number: int) -> None:
         code = 128 + number
-        out, err = os.dup(1), os.dup(2)
+        out, err = self._out, self._err
         with self._lock:
             if self._finished:
                 return

@@ -48,7 +48,7 @@ class Registry(Mapping[str, T]):
             point = self._points()[name]
             try:
                 self._loaded[name] = self._load(import_module(point.module), point.attr)
-            except (ImportError, AttributeError) as error:
+            except Exception as error:  # a package of somebody else may raise anything
                 if name in self._ours:
                     raise
                 raise ConfigError(f"{self.what} {name!r}: entry point {point.value} does not load: {error}") from error

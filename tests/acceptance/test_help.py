@@ -1,6 +1,7 @@
 """Every command has a --help that ends well, names the command as one types it, and says what it is for."""
 
 import json
+import sys
 
 import pytest
 
@@ -44,3 +45,11 @@ def test_what_is_no_command_is_refused(words: list[str], said: str, capsys: pyte
     shown = capsys.readouterr()
     assert shown.err.startswith(f"error: {said}")
     assert json.loads(shown.out)["error"].startswith(said)
+
+
+def test_a_command_whose_extra_is_missing_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "zsr.commands.search", None)  # as where faiss is not installed
+    assert main(["search", "--help"]) == 2
+    assert "install the extra `cpu`" in json.loads(capsys.readouterr().out)["error"]

@@ -83,7 +83,7 @@ def test_an_autoscaler_that_cannot_be_asked_is_told_to_start_gpus_all_the_same()
     have = Capacity((CPU,), unknown="RayCluster a: 403 Client Error")
     assert chosen(DeviceSettings(), have).name == "cpu"
     assert chosen(DeviceSettings(device="cuda"), have).gpus == 1
-    assert "not known: RayCluster a: 403" in chosen(DeviceSettings(), have).why
+    assert "unknown: RayCluster a: 403" in chosen(DeviceSettings(), have).why
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.5])

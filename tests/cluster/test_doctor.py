@@ -82,7 +82,7 @@ def node(name: str, torch: str, seen: int = 0, offered: int = 0, extras: tuple[s
 
 def test_the_odd_node_is_named_with_what_to_install() -> None:
     checks = list(same_versions([node("a", "2.13.0"), node("b", "2.12.1"), node("c", "2.13.0+cpu")]))
-    fix = "install torch 2.13.0 there, or start these nodes from the image of the others"
+    fix = "change torch to 2.13.0 there, or start these nodes from the image of the others"
     assert checks == [Check("version of torch", "2.13.0 on 2 nodes, 2.12.1 on b", fix)]
 
 

@@ -128,6 +128,6 @@ def test_the_written_configuration_names_every_flag_that_is_set() -> None:
     argv = ["--data", "d", "--split", "s", "--output", "o", "--features", "f", "--model", "ridge"]
     config = job_tune.config_for(argv)(data="d", split="s", output="o", features="f", model="ridge")
     values = job_tune.flags(job_tune.trial_config(job_tune.base(config), {"epochs": 3}))
-    assert (values["epochs"], values["num_workers"], values["model"]) == (3, 0, "ridge")
+    assert (values["epochs"], values["num_workers"], values["model"]) == (3, 1, "ridge")
     assert "output" not in values
     assert None not in values.values()

@@ -150,6 +150,11 @@ def overview(program: str, commands: Mapping[str, str], words: Sequence[str]) ->
     found = f"found {words[0]!r}" if words else "found none"
     hint = f"; perhaps {near[0]}" if near else ""
     message = f"{program}: expected a command, {found}{hint}; choose from {', '.join(commands)}; see {program} --help"
+    return refuse(message)
+
+
+def refuse(message: str) -> int:
+    """End a command that cannot begin: the message, the JSON line, and the exit code of a ConfigError."""
     print(f"error: {message}", file=sys.stderr)
     WATCH.finish(json.dumps({"error": message, "exit_code": ConfigError.exit_code}, sort_keys=True))
     return ConfigError.exit_code

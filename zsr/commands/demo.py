@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from zsr.commands import pipeline
-from zsr.commands.base import JobConfig, Results, main
+from zsr.commands.base import JobConfig, Results, main, refusals
+from zsr.errors import ConfigError
 
 
 class Config(JobConfig):
@@ -36,7 +39,15 @@ class Config(JobConfig):
 
 def composed(config: Config) -> Any:
     """The pipeline's configuration."""
-    return pipeline.config_of(config.model)(
+    kind = pipeline.config_of(config.model)
+    try:
+        return kind(**_sections(config))
+    except ValidationError as error:
+        raise ConfigError(refusals(error, kind)) from error
+
+
+def _sections(config: Config) -> dict[str, Any]:
+    return dict(
         dry_run=config.dry_run,
         output=config.output,
         seeds=config.seeds,

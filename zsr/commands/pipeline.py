@@ -193,6 +193,7 @@ class Layout:
         values = {field: getattr(given, field) for field in type(given).model_fields}
         build = index.Build(
             **values,
+            dry_run=self.config.dry_run,
             embeddings=self.at("embeddings-photo"),
             queries=self.at(f"embeddings-{self.config.train.query_modality}"),
             index_dir=self.at("index"),

@@ -270,7 +270,7 @@ def work(config: Search) -> Results:
         draw(answers, found, queries, config.picture)
     k = answers.hits.ids.shape[1]
     about = {"index": index.digest, "queries": len(answers.ids), "k": k}
-    return wrote(config.output, "neighbors", read_file(config.output), **about)
+    return wrote(config.output, "neighbours", read_file(config.output), **about)
 
 
 def run(argv: Sequence[str]) -> int:

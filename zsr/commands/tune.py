@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 from pydantic import Field, ValidationError, create_model
 
-from zsr.artifact import open_artifact, write_atomically
+from zsr.artifact import write_atomically
 from zsr.commands import train
-from zsr.commands.base import Results, file_values, made, main, refusals
+from zsr.commands.base import Results, file_values, main, refusals
 from zsr.devices import DeviceSettings
 from zsr.errors import ConfigError
 from zsr.training.config import SearcherName
@@ -65,8 +65,7 @@ class Config(train.Config):
 def base(config: Any) -> dict[str, Any]:
     """The flags of zsr train shared by all trials, as plain values; paths are absolute, as trials run on any node."""
     values = {name: getattr(config, name) for name in type(config).model_fields if name not in OWN}
-    found = {name: value.absolute() if isinstance(value, Path) else value for name, value in values.items()}
-    return {**found, "options": config.options.model_dump(mode="json"), "num_workers": 0}
+    return {**values, "options": config.options.model_dump(mode="json"), "num_workers": 0}
 
 
 def trial_config(values: Mapping[str, Any], overrides: "Overrides") -> Any:
@@ -142,7 +141,7 @@ def work(config: Any) -> Results:
     from zsr.training.sweep import best_setting, run_sweep
 
     values = base(config)
-    trials = run_sweep(partial(make, values), sweep_of(config), config.output.absolute())
+    trials = run_sweep(partial(make, values), sweep_of(config), config.output)
     setting, score = best_setting(trials)
     best = config.output / "best.yaml"
     write_atomically(best, yaml.safe_dump(flags(trial_config(values, setting))).encode())
@@ -155,8 +154,7 @@ def work(config: Any) -> Results:
         "validation_map_all": score,
         "best_config": str(best),
     }
-    checkpoint = open_artifact(str(trials[0].checkpoint), "checkpoint")
-    return made(checkpoint, trials[0].checkpoint, **about)
+    return {"artifact": trials[0].checkpoint, "digest": trials[0].digest, "kind": "checkpoint", **about}
 
 
 def flags(config: Any) -> dict[str, Any]:
@@ -165,6 +163,7 @@ def flags(config: Any) -> dict[str, Any]:
         mode="json", exclude={"output", "dry_run", "resume", "track", "log_every", *DeviceSettings.model_fields}
     )
     values["options"] = {name: value for name, value in values["options"].items() if value is not None}
+    values["num_workers"] = values["num_workers"] or 1  # trials train in their own actors, a job trains in a worker
     return {name: value for name, value in values.items() if value is not None}
 
 

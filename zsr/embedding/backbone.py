@@ -33,7 +33,7 @@ from zsr.embedding.shards import (
 )
 from zsr.embedding.text import TextExtractor
 from zsr.errors import ConfigError
-from zsr.executor import IMAGES
+from zsr.executor import IMAGES, in_this_process
 from zsr.models import backbones
 from zsr.process import keep_freed_memory
 
@@ -190,7 +190,8 @@ class Extractor:
         batch: int | None,
         decoders: int = 0,
     ) -> None:
-        keep_freed_memory()
+        if not in_this_process():  # an actor's process has nothing else to do
+            keep_freed_memory()
         torch.set_num_threads(1)  # one thread per actor: the same bits on any number of cores, and no contention
         self.data = data
         self.device = own_device()

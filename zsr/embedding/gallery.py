@@ -25,7 +25,7 @@ from zsr.embedding.prefetch import NOBODY, Decoders
 from zsr.embedding.settings import Classes, Prices
 from zsr.embedding.shards import MADE_FROM, Clocks, Tally, compute, fingerprint, forecast
 from zsr.errors import ConfigError
-from zsr.executor import IMAGES, VECTORS
+from zsr.executor import IMAGES, VECTORS, in_this_process
 from zsr.models.protocol import Inputs
 from zsr.preprocessing import pictures_of
 from zsr.process import keep_freed_memory
@@ -171,7 +171,8 @@ class Encoder:
     def __init__(
         self, data: Artifact, source: Source, checkpoint: Artifact, classes: Classes, decoders: int = 0
     ) -> None:
-        keep_freed_memory()
+        if not in_this_process():  # an actor's process has nothing else to do
+            keep_freed_memory()
         torch.set_num_threads(1)  # the same bits on any number of cores
         self.data, self.source = data, source
         self.classes = chosen_classes(checkpoint, classes)

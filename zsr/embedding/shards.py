@@ -239,7 +239,7 @@ def compute(
     size = 1 if runs_here(small, devices.gpus) else max(1, min(actor_count(actors, devices), len(pieces)))
     options = {"compute": ActorPoolStrategy(size=size), "num_cpus": 1, "num_gpus": devices.gpus}
     options["runtime_env"] = ONE_ARENA
-    most = room_to_decode(size, decoders, devices)
+    most = 0 if runs_here(small, devices.gpus) else room_to_decode(size, decoders, devices)
     if pieces:
         devices.say(size)
     began = time.perf_counter()

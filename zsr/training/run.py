@@ -4,6 +4,7 @@ The only file that imports ray.train. Ray Train starts the worker group and repo
 the position in the data are saved by `checkpoint`, so that a restart and a resubmission are the same thing.
 """
 
+import gc
 import json
 import logging
 import os
@@ -329,15 +330,20 @@ def _fit_here(run: Run, staging: Staging) -> None:
     _refuse_combinations(run, devices.name)
     devices.say(1)
     backend = "nccl" if devices.name == "cuda" else "gloo"
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # read by DeepSpeed
+    # read by DeepSpeed; its choice of a CPU is for this training, not for what this process starts later
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    variables |= {} if devices.name == "cuda" else {"DS_ACCELERATOR": "cpu"}
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    with tempfile.TemporaryDirectory() as folder, environment(ranks):
+    with tempfile.TemporaryDirectory() as folder, environment(variables):
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             _work(run, staging, Place(0, 1, devices.name), lambda _: None)
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(strict)
+            if devices.name == "cuda":  # Ray counts the GPU as free, and a later stage of this process may request it
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 def _failures(error: Exception) -> Mapping[Any, Exception]:

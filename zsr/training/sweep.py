@@ -44,7 +44,7 @@ class Trial:
     Attributes:
         overrides: its overridden configuration fields, `seed` included.
         score: on the validation classes; None if it failed.
-        checkpoint: directory of the checkpoint's version.
+        checkpoint: directory or URL of the checkpoint.
     """
 
     overrides: dict[str, Any]
@@ -52,6 +52,11 @@ class Trial:
     best_step: int | None = None
     checkpoint: str = ""
     error: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of the checkpoint."""
+        return self.checkpoint.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,14 @@ def _trial(config: dict[str, Any], make: Callable[[Overrides], Run], trials: Pat
         store = Store.at(trials / run.plan().digest[:12])
         made = train_model(replace(run, output=store))
         score, step = made.facts["validation_map_all"], made.facts["best_step"]
-        tune.report({SCORE: float(score), "best_step": int(step), "checkpoint": str(made.directory), "error": ""})
+        tune.report(
+            {
+                SCORE: float(score),
+                "best_step": int(step),
+                "checkpoint": f"{made.place}/objects/{made.digest}",
+                "error": "",
+            }
+        )
     except Exception as error:  # the other trials continue, and the table shows this error
         if not isinstance(error, ZsrError):
             logger.exception("trial %s", config)

@@ -147,7 +147,7 @@ def _by_actors(work: Work, todo: list[dict[str, Any]], workers: int | None) -> l
     """Answer some shards of queries with actors that map the index, after scanning it by range if requested."""
     rows = rows_of(work, todo)
     small = sum(rows) <= QUERIES
-    most = workers or (1 if runs_here(small) else int(resources().get("CPU", 1)))
+    most = workers or (1 if runs_here(small) and not work.ranges else int(resources().get("CPU", 1)))
     scanned = list_major.scan(work, [int(piece["shard"]) for piece in todo], most) if work.ranges else []
     options = {"small": small, "rows": rows, "unit": "queries", "fn_constructor_kwargs": {"work": work}}
     return scanned + map_pieces("search", ShardSearcher, todo, **options, **actors(todo, most))
