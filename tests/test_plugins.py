@@ -176,7 +176,7 @@ def test_an_entry_point_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPa
     assert registry["mine"].__name__ == "ZsrError"  # ours, whatever others call theirs
     with pytest.raises(ConfigError, match="model 'broken': entry point zsr_nowhere:Thing does not load"):
         registry["broken"]
-    with pytest.raises(ConfigError, match="model 'nameless': entry point .* does not load"):
+    with pytest.raises(ConfigError, match=r"model 'nameless': entry point .* does not load"):
         registry["nameless"]
     with pytest.raises(ConfigError, match="no model 'none'; there are mine, broken, nameless"):
         registry["none"]
