@@ -45,6 +45,10 @@ class Build(JobConfig, IndexConfig):
         return Job.of(embeddings, queries, config, Store.at(self.index_dir), measure=not self.dry_run)
 
 
+class Benchmark(Build):
+    """Benchmark the candidate indexes, and keep the measurements for the build."""
+
+
 class Inspect(JobConfig):
     """Show what an index holds, without reading its vectors.
 
@@ -182,8 +186,7 @@ def do_purge(config: Purge) -> Results:
     return changed(config, purge(Store.at(config.index_dir)))
 
 
-def do_plan(config: Build) -> Results:
-    """Benchmark the candidate indexes, and keep the measurements for the build."""
+def do_plan(config: Benchmark) -> Results:
     return config.job().as_json()
 
 
@@ -225,7 +228,7 @@ def plan_rollback(config: Rollback) -> Results:
 
 Command = tuple[Any, Callable[[Any], Results], Callable[[Any], Results]]
 COMMANDS: Final[Mapping[str, Command]] = {
-    "plan": (Build, plan_build, do_plan),
+    "plan": (Benchmark, plan_build, do_plan),
     "build": (Build, plan_build, do_build),
     "add": (Add, plan_add, do_add),
     "delete": (Delete, plan_delete, do_delete),
@@ -241,6 +244,5 @@ COMMANDS: Final[Mapping[str, Command]] = {
 def run(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return main(*COMMANDS[argv[0]], argv[1:], f"zsr index {argv[0]}")
-    does = {name: (work if name == "plan" else kind).__doc__ for name, (kind, _, work) in COMMANDS.items()}
-    about = {name: " ".join(str(text).partition("Attributes:")[0].split()) for name, text in does.items()}
+    about = {n: " ".join(str(kind.__doc__).partition("Attributes:")[0].split()) for n, (kind, _, _) in COMMANDS.items()}
     return overview("zsr index", about, argv)
