@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from zsr.artifact import Store, open_artifact
-from zsr.commands.base import JobConfig, Results, made, main, overview
+from zsr.commands.base import JobConfig, Results, made, main, overview, wrote
 from zsr.errors import ConfigError
 from zsr.index.building.build import Job, Unmeasured, build
 from zsr.index.building.plan import IndexConfig
@@ -187,7 +187,7 @@ def do_purge(config: Purge) -> Results:
 
 
 def do_plan(config: Benchmark) -> Results:
-    return config.job().as_json()
+    return wrote(None, "index-plan", **config.job().as_json())
 
 
 def do_rollback(config: Rollback) -> Results:
